@@ -1,0 +1,213 @@
+"""The ingress actor: HTTP on one side, mailboxes on the other, one event loop between them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Iterator
+
+import msgspec
+import uvicorn
+import uvloop
+import zmq
+
+from actors.actor import Actor, Context, StartFailure, handles
+from actors.ingress.app import create_app
+from actors.ingress.config import IngressConfig
+from actors.ingress.connection import Connection
+from actors.ingress.engines import Engines
+from actors.ingress.errors import ApiError
+from actors.ingress.ledger import Ledger
+from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.service import Service
+from actors.ingress.tokenization import Tokenization
+from actors.messages import (
+    ActorStats,
+    Detokenized,
+    Refused,
+    Registry,
+    Texts,
+    Tokenized,
+    TokenizeFailed,
+    Unknown,
+)
+
+logger = logging.getLogger(__name__)
+
+LISTENER = "listener"
+"""Name of the inherited descriptor: a listening socket that all ingress workers share."""
+TICK_S = 0.25
+KEEP_ALIVE_S = 75
+END_S = 5
+"""After the drain deadline, for streams to send their last event."""
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the supervisor's link."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Ingress(Actor):
+    """One worker of the HTTP ingress.
+
+    Instead of the actor's synchronous loop it runs an asyncio loop, which is woken by the mailbox's descriptor.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.config = msgspec.convert(self.args.config, IngressConfig)
+        self.metrics = IngressMetrics()
+        self.actors = ActorFigures()
+        self.engines = Engines(self.config.model, self.mailbox.add_peer)
+        self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
+        self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
+        self.service = Service(self.config, self.name, self.ledger, self.tokenization, self.metrics, self.actors)
+        self._server: _Server
+        self._listener: socket.socket
+        self._crash: asyncio.Future[None]
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        descriptor = self.context.descriptors.get(LISTENER)
+        if descriptor is None:
+            raise StartFailure(f"{self.name} needs a listening socket: pass it as the descriptor '{LISTENER}'")
+        self._listener = socket.socket(fileno=descriptor)
+        if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise StartFailure(f"the descriptor '{LISTENER}' of {self.name} is not a listening socket")
+        self._server = _Server(
+            uvicorn.Config(
+                create_app(self.service),
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+                timeout_graceful_shutdown=int(self.config.drain_s) + END_S,
+            )
+        )
+
+    def loop(self) -> None:
+        """Serves HTTP and messages until shutdown is requested and running answers have ended."""
+        loop = uvloop.new_event_loop()
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._serve())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+
+    async def _serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._crash = loop.create_future()
+        mailbox_fd = self.mailbox.socket.getsockopt(zmq.FD)
+        assert isinstance(mailbox_fd, int)
+        loop.add_reader(mailbox_fd, self._guarded_drain)
+        loop.add_reader(self.link.shutdown_fd, self._shut_down)
+        ticker = loop.create_task(self._tick())
+        server = loop.create_task(self._server.serve(sockets=[self._listener]))
+        try:
+            done, _ = await asyncio.wait({server, ticker, self._crash}, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
+                each.result()
+        finally:
+            loop.remove_reader(mailbox_fd)
+            loop.remove_reader(self.link.shutdown_fd)
+            ticker.cancel()
+            self.ledger.flush()
+
+    def _guarded_drain(self) -> None:
+        """Takes what waits in the mailbox. Its descriptor only tells of changes, so whatever is left is taken on the
+        loop's next round, after HTTP has had its turn."""
+        try:
+            self.drain()
+            self.ledger.flush()
+            if int(self.mailbox.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                asyncio.get_running_loop().call_soon(self._guarded_drain)
+        except Exception as error:
+            if not self._crash.done():
+                self._crash.set_exception(error)
+
+    async def _tick(self) -> None:
+        """Everything that time brings. As long as this runs, the loop is not hung."""
+        while True:
+            self.link.doing("serving", self.args.busy_limit_s)
+            self._guarded_drain()
+            self._run_timers()
+            self.ledger.watch()
+            self.tokenization.watch()
+            self.ledger.flush()
+            for connection in list(self._server.server_state.connections):
+                assert isinstance(connection, Connection)
+                connection.abort_if_stalled(self.config.client_stall_s)
+            await asyncio.sleep(TICK_S)
+
+    def _shut_down(self) -> None:
+        """Accepts no more connections; running answers may go on for a while."""
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.link.shutdown_fd)
+        self._server.should_exit = True
+        loop.call_later(self.config.drain_s, self._end_answers)
+
+    def _end_answers(self) -> None:
+        error = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after_s=1.0)
+        for exchange in list(self.service.in_progress):
+            exchange.interrupt(error)
+
+    # -- figures --------------------------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, float]:
+        figures = self.metrics.figures()
+        figures["requests_in_progress"] = float(len(self.service.in_progress))
+        figures["requests_live"] = float(len(self.ledger.live))
+        figures["tokenizations_pending"] = float(len(self.tokenization))
+        return figures
+
+    @handles(ActorStats)
+    def actor_stats(self, message: ActorStats, sender: str) -> None:
+        self.actors.update(sender, message.figures, time.monotonic())
+
+    # -- messages -------------------------------------------------------------------------------------------------
+
+    def peer_started(self, peer: str, incarnation: int) -> None:
+        if peer == self.config.tokenizer:
+            self.tokenization.tokenizer_started()
+        else:
+            self.ledger.scheduler_started(peer)
+
+    @handles(Texts)
+    def texts(self, message: Texts, sender: str) -> None:
+        self.ledger.texts(message.events)
+
+    @handles(Refused)
+    def refused(self, message: Refused, sender: str) -> None:
+        self.ledger.refused(message)
+
+    @handles(Unknown)
+    def unknown(self, message: Unknown, sender: str) -> None:
+        self.ledger.unknown(message)
+
+    @handles(Registry)
+    def registry(self, message: Registry, sender: str) -> None:
+        self.ledger.registry(message.engines)
+
+    @handles(Tokenized)
+    def tokenized(self, message: Tokenized, sender: str) -> None:
+        self.tokenization.answered(message)
+
+    @handles(TokenizeFailed)
+    def tokenize_failed(self, message: TokenizeFailed, sender: str) -> None:
+        self.tokenization.answered(message)
+
+    @handles(Detokenized)
+    def detokenized(self, message: Detokenized, sender: str) -> None:
+        self.tokenization.answered(message)

@@ -1,0 +1,98 @@
+"""The routes, as a Starlette application whose endpoints are plain ASGI."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Generic, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from actors.ingress.errors import ApiError
+from actors.ingress.exchange import Exchange
+from actors.ingress.health import health, health_generate, metrics
+from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.openai.chat import ChatRequest, chat_completions
+from actors.ingress.openai.completions import CompletionRequest, completions
+from actors.ingress.openai.models import get_model, list_models
+from actors.ingress.service import Service
+from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+
+T = TypeVar("T")
+
+
+class Post(Generic[T]):
+    """An endpoint that takes a JSON document."""
+
+    def __init__(
+        self, service: Service, document: type[T], handle: Callable[[Service, T, Exchange], Awaitable[None]]
+    ) -> None:
+        self._service = service
+        self._decoder = msgspec.json.Decoder(document)
+        self._handle = handle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        await exchange.run(self._work)
+        self._service.metrics.response(exchange.status)
+
+    async def _work(self, exchange: Exchange) -> None:
+        service = self._service
+        service.authorize(exchange)
+        request = await exchange.body(self._decoder, service.config.max_body_bytes)
+        with service.admitted(exchange):
+            await self._handle(service, request, exchange)
+
+
+class Get:
+    """An endpoint without a request document. `public`: no API key is asked for."""
+
+    def __init__(
+        self, service: Service, handle: Callable[[Service, Exchange], Awaitable[None]], public: bool = False
+    ) -> None:
+        self._service = service
+        self._handle = handle
+        self._public = public
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange = Exchange(scope, receive, send)
+        await exchange.run(self._work)
+        self._service.metrics.response(exchange.status)
+
+    async def _work(self, exchange: Exchange) -> None:
+        if not self._public:
+            self._service.authorize(exchange)
+        await self._handle(self._service, exchange)
+
+
+def create_app(service: Service) -> Starlette:
+    """The application of one ingress worker."""
+    return Starlette(
+        routes=[
+            Route("/v1/chat/completions", Post(service, ChatRequest, chat_completions), methods=["POST"]),
+            Route("/v1/completions", Post(service, CompletionRequest, completions), methods=["POST"]),
+            Route("/v1/models", Get(service, list_models), methods=["GET"]),
+            Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+            Route("/generate", Post(service, GenerateRequest, generate), methods=["POST", "PUT"]),
+            Route("/tokenize", Post(service, TokenizeRequest, tokenize), methods=["POST"]),
+            Route("/detokenize", Post(service, DetokenizeRequest, detokenize), methods=["POST"]),
+            Route("/health", Get(service, health, public=True), methods=["GET"]),
+            Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+            Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """An unknown route or method, in the shape of all other errors."""
+    assert isinstance(error, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    messages = {404: f"Unknown request URL: {what}.", 405: f"Method not allowed: {what}."}
+    body = ApiError(error.status_code, messages.get(error.status_code, error.detail)).body
+    return Response(body, error.status_code, error.headers, "application/json")

@@ -1,0 +1,49 @@
+"""What an ingress worker is told by the topology."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
+Count = Annotated[int, Meta(ge=1, lt=2**31)]
+
+
+class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `config` of an ingress worker's child spec.
+
+    Attributes:
+        model: the model that engines must have registered with, `EngineInfo.model`. Empty: any.
+        served_model_names: names under which clients may ask for the model; the first one is used in answers.
+        max_model_len: context length in tokens, prompt and output together.
+        vocab_size: token ids of clients must be below this.
+        eos_token_ids: ids that end an answer, unless the client asks for `ignore_eos`.
+        api_key: what clients must send as `Authorization: Bearer KEY`; None lets everybody in.
+        request_timeout_s: a request that takes longer ends with an error.
+        drain_s: after a shutdown request, how long running answers may go on. Must be below the child spec's
+            `shutdown` time by a few seconds.
+        client_stall_s: a client that reads nothing for so long is disconnected.
+        stall_s: a request without any progress for so long is asked for again; doubles up to a minute.
+        max_body_bytes: larger request bodies are refused with status 413.
+        max_stop_strings: how many stop strings a request may have.
+        max_n: how many answers to one prompt a client may ask for.
+        max_concurrent: requests in progress in this worker; more are refused with status 503.
+        tokenizer: name of the actor that tokenizes.
+    """
+
+    served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+    max_model_len: Count
+    vocab_size: Count
+    model: str = ""
+    eos_token_ids: list[Annotated[int, Meta(ge=0, lt=2**31)]] = []
+    api_key: Annotated[str, Meta(min_length=1)] | None = None
+    request_timeout_s: Seconds = 3600.0
+    drain_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
+    client_stall_s: Seconds = 60.0
+    stall_s: Seconds = 10.0
+    max_body_bytes: Count = 8 * 2**20
+    max_stop_strings: Count = 64
+    max_n: Count = 128
+    max_concurrent: Count = 1024
+    tokenizer: str = "tokenizer"

@@ -1,0 +1,84 @@
+"""The engines that the bootstrap server knows, and which of them takes the next request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from actors.messages import EngineInfo
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 5.0
+"""How long an engine is kept that the registry no longer lists: a restarted bootstrap server hears of the engines one
+by one."""
+
+
+class _Engine:
+    """An engine, when it was last listed, and what this ingress has sent since its load was last reported."""
+
+    __slots__ = ("info", "listed_at", "sent")
+
+    def __init__(self, info: EngineInfo, listed_at: float) -> None:
+        self.info = info
+        self.listed_at = listed_at
+        self.sent = 0
+
+    @property
+    def load(self) -> int:
+        return self.info.waiting + self.info.running + self.sent
+
+
+class Engines:
+    """Engines that serve this ingress's model, by the name of their scheduler. The last registry is kept while the
+    bootstrap server is away.
+
+    Args:
+        model: the model that an engine must serve; empty for any.
+        add_peer: called with (scheduler's name, address) of each engine. Raises ValueError for a bad address.
+    """
+
+    def __init__(self, model: str, add_peer: Callable[[str, str], None]) -> None:
+        self._model = model
+        self._add_peer = add_peer
+        self._engines: dict[str, _Engine] = {}
+        self._foreign: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def __contains__(self, scheduler: str) -> bool:
+        return scheduler in self._engines
+
+    def update(self, infos: list[EngineInfo], now: float) -> None:
+        """Takes in a registry. An engine is gone when registries have not listed it for a while."""
+        for info in infos:
+            if info.role == "prefill" or not self._serves_model(info):
+                continue
+            known = self._engines.get(info.scheduler)
+            if known is None or known.info.address != info.address:
+                try:
+                    self._add_peer(info.scheduler, info.address)
+                except ValueError as error:
+                    logger.warning("engine %s is not usable: %s", info.engine, error)
+                    continue
+            self._engines[info.scheduler] = _Engine(info, now)
+        gone = [name for name, engine in self._engines.items() if now - engine.listed_at > GRACE_S]
+        for name in gone:
+            logger.warning("engine %s is no longer registered", self._engines.pop(name).info.engine)
+
+    def choose(self) -> str | None:
+        """The scheduler of the engine with the least waiting and running requests, None while no engine is known."""
+        if not self._engines:
+            return None
+        name = min(self._engines, key=lambda each: self._engines[each].load)
+        self._engines[name].sent += 1
+        return name
+
+    def _serves_model(self, info: EngineInfo) -> bool:
+        if not self._model or info.model == self._model:
+            return True
+        if info.engine not in self._foreign:
+            self._foreign.add(info.engine)
+            logger.warning("engine %s serves %s, not %s: it gets no requests", info.engine, info.model, self._model)
+        return False

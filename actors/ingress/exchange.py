@@ -1,0 +1,162 @@
+"""One HTTP request and its answer, straight on ASGI: a JSON document, or a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from actors.ingress.errors import ApiError, from_decoding, internal
+
+logger = logging.getLogger(__name__)
+
+BODY_CHUNK_TIMEOUT_S = 30.0
+MAX_DISCARDED_BYTES = 64 * 2**20
+
+_JSON = [(b"content-type", b"application/json")]
+_EVENTS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client has closed the connection: there is nobody to answer."""
+
+
+class Exchange:
+    """One HTTP request and its answer.
+
+    Attributes:
+        arrived_at: when the request arrived, `time.monotonic`.
+        status: of the answer, once it has begun.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.arrived_at = time.monotonic()
+        self.status = 0
+        self._receive = receive
+        self._send = send
+        self._task: asyncio.Task[None] | None = None
+        self._interruption: ApiError | ClientGone | None = None
+
+    # -- the request ----------------------------------------------------------------------------------------------
+
+    def header(self, name: bytes) -> bytes:
+        """A request header's value, empty if there is none."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value)
+        return b""
+
+    async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
+        """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants."""
+        if self.header(b"content-type").partition(b";")[0].strip().lower() != b"application/json":
+            raise ApiError(415, "The Content-Type header must be application/json.")
+        data = await self._read(max_bytes)
+        try:
+            return decoder.decode(data)
+        except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
+            raise from_decoding(error) from None
+
+    async def _read(self, max_bytes: int) -> bytes:
+        too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
+        length = self.header(b"content-length")
+        if length.isdigit() and int(length) > max_bytes and (self.header(b"expect") or len(length) > 9):
+            raise too_large
+        chunks: list[bytes] = []
+        size, more = 0, True
+        while more:
+            try:
+                async with asyncio.timeout(BODY_CHUNK_TIMEOUT_S):
+                    message = await self._receive()
+            except TimeoutError:
+                raise ApiError(408, "The request body did not arrive in time.", code="timeout") from None
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            size += len(chunk)
+            if size <= max_bytes:
+                chunks.append(chunk)
+            elif size > MAX_DISCARDED_BYTES:
+                break
+            else:
+                chunks.clear()  # read on: a client that is still sending would never see the answer
+        if size > max_bytes:
+            raise too_large
+        return b"".join(chunks)
+
+    # -- the answer -----------------------------------------------------------------------------------------------
+
+    async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+        """The whole answer, a JSON document unless `headers` name another type."""
+        self.status = status
+        length = [(b"content-length", str(len(body)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + length})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def events(self, data: bytes) -> None:
+        """Sends one or more complete server-sent events; waits while the client reads slowly."""
+        if not self.status:
+            self.status = 200
+            await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self, data: bytes = DONE) -> None:
+        """Ends a stream of events."""
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def fail(self, error: ApiError) -> None:
+        """Answers with an error: as the response, or as the last event of a stream that has begun."""
+        if not self.status:
+            headers = _JSON + error.headers
+            if error.status in (408, 413):
+                headers = [*headers, (b"connection", b"close")]
+            await self.answer(error.body, error.status, headers)
+        else:
+            await self.end(b"data: " + error.body + b"\n\n")
+
+    # -- life -----------------------------------------------------------------------------------------------------
+
+    def interrupt(self, reason: ApiError | ClientGone) -> None:
+        """Ends the work on the request, wherever it is, with an error for the client or because it has gone."""
+        if self._interruption is None and self._task is not None:
+            self._interruption = reason
+            self._task.cancel()
+
+    async def run(self, work: Callable[[Exchange], Awaitable[None]]) -> None:
+        """Does the work on the request, and answers with what it raises."""
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        try:
+            try:
+                await work(self)
+            except asyncio.CancelledError:
+                if self._interruption is None:
+                    raise
+                self._task.uncancel()
+                raise self._interruption from None
+            finally:
+                self._task = None
+        except ClientGone:
+            pass
+        except ApiError as error:
+            await self.fail(error)
+        except Exception:
+            logger.exception("an error in %s", self.scope["path"])
+            await self.fail(internal())
+
+    async def disconnected(self) -> None:
+        """Returns when the client has closed the connection. Only after the body has been read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass

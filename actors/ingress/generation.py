@@ -1,0 +1,134 @@
+"""The requests to an engine that one HTTP request makes: a choice for each prompt and each of its n answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import TracebackType
+
+from msgspec import structs
+
+from actors.ingress.errors import ApiError
+from actors.ingress.ledger import Entry, Ledger
+from actors.messages import SamplingParams, TextParams
+
+MAX_SEED = 2**63 - 1
+
+
+class Generation:
+    """The choices of one HTTP request, in the order prompt by prompt. Leaving the `with` block aborts those that
+    have not finished.
+
+    Args:
+        rid: the request's identity; choices are known to engines as `rid/0`, `rid/1` …, a single one as `rid`.
+        prompts: token ids (i32) of each prompt, and how many tokens its answers may have.
+        n: answers to each prompt; the i-th one draws with the seed plus i.
+        eager: whether `progress` gives what has arrived, or waits until everything has.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        rid: str,
+        prompts: Sequence[tuple[bytes, int]],
+        sampling: SamplingParams,
+        text: TextParams,
+        *,
+        arrived_at: float,
+        deadline: float,
+        n: int = 1,
+        priority: int = 0,
+        extra_key: str = "",
+        eager: bool = False,
+    ) -> None:
+        single = len(prompts) * n == 1
+        self.entries = [
+            Entry(
+                rid if single else f"{rid}/{i * n + j}",
+                i * n + j,
+                prompt,
+                structs.replace(sampling, max_tokens=max_tokens, seed=(sampling.seed + j) & MAX_SEED),
+                text,
+                self,
+                arrived_at,
+                deadline,
+                priority,
+                extra_key,
+            )
+            for i, (prompt, max_tokens) in enumerate(prompts)
+            for j in range(n)
+        ]
+        self._ledger = ledger
+        self._eager = eager
+        self._n = n
+        self._unfinished = len(self.entries)
+        self._ready: dict[Entry, None] = {}  # an ordered set
+        self._failure: ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __enter__(self) -> Generation:
+        for entry in self.entries:
+            self._ledger.submit(entry)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for entry in self.entries:
+            if entry.finish is None:
+                self._ledger.abort(entry)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all choices have arrived whole."""
+        return not self._unfinished
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens, counted once for all answers to a prompt."""
+        return sum(entry.prompt_tokens for entry in self.entries[:: self._n])
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were found in the prefix cache, counted like `prompt_tokens`."""
+        return sum(entry.cached_tokens for entry in self.entries[:: self._n])
+
+    @property
+    def completion_tokens(self) -> int:
+        """Output tokens of all choices so far."""
+        return sum(len(entry.output) for entry in self.entries)
+
+    async def progress(self) -> list[Entry]:
+        """Waits for news; gives the choices that have any. Raises ApiError when one of them fails."""
+        if not self._ready and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        if self._failure is not None:
+            raise self._failure
+        ready, self._ready = list(self._ready), {}
+        return ready
+
+    # -- called by the ledger -------------------------------------------------------------------------------------
+
+    def progressed(self, entry: Entry) -> None:
+        """See `Listener`."""
+        if entry.finish is not None:
+            self._unfinished -= 1
+        if self._eager:
+            self._ready[entry] = None
+            self._wake()
+        elif not self._unfinished:
+            self._ready = dict.fromkeys(self.entries)
+            self._wake()
+
+    def failed(self, entry: Entry, error: ApiError) -> None:
+        """See `Listener`."""
+        self._failure = self._failure or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

@@ -1,0 +1,168 @@
+"""Figures of an ingress worker, and all actors' figures in the text format of Prometheus.
+
+Every actor reports its figures to every ingress worker once a second, ingress workers among themselves too. So
+whichever worker a scrape reaches can answer for all of them; each series carries its actor's name.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+FORGET_AFTER_S = 30.0
+"""Figures of an actor that has not reported for so long are no longer shown."""
+
+# Bucket bounds are SGLang's defaults.
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": (
+        "Time from a request's arrival to its first token.",
+        (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400),
+    ),
+    "inter_token_latency_seconds": (
+        "Time between two tokens of a request.",
+        (
+            *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.06, 0.08),
+            *(0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
+        ),
+    ),
+    "e2e_request_latency_seconds": (
+        "Time from a request's arrival to its last token.",
+        (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400, 600, 1200, 1800, 2400),
+    ),
+}
+COUNTERS: dict[str, tuple[str, str]] = {
+    "prompt_tokens": ("sglang", "Prompt tokens of finished requests."),
+    "generation_tokens": ("sglang", "Tokens that have arrived from engines."),
+    "cached_tokens": ("sglang", "Prompt tokens found in the prefix cache."),
+    "num_requests": ("sglang", "Requests that have finished."),
+    "num_aborted_requests": ("sglang", "Requests that ended before their last token."),
+    "recoveries": ("runtime", "Requests handed to an engine again after it was restarted, lost or had forgotten them."),
+    "resends": ("runtime", "Times that missing tokens were asked for."),
+    "attempts": ("runtime", "Times that a request was handed to an engine."),
+    "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
+}
+SCHEDULER_GAUGES = ("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput")
+_RESPONSES = "http_responses:"
+_NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
+
+
+class Histogram:
+    """Counts of values by upper bound."""
+
+    __slots__ = ("_bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Counts a value `times` times."""
+        self.counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+
+
+class IngressMetrics:
+    """What one ingress worker counts."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token, self.inter_token_latency, self.e2e_latency = (
+            Histogram(bounds) for _, bounds in HISTOGRAMS.values()
+        )
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.responses: dict[int, int] = {}
+
+    def response(self, status: int) -> None:
+        """Counts an HTTP response."""
+        self.responses[status] = self.responses.get(status, 0) + 1
+
+    def figures(self) -> dict[str, float]:
+        """Everything as one flat mapping, for `ActorStats`."""
+        figures = {name: float(count) for name, count in self.counters.items()}
+        figures |= {f"{_RESPONSES}{status}": float(count) for status, count in self.responses.items()}
+        histograms = (self.time_to_first_token, self.inter_token_latency, self.e2e_latency)
+        for name, histogram in zip(HISTOGRAMS, histograms, strict=True):
+            figures[f"{name}:sum"] = histogram.sum
+            for i, count in enumerate(histogram.counts):
+                figures[f"{name}:{i}"] = float(count)
+        return figures
+
+
+class ActorFigures:
+    """The last figures of every actor."""
+
+    def __init__(self) -> None:
+        self._figures: dict[str, tuple[float, dict[str, float]]] = {}
+
+    def update(self, actor: str, figures: dict[str, float], now: float) -> None:
+        """Replaces the figures of one actor."""
+        self._figures[actor] = (now, figures)
+
+    def render(self, model: str, now: float) -> bytes:
+        """All figures in Prometheus' text format."""
+        current = {
+            actor: figures for actor, (at, figures) in sorted(self._figures.items()) if now - at <= FORGET_AFTER_S
+        }
+        registry = CollectorRegistry()
+        registry.register(_Exposition(current, model))
+        return generate_latest(registry)
+
+
+class _Exposition(Collector):
+    """Sorts actors' figures into metric families."""
+
+    def __init__(self, figures: dict[str, dict[str, float]], model: str) -> None:
+        self._figures = figures
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model_name", "actor"]
+        ingresses = {actor: figures for actor, figures in self._figures.items() if "attempts" in figures}
+        for name, (prefix, text) in COUNTERS.items():
+            counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=labels)
+            for actor, figures in ingresses.items():
+                counter.add_metric([self._model, actor], figures.get(name, 0.0))
+            yield counter
+        for name, (text, bounds) in HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"sglang:{name}", text, labels=labels)
+            for actor, figures in ingresses.items():
+                sum_of_values = figures.get(f"{name}:sum", 0.0)
+                histogram.add_metric([self._model, actor], _cumulative(figures, name, bounds), sum_of_values)
+            yield histogram
+        responses = CounterMetricFamily("runtime:http_responses", "HTTP responses.", labels=["status", "actor"])
+        for actor, figures in ingresses.items():
+            for name, value in figures.items():
+                if name.startswith(_RESPONSES):
+                    responses.add_metric([name.removeprefix(_RESPONSES), actor], value)
+        yield responses
+        yield from self._gauges(labels)
+
+    def _gauges(self, labels: list[str]) -> Iterator[Metric]:
+        families: dict[str, GaugeMetricFamily] = {}
+        for actor, figures in self._figures.items():
+            for name, value in figures.items():
+                if name in COUNTERS or ":" in name:
+                    continue
+                if name in SCHEDULER_GAUGES:
+                    full_name = f"sglang:{name}"
+                else:
+                    full_name = f"runtime:actor_{_NOT_IN_A_NAME.sub('_', name)}"
+                family = families.setdefault(
+                    full_name, GaugeMetricFamily(full_name, f"{name} of an actor.", labels=labels)
+                )
+                family.add_metric([self._model, actor], value)
+        yield from families.values()
+
+
+def _cumulative(figures: dict[str, float], name: str, bounds: Iterable[float]) -> list[tuple[str, float]]:
+    """Buckets as Prometheus wants them: each counts all values up to its bound."""
+    total, buckets = 0.0, []
+    for i, bound in enumerate([*map(str, map(float, bounds)), "+Inf"]):
+        total += figures.get(f"{name}:{i}", 0.0)
+        buckets.append((bound, total))
+    return buckets

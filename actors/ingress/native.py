@@ -1,0 +1,274 @@
+"""POST /generate: SGLang's native endpoint.
+
+Answers hold the whole text so far, also in streams: each event replaces the one before it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from actors.ingress.errors import invalid, unsupported
+from actors.ingress.exchange import Exchange
+from actors.ingress.ledger import Entry
+from actors.ingress.openai.logprobs import finite
+from actors.ingress.sampling import (
+    ExtraKey,
+    LogitBias,
+    MinP,
+    Penalty,
+    Priority,
+    RepetitionPenalty,
+    SeedField,
+    TokenIds,
+    Tokens,
+    TopK,
+    TopP,
+    sampling_params,
+    text_params,
+)
+from actors.ingress.service import Prompt, Service, new_rid
+from actors.messages import TextLogprob, TextPrompt
+
+DEFAULT_MAX_NEW_TOKENS = 128
+"""SGLang's."""
+
+_encode = msgspec.json.encode
+
+
+class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
+    """SGLang's `sampling_params`."""
+
+    max_new_tokens: Tokens | None = None
+    min_new_tokens: Tokens | None = None
+    temperature: Annotated[float, Meta(ge=0, le=1e6)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    sampling_seed: SeedField | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    # not supported
+    custom_params: Any = None
+    ebnf: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    stop_regex: Any = None
+    stream_interval: Any = None
+    structural_tag: Any = None
+
+
+class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /generate. `return_logprob`, `top_logprobs_num` and `logprob_start_len` are for the whole batch."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: NativeSamplingParams | None = None
+    rid: str | list[str] | None = None
+    stream: bool = False
+    return_logprob: bool = False
+    top_logprobs_num: Annotated[int, Meta(ge=0, le=128)] = 0
+    logprob_start_len: Annotated[int, Meta(ge=-1, lt=2**31)] = -1
+    return_text_in_logprobs: bool = False
+    priority: Priority | None = None
+    extra_key: ExtraKey | None = None
+    log_metrics: bool | None = None
+    # not supported
+    audio_data: Any = None
+    custom_logit_processor: Any = None
+    image_data: Any = None
+    input_embeds: Any = None
+    lora_path: Any = None
+    return_hidden_states: Any = None
+    session_params: Any = None
+    token_ids_logprob: Any = None
+    video_data: Any = None
+
+
+class _Answer:
+    """One choice's object, which grows."""
+
+    def __init__(self, request: GenerateRequest, entry: Entry, identity: str, arrived_at: float) -> None:
+        self._request = request
+        self._entry = entry
+        self._identity = identity
+        self._arrived_at = arrived_at
+        self._text = ""
+        self._logprobs: list[TextLogprob] = []
+
+    def document(self) -> dict[str, Any]:
+        """Everything so far."""
+        entry, request = self._entry, self._request
+        text, _, logprobs = entry.take()
+        self._text += text
+        self._logprobs += logprobs
+        meta: dict[str, Any] = {
+            "id": self._identity,
+            "finish_reason": _finish_reason(entry),
+            "prompt_tokens": entry.prompt_tokens,
+            "completion_tokens": len(entry.output),
+            "cached_tokens": entry.cached_tokens,
+        }
+        if request.return_logprob:
+            prompt = (entry.prompt_logprobs or [])[max(0, request.logprob_start_len) :]
+            for key, of_tokens in (("input", prompt), ("output", self._logprobs)):
+                meta[f"{key}_token_logprobs"] = [self._token(each) for each in of_tokens]
+                if request.top_logprobs_num:
+                    meta[f"{key}_top_logprobs"] = [self._top(each) for each in of_tokens]
+        if entry.finish is not None:
+            meta["e2e_latency"] = time.monotonic() - self._arrived_at
+        return {"text": self._text, "output_ids": entry.output.tolist(), "meta_info": meta}
+
+    def _token(self, each: TextLogprob) -> tuple[float | None, int, str | None]:
+        logprob = None if each.logprob is None else finite(each.logprob)
+        return logprob, each.token, self._name(each.token_bytes)
+
+    def _top(self, each: TextLogprob) -> list[tuple[float, int, str | None]] | None:
+        if each.logprob is None:
+            return None
+        top = each.top[: self._request.top_logprobs_num]
+        return [(finite(logprob), token, self._name(token_bytes)) for token, token_bytes, logprob in top]
+
+    def _name(self, token_bytes: bytes) -> str | None:
+        return token_bytes.decode(errors="replace") if self._request.return_text_in_logprobs else None
+
+
+async def generate(service: Service, request: GenerateRequest, exchange: Exchange) -> None:
+    """Answers with one object, or a list of them for a batch or n > 1."""
+    params = request.sampling_params or NativeSamplingParams()
+    _refuse_unsupported(request, params)
+    prompts, batch = _prompts(request)
+    n = params.n or 1
+    service.check_choices(len(prompts), n)
+    identities = _identities(request.rid, len(prompts), n)
+    top = request.top_logprobs_num if request.return_logprob else -1
+    sampling = sampling_params(
+        service.config,
+        seed=params.sampling_seed,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        repetition_penalty=params.repetition_penalty,
+        max_tokens=params.max_new_tokens,
+        min_tokens=params.min_new_tokens,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        logit_bias=params.logit_bias,
+        logprobs=top,
+        prompt_logprobs=top if request.logprob_start_len >= 0 else -1,
+    )
+    text = text_params(service.config, params.stop, params.skip_special_tokens, params.no_stop_trim)
+
+    tokens = await service.tokenize(prompts)
+    where = "text" if request.text is not None else "input_ids"
+    limits = [
+        service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where) for each in tokens
+    ]
+    with service.generate(
+        exchange,
+        new_rid(),
+        list(zip(tokens, limits, strict=True)),
+        sampling,
+        text,
+        n=n,
+        priority=request.priority or 0,
+        extra_key=request.extra_key or "",
+        eager=request.stream,
+    ) as generation:
+        single = not batch and n == 1
+        answers = [
+            _Answer(request, entry, identity, exchange.arrived_at)
+            for entry, identity in zip(generation.entries, identities, strict=True)
+        ]
+        if not request.stream:
+            await generation.progress()
+            documents = [answer.document() for answer in answers]
+            await exchange.answer(_encode(documents[0] if single else documents))
+            return
+        while not generation.finished:
+            pieces: list[bytes] = []
+            for entry in await generation.progress():
+                document = answers[entry.index].document()
+                if not single:
+                    document["index"] = entry.index
+                pieces.append(b"data: %s\n\n" % _encode(document))
+            await exchange.events(b"".join(pieces))
+        await exchange.end()
+
+
+def _prompts(request: GenerateRequest) -> tuple[list[Prompt], bool]:
+    """The prompts, and whether they are a batch."""
+    text, ids = request.text, request.input_ids
+    if (text is None) == (ids is None):
+        raise invalid("Send either 'text' or 'input_ids'.", "text")
+    if isinstance(text, str):
+        return [TextPrompt(text)], False
+    if not text and not ids:
+        raise invalid("The list of prompts is empty.", "text" if ids is None else "input_ids")
+    if text is not None:
+        return [TextPrompt(each) for each in text], True
+    assert ids is not None
+    numbers = [each for each in ids if isinstance(each, int)]
+    if len(numbers) == len(ids):
+        return [numbers], False
+    if numbers:
+        raise invalid("'input_ids' must hold only token ids, or only lists of them.", "input_ids", "invalid_value")
+    return [each for each in ids if isinstance(each, list)], True
+
+
+def _identities(rid: str | list[str] | None, prompts: int, n: int) -> list[str]:
+    """What `meta_info.id` says for each choice: the client's own ids if it has sent any."""
+    if rid is None:
+        return [new_rid() for _ in range(prompts * n)]
+    names = [rid] if isinstance(rid, str) else rid
+    if len(names) != prompts:
+        raise invalid(f"There are {prompts} prompts but {len(names)} ids in 'rid'.", "rid", "invalid_value")
+    return [name if n == 1 else f"{name}-{j}" for name in names for j in range(n)]
+
+
+def _refuse_unsupported(request: GenerateRequest, params: NativeSamplingParams) -> None:
+    for source, names in (
+        (
+            request,
+            (
+                "audio_data",
+                "custom_logit_processor",
+                "image_data",
+                "input_embeds",
+                "lora_path",
+                "return_hidden_states",
+                "session_params",
+                "token_ids_logprob",
+                "video_data",
+            ),
+        ),
+        (params, ("custom_params", "ebnf", "json_schema", "regex", "stop_regex", "stream_interval", "structural_tag")),
+    ):
+        for name in names:
+            if getattr(source, name) not in (None, False, [], ""):
+                raise unsupported(name)
+    if params.spaces_between_special_tokens is False:
+        raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
+
+
+def _finish_reason(entry: Entry) -> dict[str, Any] | None:
+    if entry.finish is None:
+        return None
+    if entry.finish == "length":
+        return {"type": "length", "length": len(entry.output)}
+    return {"type": entry.finish, "matched": entry.stop_reason}

@@ -1,0 +1,159 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from actors.ingress.errors import invalid, unsupported
+from actors.ingress.exchange import DONE, Exchange
+from actors.ingress.generation import Generation
+from actors.ingress.ledger import Entry
+from actors.ingress.openai.logprobs import CompletionLogprobs
+from actors.ingress.openai.protocol import ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
+from actors.ingress.service import Prompt, Service, new_rid
+from actors.messages import TextPrompt
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+_encode = msgspec.json.encode
+
+
+class CompletionRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /v1/completions."""
+
+    prompt: str | list[str | int | list[int]]
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: TopLogprobsCount | None = None
+    add_special_tokens: bool = True
+
+
+class _Choice:
+    """What one choice of the answer needs beside its entry: the echoed prompt, and where its text is."""
+
+    def __init__(self, entry: Entry, echo: str | None, top: int) -> None:
+        self.entry = entry
+        self.top = top
+        self._echo = echo
+        self._logprobs = CompletionLogprobs(top)
+
+    def take(self) -> tuple[str, dict[str, Any] | None]:
+        """Text and logprobs that have arrived since the last call; first of all the prompt's if it is echoed."""
+        text, _, logprobs = self.entry.take()
+        if self._echo is not None:
+            text, self._echo = self._echo + text, None
+            logprobs = [*(self.entry.prompt_logprobs or ()), *logprobs]
+        return text, self._logprobs.next(logprobs) if self.top >= 0 else None
+
+
+async def completions(service: Service, request: CompletionRequest, exchange: Exchange) -> None:
+    """Answers a completion request, as one document or as a stream of chunks."""
+    request.check()
+    model = service.check_model(request.model)
+    n = request.n or 1
+    if request.best_of is not None and request.best_of != n:
+        raise unsupported("best_of", "best_of other than n")
+    prompts = _prompts(request)
+    service.check_choices(len(prompts), n)
+    top = -1 if request.logprobs is None else request.logprobs
+    sampling = request.sampling(service.config, request.max_tokens, top, top if request.echo else -1)
+    text = request.text_params(service.config)
+
+    tokens = await service.tokenize(prompts)
+    limits = [service.check_length(len(each) // 4, request.max_tokens, DEFAULT_MAX_TOKENS, "prompt") for each in tokens]
+    echoes = [await _text_of(service, prompt) for prompt in prompts] if request.echo else [None] * len(prompts)
+
+    rid = new_rid()
+    eager = bool(request.stream)
+    with service.generate(
+        exchange,
+        rid,
+        list(zip(tokens, limits, strict=True)),
+        sampling,
+        text,
+        n=n,
+        priority=request.priority or 0,
+        extra_key=request.prefix_key,
+        eager=eager,
+    ) as generation:
+        identity, created = f"cmpl-{rid}", int(time.time())
+        choices = [_Choice(entry, echoes[entry.index // n], top) for entry in generation.entries]
+        if eager:
+            frame = ChunkFrame("text_completion", identity, created, model, request.stream_options)
+            await _stream(exchange, generation, frame, choices)
+            return
+        await generation.progress()
+        document = {
+            "id": identity,
+            "object": "text_completion",
+            "created": created,
+            "model": model,
+            "choices": [_document(choice) for choice in choices],
+            "usage": usage(generation),
+            "system_fingerprint": None,
+        }
+        await exchange.answer(_encode(document))
+
+
+def _prompts(request: CompletionRequest) -> list[Prompt]:
+    """The prompts of a request, which may be one or many, as text or as token ids."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt, request.add_special_tokens)]
+    if not prompt:
+        raise invalid("Invalid value for 'prompt': the list is empty.", "prompt", "invalid_value")
+    texts = [each for each in prompt if isinstance(each, str)]
+    ids = [each for each in prompt if isinstance(each, int)]
+    lists = [each for each in prompt if isinstance(each, list)]
+    if len(texts) == len(prompt):
+        return [TextPrompt(each, request.add_special_tokens) for each in texts]
+    if len(ids) == len(prompt):
+        return [ids]
+    if len(lists) == len(prompt):
+        return [*lists]
+    raise invalid(
+        "Invalid value for 'prompt': a list must hold only strings, only token ids, or only lists of token ids.",
+        "prompt",
+        "invalid_value",
+    )
+
+
+async def _text_of(service: Service, prompt: Prompt) -> str:
+    if isinstance(prompt, TextPrompt):
+        return prompt.text
+    assert isinstance(prompt, list)
+    return (await service.detokenize(prompt)).text
+
+
+def _document(choice: _Choice) -> dict[str, Any]:
+    text, logprobs = choice.take()
+    return {
+        "index": choice.entry.index,
+        "text": text,
+        "logprobs": logprobs,
+        "finish_reason": choice.entry.finish,
+        "matched_stop": choice.entry.stop_reason,
+    }
+
+
+async def _stream(exchange: Exchange, generation: Generation, frame: ChunkFrame, choices: Sequence[_Choice]) -> None:
+    while not generation.finished:
+        pieces: list[bytes] = []
+        for entry in await generation.progress():
+            text, logprobs = choices[entry.index].take()
+            if not text and entry.finish is None and not (logprobs and logprobs["tokens"]):
+                continue
+            content = b'"text":%s,"logprobs":%s,"finish_reason":' % (_encode(text), _encode(logprobs))
+            if entry.finish is None:
+                content += b"null"
+            else:
+                content += b'"%s","matched_stop":%s' % (entry.finish.encode(), _encode(entry.stop_reason))
+            pieces.append(frame.chunk(entry.index, content, generation))
+        if pieces:
+            await exchange.events(b"".join(pieces))
+    await exchange.end(frame.last(generation) + DONE)

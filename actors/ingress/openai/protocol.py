@@ -1,0 +1,218 @@
+"""What requests to both kinds of completions have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from actors.ingress.config import IngressConfig
+from actors.ingress.errors import invalid, unsupported
+from actors.ingress.generation import Generation
+from actors.ingress.sampling import (
+    ExtraKey,
+    LogitBias,
+    MinP,
+    Penalty,
+    Priority,
+    RepetitionPenalty,
+    SeedField,
+    TokenIds,
+    Tokens,
+    TopK,
+    TopP,
+    sampling_params,
+    text_params,
+)
+from actors.messages import SamplingParams, TextParams
+
+Choices = Annotated[int, Meta(ge=1, lt=2**31)]
+TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
+
+_UNSUPPORTED = (
+    "audio",
+    "ebnf",
+    "function_call",
+    "functions",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "json_schema",
+    "lora_path",
+    "prediction",
+    "reasoning_effort",
+    "regex",
+    "structured_outputs",
+    "suffix",
+    "tools",
+    "verbosity",
+    "web_search_options",
+)
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    """OpenAI's `stream_options`, and vLLM's and SGLang's `continuous_usage_stats`."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+
+class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Fields of both kinds of completions. OpenAI's, and under the names of vLLM and SGLang what OpenAI has not.
+
+    Fields of type Any are either without effect by their definition, or refused when they ask for anything.
+    """
+
+    model: str | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: SeedField | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: TokenIds | None = None
+    max_tokens: Tokens | None = None
+    min_tokens: Tokens | None = None
+    n: Choices | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    logit_bias: LogitBias | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    priority: Priority | None = None
+    extra_key: ExtraKey | None = None
+    cache_salt: ExtraKey | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # without effect on the answer
+    user: str | None = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    # not supported
+    audio: Any = None
+    ebnf: Any = None
+    function_call: Any = None
+    functions: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    json_schema: Any = None
+    lora_path: Any = None
+    modalities: Any = None
+    parallel_tool_calls: bool | None = None
+    prediction: Any = None
+    reasoning_effort: Any = None
+    regex: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    suffix: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    def check(self) -> None:
+        """Raises ApiError for what is not supported and for fields that contradict each other."""
+        for name in _UNSUPPORTED:
+            if getattr(self, name) not in (None, [], ""):
+                raise unsupported(name)
+        if self.tool_choice not in (None, "none"):
+            raise unsupported("tool_choice")
+        if self.response_format not in (None, {"type": "text"}):
+            raise unsupported("response_format", "A response_format other than {'type': 'text'}")
+        if self.modalities not in (None, ["text"]):
+            raise unsupported("modalities", "A modality other than text")
+        if self.spaces_between_special_tokens is False:
+            raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options is only allowed when stream is true.", "stream_options")
+        if self.extra_key and self.cache_salt and self.extra_key != self.cache_salt:
+            raise invalid("extra_key and cache_salt are two names for one thing: send one of them.", "cache_salt")
+
+    def sampling(
+        self, config: IngressConfig, max_tokens: int | None, logprobs: int = -1, prompt_logprobs: int = -1
+    ) -> SamplingParams:
+        """What the engine is told; see `sampling_params`."""
+        return sampling_params(
+            config,
+            seed=self.seed,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logit_bias=self.logit_bias,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def text_params(self, config: IngressConfig) -> TextParams:
+        """How tokens become text; see `sampling.text_params`."""
+        keep_stop = self.no_stop_trim or self.include_stop_str_in_output
+        return text_params(config, self.stop, self.skip_special_tokens, keep_stop)
+
+    @property
+    def prefix_key(self) -> str:
+        """Only requests with the same key share cached prefixes."""
+        return self.extra_key or self.cache_salt or ""
+
+
+def usage(generation: Generation) -> dict[str, Any]:
+    """OpenAI's `usage` of the tokens so far."""
+    prompt_tokens, completion_tokens = generation.prompt_tokens, generation.completion_tokens
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
+
+
+class ChunkFrame:
+    """The parts of a stream's chunks that do not change, so that a token costs the encoding of its text only.
+
+    Args:
+        kind: the chunks' `object`.
+        options: `stream_options` of the request.
+    """
+
+    def __init__(self, kind: str, identity: str, created: int, model: str, options: StreamOptions | None) -> None:
+        fixed = {"id": identity, "object": kind, "created": created, "model": model, "system_fingerprint": None}
+        self._head = b"data: " + msgspec.json.encode(fixed)[:-1]
+        self._include_usage = options is not None and options.include_usage
+        self._continuous = options is not None and options.continuous_usage_stats
+        self._no_usage = b',"usage":null}\n\n' if self._include_usage else b"}\n\n"
+        self._choices_head = self._head + b',"choices":[{"index":'
+
+    def chunk(self, index: int, content: bytes, generation: Generation) -> bytes:
+        """An event with one choice; `content` is the rest of its object after the index, without the last brace."""
+        return b"%s%d,%s}]%s" % (self._choices_head, index, content, self._usage(generation))
+
+    def last(self, generation: Generation) -> bytes:
+        """The event with the final usage, empty if it was not asked for."""
+        if not self._include_usage:
+            return b""
+        return b'%s,"choices":[],"usage":%s}\n\n' % (self._head, msgspec.json.encode(usage(generation)))
+
+    def _usage(self, generation: Generation) -> bytes:
+        if self._continuous:
+            return b',"usage":%s}\n\n' % msgspec.json.encode(usage(generation))
+        return self._no_usage

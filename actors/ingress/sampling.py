@@ -1,0 +1,112 @@
+"""Sampling and text parameters of requests: limits, and what clients' fields mean for the engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Annotated
+
+from msgspec import Meta
+
+from actors.ingress.config import IngressConfig
+from actors.ingress.errors import invalid
+from actors.messages import SamplingParams, TextParams
+
+TopP = Annotated[float, Meta(gt=0, le=1)]
+MinP = Annotated[float, Meta(ge=0, le=1)]
+TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+RepetitionPenalty = Annotated[float, Meta(gt=0, le=2)]
+Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
+SeedField = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+ExtraKey = Annotated[str, Meta(max_length=1024)]
+TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(max_length=1024)]
+LogitBias = dict[int, Annotated[float, Meta(ge=-100, le=100)]]
+
+MAX_STOP_LENGTH = 1024
+MIN_TEMPERATURE = 1e-4
+"""A lower temperature draws the most probable token, as 0 does: it would make logits overflow."""
+
+
+def sampling_params(
+    config: IngressConfig,
+    *,
+    seed: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    frequency_penalty: float | None,
+    presence_penalty: float | None,
+    repetition_penalty: float | None,
+    max_tokens: int | None,
+    min_tokens: int | None,
+    stop_token_ids: Sequence[int] | None,
+    ignore_eos: bool | None,
+    logit_bias: dict[int, float] | None,
+    logprobs: int = -1,
+    prompt_logprobs: int = -1,
+) -> SamplingParams:
+    """What the engine is told; None stands for a parameter that the client has not given.
+
+    A request without a seed gets one here, so that a token drawn again is the same token. `max_tokens` is set later,
+    when the prompt's length is known. Raises ApiError for values that contradict each other or the model.
+    """
+    for param, ids in (("stop_token_ids", stop_token_ids or ()), ("logit_bias", logit_bias or ())):
+        for token in ids:
+            if not 0 <= token < config.vocab_size:
+                raise invalid(
+                    f"Invalid value for '{param}': token ids must be 0 to {config.vocab_size - 1}.",
+                    param,
+                    "invalid_value",
+                )
+    if min_tokens and max_tokens is not None and min_tokens > max_tokens:
+        raise invalid(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).", "min_tokens")
+    if min_tokens and min_tokens > config.max_model_len:
+        raise invalid(
+            f"min_tokens ({min_tokens}) is larger than the context length of {config.max_model_len} tokens.",
+            "min_tokens",
+            "context_length_exceeded",
+        )
+    temperature = 1.0 if temperature is None else temperature
+    return SamplingParams(
+        max_tokens=0,
+        seed=(int.from_bytes(os.urandom(8), "little") if seed is None else seed) & (2**63 - 1),
+        temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
+        top_p=1.0 if top_p is None else top_p,
+        top_k=max(0, top_k or 0),
+        min_p=min_p or 0.0,
+        frequency_penalty=frequency_penalty or 0.0,
+        presence_penalty=presence_penalty or 0.0,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
+        min_tokens=min_tokens or 0,
+        stop_token_ids=list(dict.fromkeys([*(() if ignore_eos else config.eos_token_ids), *(stop_token_ids or ())])),
+        logit_bias=logit_bias or {},
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def text_params(
+    config: IngressConfig,
+    stop: str | list[str] | None,
+    skip_special_tokens: bool | None,
+    no_stop_trim: bool | None,
+) -> TextParams:
+    """How tokens become text. Raises ApiError for bad stop strings."""
+    strings = [stop] if isinstance(stop, str) else stop or []
+    if len(strings) > config.max_stop_strings:
+        raise invalid(
+            f"Invalid value for 'stop': at most {config.max_stop_strings} stop strings are allowed.",
+            "stop",
+            "invalid_value",
+        )
+    for string in strings:
+        if not 0 < len(string) <= MAX_STOP_LENGTH:
+            raise invalid(
+                f"Invalid value for 'stop': a stop string has 1 to {MAX_STOP_LENGTH} characters.",
+                "stop",
+                "invalid_value",
+            )
+    return TextParams(strings, skip_special_tokens is not False, bool(no_stop_trim))

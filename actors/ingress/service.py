@@ -1,0 +1,193 @@
+"""What all endpoints share: who may ask, how prompts become tokens, how much may be generated, what is in progress."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from actors.ingress.config import IngressConfig
+from actors.ingress.errors import ApiError, invalid
+from actors.ingress.exchange import ClientGone, Exchange
+from actors.ingress.generation import Generation
+from actors.ingress.ledger import Ledger
+from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.tokenization import Tokenization
+from actors.messages import ChatPrompt, Detokenize, Detokenized, SamplingParams, TextParams, TextPrompt, Tokenize
+
+MAX_CHOICES = 1024
+"""Prompts × answers to each of one HTTP request."""
+
+Prompt = ChatPrompt | TextPrompt | list[int]
+
+
+class Service:
+    """What endpoints work with.
+
+    Attributes:
+        created: when this worker was started, seconds since 1970.
+        in_progress: admitted HTTP requests.
+    """
+
+    def __init__(
+        self,
+        config: IngressConfig,
+        name: str,
+        ledger: Ledger,
+        tokenization: Tokenization,
+        metrics: IngressMetrics,
+        actors: ActorFigures,
+    ) -> None:
+        self.config = config
+        self.name = name
+        self.ledger = ledger
+        self.tokenization = tokenization
+        self.metrics = metrics
+        self.actors = actors
+        self.created = int(time.time())
+        self.in_progress: set[Exchange] = set()
+        self._key = config.api_key.encode() if config.api_key is not None else None
+
+    # -- who may ask ----------------------------------------------------------------------------------------------
+
+    def authorize(self, exchange: Exchange) -> None:
+        """Raises ApiError unless the client has sent the API key, if there is one."""
+        if self._key is None:
+            return
+        scheme, _, key = exchange.header(b"authorization").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+            raise ApiError(
+                401, "Incorrect API key provided: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+            )
+
+    @contextmanager
+    def admitted(self, exchange: Exchange) -> Iterator[None]:
+        """Counts the request as in progress, and interrupts it when its client goes or its time is up.
+
+        Raises ApiError when this worker has too many. The request's body must have been read.
+        """
+        if len(self.in_progress) >= self.config.max_concurrent:
+            raise ApiError(503, "The server has too many requests in progress.", code="overloaded", retry_after_s=1.0)
+        loop = asyncio.get_running_loop()
+        timeout_s = self.config.request_timeout_s
+        too_late = ApiError(408, f"The request took longer than {timeout_s:g} seconds.", code="timeout")
+        timer = loop.call_later(timeout_s, exchange.interrupt, too_late)
+        watcher = loop.create_task(_watch_connection(exchange))
+        self.in_progress.add(exchange)
+        try:
+            yield
+        finally:
+            self.in_progress.discard(exchange)
+            watcher.cancel()
+            timer.cancel()
+
+    def check_model(self, model: str | None) -> str:
+        """The name to answer with. Raises ApiError for a model that is not served here."""
+        names = self.config.served_model_names
+        if model is None or model in names:
+            return model or names[0]
+        raise ApiError(
+            404, f"The model '{model}' does not exist. Served here: {', '.join(names)}.", "model", "model_not_found"
+        )
+
+    # -- prompts --------------------------------------------------------------------------------------------------
+
+    async def tokenize(self, prompts: Sequence[Prompt]) -> list[bytes]:
+        """Token ids (i32) of prompts. Raises ApiError for one that cannot be encoded or is no prompt."""
+        answers = await asyncio.gather(*map(self._tokenize, prompts), return_exceptions=True)
+        tokens: list[bytes] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            tokens.append(answer)
+        return tokens
+
+    async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> Detokenized:
+        """The text of token ids. Raises ApiError for ids that the model does not have."""
+        self.check_token_ids(tokens, "tokens")
+        return await self.tokenization.text(Detokenize(new_rid(), array("i", tokens).tobytes(), skip_special_tokens))
+
+    def check_token_ids(self, tokens: Sequence[int], param: str) -> None:
+        """Raises ApiError for token ids that the model does not have."""
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
+            limit = self.config.vocab_size
+            raise invalid(f"Invalid value for '{param}': token ids must be 0 to {limit - 1}.", param, "invalid_value")
+
+    def check_length(self, prompt_tokens: int, max_tokens: int | None, default: int | None, param: str) -> int:
+        """How many tokens an answer may have: what the client asks for, or else the default, or else all that fit.
+
+        Raises ApiError when the prompt does not fit the context, or does not with what is asked for explicitly, as
+        vLLM and SGLang do.
+        """
+        limit = self.config.max_model_len
+        if prompt_tokens == 0:
+            raise invalid("The prompt is empty: it must have at least one token.", param)
+        if max_tokens is None:
+            if prompt_tokens < limit:
+                return limit - prompt_tokens if default is None else min(default, limit - prompt_tokens)
+            max_tokens = 1
+        if prompt_tokens + max_tokens > limit:
+            raise invalid(
+                f"This model's maximum context length is {limit} tokens. However, your request has {prompt_tokens} "
+                f"tokens in the prompt and asks for {max_tokens} more. Shorten the prompt or ask for fewer tokens.",
+                param,
+                "context_length_exceeded",
+            )
+        return max_tokens
+
+    # -- generations ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        exchange: Exchange,
+        rid: str,
+        prompts: Sequence[tuple[bytes, int]],
+        sampling: SamplingParams,
+        text: TextParams,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        extra_key: str = "",
+        eager: bool = False,
+    ) -> Generation:
+        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
+        return Generation(
+            self.ledger,
+            rid,
+            prompts,
+            sampling,
+            text,
+            arrived_at=exchange.arrived_at,
+            deadline=exchange.arrived_at + self.config.request_timeout_s,
+            n=n,
+            priority=priority,
+            extra_key=extra_key,
+            eager=eager,
+        )
+
+    def check_choices(self, prompts: int, n: int) -> None:
+        """Raises ApiError when one HTTP request asks for too many answers."""
+        if n > self.config.max_n:
+            raise invalid(f"Invalid value for 'n': it must be at most {self.config.max_n}.", "n", "invalid_value")
+        if prompts * n > MAX_CHOICES:
+            raise invalid(f"The request asks for {prompts * n} answers; at most {MAX_CHOICES} are allowed.", "n")
+
+    async def _tokenize(self, prompt: Prompt) -> bytes:
+        if isinstance(prompt, list):
+            self.check_token_ids(prompt, "prompt")
+            return array("i", prompt).tobytes()
+        return await self.tokenization.tokens(Tokenize(new_rid(), prompt))
+
+
+def new_rid() -> str:
+    """An identity that no other request has."""
+    return os.urandom(12).hex()
+
+
+async def _watch_connection(exchange: Exchange) -> None:
+    await exchange.disconnected()
+    exchange.interrupt(ClientGone())

@@ -1,0 +1,453 @@
+"""Every message of the runtime, grouped by the edge it travels on.
+
+A request is known by (rid, attempt): the ingress that owns it raises `attempt` each time it hands the request to a
+scheduler again, and whoever knows a newer attempt drops what belongs to an older one. Packed arrays are little-endian:
+`i32` stands for int32, `f32` for float32. Times are seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Index = Annotated[int, Meta(ge=0, lt=2**31)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Rid = Annotated[str, Meta(min_length=1, max_length=128)]
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Tagged(Struct, tag=True, array_like=True, gc=False):
+    """Base of all messages: a MessagePack array whose first item names the type."""
+
+
+# -- any actor → its peers -----------------------------------------------------------------------------------------
+
+
+class Hello(Tagged):
+    """An actor → every peer, once it is ready: "what my former incarnation held is gone"."""
+
+
+class ActorStats(Tagged):
+    """An actor → every ingress, once a second: figures for /metrics."""
+
+    incarnation: int
+    figures: dict[str, float]
+
+
+# -- ingress ↔ tokenizer -------------------------------------------------------------------------------------------
+
+
+class ChatPrompt(Tagged):
+    """Messages to render with the model's chat template; `messages` and `tools` are JSON texts."""
+
+    messages: str
+    tools: str = ""
+    template_arguments: str = "{}"
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class TextPrompt(Tagged):
+    """A plain prompt, encoded as it is, with the model's own BOS token where it has one."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class Tokenize(Tagged):
+    """Ingress → tokenizer. Answered by `Tokenized` or `TokenizeFailed`. Repeated when the tokenizer is restarted."""
+
+    rid: Rid
+    prompt: ChatPrompt | TextPrompt
+
+
+class Tokenized(Tagged):
+    """Tokenizer → ingress: the prompt's token ids (i32)."""
+
+    rid: Rid
+    tokens: bytes
+
+
+class TokenizeFailed(Tagged):
+    """Tokenizer → ingress: the prompt cannot be rendered or encoded; one sentence for the client."""
+
+    rid: Rid
+    error: str
+
+
+class Detokenize(Tagged):
+    """Ingress → tokenizer: the text of token ids (i32). Answered by `Detokenized` or `TokenizeFailed`."""
+
+    rid: Rid
+    tokens: bytes
+    skip_special_tokens: bool = False
+
+
+class Detokenized(Tagged):
+    """Tokenizer → ingress: the whole text, and the text of each token alone."""
+
+    rid: Rid
+    text: str
+    pieces: list[str]
+
+
+# -- ingress ↔ scheduler -------------------------------------------------------------------------------------------
+
+
+class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
+    """How the tokens of one request are drawn.
+
+    Attributes:
+        top_k: 0 keeps all tokens.
+        stop_token_ids: ids that end the request, the model's end-of-sequence ids among them unless `ignore_eos`.
+        logprobs: -1 for none, else how many of the most probable tokens are reported beside the drawn one.
+        prompt_logprobs: the same for the prompt's tokens.
+    """
+
+    max_tokens: Annotated[int, Meta(ge=0)]
+    seed: Seed
+    temperature: Annotated[float, Meta(ge=0)] = 1.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    stop_token_ids: list[TokenId] = []
+    logit_bias: dict[TokenId, float] = {}
+    logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether drawing a token needs the tokens before it."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
+
+
+class TextParams(Struct, array_like=True, frozen=True, gc=False):
+    """How the tokens of one request become text.
+
+    `no_stop_trim` leaves the matched stop string or stop token in the text.
+    """
+
+    stop: list[str] = []
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+
+
+class Generate(Tagged):
+    """Ingress → scheduler: produce tokens. Sent again, with a higher attempt and the tokens received so far, when the
+    scheduler has been restarted. Answered by `Texts` of the detokenizer, or `Refused`.
+
+    Attributes:
+        prompt: token ids (i32).
+        output: token ids (i32) that the ingress already has.
+        characters: length of the text that the ingress already has for them.
+        extra_key: the prefix tree shares pages only between requests with the same key.
+        timeout_s: seconds that are left until the request is given up; 0 for no limit.
+    """
+
+    rid: Rid
+    attempt: Index
+    prompt: bytes
+    sampling: SamplingParams
+    text: TextParams
+    output: bytes = b""
+    characters: Index = 0
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
+    extra_key: Annotated[str, Meta(max_length=1024)] = ""
+    timeout_s: Annotated[float, Meta(ge=0)] = 0.0
+
+
+class Abort(Tagged):
+    """Ingress → scheduler: the client is gone or the time is up; free what the request holds. No answer."""
+
+    rid: Rid
+
+
+class Acknowledge(Tagged):
+    """Ingress → scheduler: these requests have arrived whole; forget them."""
+
+    rids: list[Rid]
+
+
+class Resend(Tagged):
+    """Ingress or detokenizer → scheduler: tokens of this request are missing. The scheduler hands the whole request
+    to the detokenizer again, or answers the ingress with `Unknown`."""
+
+    rid: Rid
+    attempt: Index
+
+
+class Refused(Tagged):
+    """Scheduler → ingress: the request will not be served; `status` is an HTTP status, `message` a sentence."""
+
+    rid: Rid
+    attempt: Index
+    status: Annotated[int, Meta(ge=400, le=599)]
+    message: str
+    retry_after_s: float = 0.0
+
+
+class Unknown(Tagged):
+    """Scheduler → ingress: no such request here. The ingress sends `Generate` again."""
+
+    rid: Rid
+    attempt: Index
+
+
+# -- scheduler ↔ rank ----------------------------------------------------------------------------------------------
+
+
+class Attach(Tagged):
+    """Scheduler → rank 0, when either has been started: forget all slots and all steps sent before. Answered by
+    `Attached` after the step under way has ended, so that from then on no page is written but by new steps.
+
+    Rank 0 leads its group: the scheduler talks to it alone, and it passes `Attach` and `Step` on to the other ranks in
+    the order in which it acts on them itself, so that all ranks always take part in the same collectives."""
+
+
+class Attached(Tagged):
+    """Rank 0 → scheduler: what the group runs, and that it is at rest.
+
+    `fingerprint` names model, dtype and page format.
+    """
+
+    num_pages: Index
+    page_size: Index
+    max_slots: Index
+    vocab_size: Index
+    max_model_len: Index
+    fingerprint: str
+
+
+class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
+    """A request takes a slot of the rank's tables.
+
+    Attributes:
+        slot: row of the page table, the sampling parameters and the last-token table.
+        prompt_len: tokens of the prompt; the token at position p ≥ prompt_len is output token p - prompt_len.
+        history: prompt and output token ids so far (i32) if `sampling.needs_history`, else empty.
+    """
+
+    slot: Index
+    prompt_len: Index
+    sampling: SamplingParams
+    history: bytes = b""
+
+
+SAMPLE = 1
+"""Row flag of a step: draw the token that follows the row's last new token."""
+PROMPT_LOGPROBS = 2
+"""Row flag of a step: report the logprobs of the row's new tokens, each but the first given the tokens before it."""
+
+
+class Step(Tagged):
+    """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult`.
+
+    A row is a run of new tokens of one slot. The step reads the KV of positions [0, start) and writes
+    [start, start + length), so it may be run again. Steps are run in the order of their numbers.
+
+    Attributes:
+        number: counts up from 1 within one incarnation of the scheduler.
+        opens: slots to set up before the step.
+        slots, starts, lengths: i32 a row. `starts` is the position of the row's first new token.
+        flags: one byte a row, `SAMPLE | PROMPT_LOGPROBS`.
+        tokens: i32, the new tokens of all rows one after the other; -1 stands for the token that the rank itself drew
+            last for the slot, in an earlier step that is still unanswered when this one is sent.
+        pages: i32 triples (slot, index in the slot's page table, page), set before the step.
+    """
+
+    number: Index
+    slots: bytes
+    starts: bytes
+    lengths: bytes
+    flags: bytes
+    tokens: bytes
+    pages: bytes = b""
+    opens: list[OpenSlot] = []
+
+
+class TopLogprobs(Struct, array_like=True, frozen=True, gc=False):
+    """Logprobs for consecutive tokens of one row: of the tokens themselves (f32[k]) and of the `top` most probable ones
+    (ids i32[k, top], values f32[k, top], most probable first)."""
+
+    row: Index
+    logprobs: bytes
+    top: Index = 0
+    top_ids: bytes = b""
+    top_logprobs: bytes = b""
+
+
+class StepResult(Tagged):
+    """Rank 0 → scheduler: the tokens drawn in a step, one for each row flagged SAMPLE, in row order (i32).
+
+    `logprobs` and `prompt_logprobs` hold an entry for each row that asked for them. For prompt logprobs the entry's
+    tokens are the row's new tokens, each given the tokens before it; the first token of the row has logprob NaN.
+    """
+
+    number: Index
+    tokens: bytes
+    logprobs: list[TopLogprobs] = []
+    prompt_logprobs: list[TopLogprobs] = []
+    duration_s: float = 0.0
+
+
+# -- scheduler ↔ detokenizer ---------------------------------------------------------------------------------------
+
+
+class TokenLogprob(Struct, array_like=True, frozen=True, gc=False):
+    """Logprob of a token, and the most probable tokens at its place as (id, logprob)."""
+
+    token: TokenId
+    logprob: float | None
+    top: list[tuple[TokenId, float]] = []
+
+
+class OpenText(Struct, array_like=True, frozen=True, gc=False):
+    """The detokenizer starts, or starts anew, with a request.
+
+    Attributes:
+        reply_to: the ingress that owns the request.
+        base: output token ids (i32) that the ingress already has; their text is not sent again.
+        characters: length of the text that the ingress already has.
+    """
+
+    rid: Rid
+    attempt: Index
+    reply_to: str
+    text: TextParams
+    stop_token_ids: list[TokenId] = []
+    base: bytes = b""
+    characters: Index = 0
+
+
+class TokenEvent(Struct, array_like=True, frozen=True, gc=False):
+    """New output tokens of one request; `index` counts its output tokens from 0."""
+
+    rid: Rid
+    attempt: Index
+    index: Index
+    tokens: list[TokenId]
+    finish: FinishReason | None = None
+    cached_tokens: Index = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class Tokens(Tagged):
+    """Scheduler → detokenizer, one message a step: requests that start, new tokens, requests to forget."""
+
+    events: list[TokenEvent]
+    opens: list[OpenText] = []
+    closes: list[Rid] = []
+
+
+class Stopped(Tagged):
+    """Detokenizer → scheduler: a stop string has been completed by output token `index`; draw no more."""
+
+    rid: Rid
+    attempt: Index
+    index: Index
+
+
+# -- detokenizer → ingress -----------------------------------------------------------------------------------------
+
+
+class TextLogprob(Struct, array_like=True, frozen=True, gc=False):
+    """Logprob of a token with the bytes it stands for, and the most probable tokens at its place."""
+
+    token: TokenId
+    token_bytes: bytes
+    logprob: float | None
+    top: list[tuple[TokenId, bytes, float]] = []
+
+
+class TextEvent(Struct, array_like=True, frozen=True, gc=False):
+    """New text of one request.
+
+    Attributes:
+        index: of the first of `tokens` among the output tokens.
+        offset: position of `text`'s first character in the whole output text.
+        stop_reason: the stop string or stop token id that ended the request, if one did.
+    """
+
+    rid: Rid
+    attempt: Index
+    index: Index
+    tokens: list[TokenId]
+    offset: Index
+    text: str
+    finish: FinishReason | None = None
+    stop_reason: str | int | None = None
+    cached_tokens: Index = 0
+    logprobs: list[TextLogprob] | None = None
+    prompt_logprobs: list[TextLogprob] | None = None
+
+
+class Texts(Tagged):
+    """Detokenizer → ingress, one message a step for each ingress."""
+
+    events: list[TextEvent]
+
+
+# -- scheduler → bootstrap → ingress -------------------------------------------------------------------------------
+
+
+class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
+    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests."""
+
+    engine: str
+    role: Literal["unified", "prefill", "decode"]
+    scheduler: str
+    address: str
+    model: str
+    fingerprint: str
+    tp: Index
+    page_size: Index
+    num_pages: Index
+    max_model_len: Index
+    waiting: Index = 0
+    running: Index = 0
+
+
+class Register(Tagged):
+    """Scheduler → bootstrap, once a second and when either has been started."""
+
+    engine: EngineInfo
+
+
+class Registry(Tagged):
+    """Bootstrap → every ingress, when an engine comes, goes or changes, and once a second."""
+
+    engines: list[EngineInfo]
+
+
+Message = (
+    Hello
+    | ActorStats
+    | Tokenize
+    | Tokenized
+    | TokenizeFailed
+    | Detokenize
+    | Detokenized
+    | Generate
+    | Abort
+    | Acknowledge
+    | Resend
+    | Refused
+    | Unknown
+    | Attach
+    | Attached
+    | Step
+    | StepResult
+    | Tokens
+    | Stopped
+    | Texts
+    | Register
+    | Registry
+)
+"""All types that may travel in an envelope."""

@@ -1,0 +1,138 @@
+"""`Rank`: the actor around an executor. It runs the steps of one scheduler in the order in which they come."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from pathlib import Path
+
+import msgspec
+import torch
+
+from actors.actor import Actor, BadMessage, StartFailure, handles
+from actors.checkpoint import CheckpointError
+from actors.messages import Attach, Attached, Step
+from actors.rank.config import RankConfig
+from actors.rank.executor import Executor, build_executor
+from actors.rank.group import JOIN_TIMEOUT_S, Group
+
+logger = logging.getLogger(__name__)
+
+SECONDS_PER_TOKEN = 0.05
+"""What a token of a step may add to the time after which the rank counts as hung."""
+
+
+class Rank(Actor):
+    """One tensor-parallel rank of an engine. Rank 0 leads: it alone talks to the scheduler, and passes on what it does.
+
+    Its arenas come as the descriptors `NAME.weights` and `NAME.kv`; what is not given is made anew at each start.
+    """
+
+    def setup(self) -> None:
+        config = self.config = msgspec.convert(self.args.config, RankConfig)
+        config.check()
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.group = Group(
+            config.tp,
+            config.rank,
+            Path(config.process_group_dir) if config.tp > 1 else None,
+            config.deterministic,
+        )
+        descriptors = self.context.descriptors
+        weights, kv = descriptors.get(f"{self.name}.weights"), descriptors.get(f"{self.name}.kv")
+        try:
+            self.executor: Executor = build_executor(config, weights, kv, self.group)
+        except CheckpointError as error:
+            raise StartFailure(str(error)) from error
+        self.steps: deque[Step] = deque()
+        prefix = self.name.removesuffix(f"rank{config.rank}")
+        self.leader = f"{prefix}rank0"
+        self.followers = [f"{prefix}rank{rank}" for rank in range(1, config.tp)] if config.rank == 0 else []
+        # Whose steps are run: on rank 0 those of the scheduler that has attached, on others those of rank 0.
+        self.source: str | None = None
+        self.steps_run = self.tokens_run = self.steps_ignored = 0
+        self.busy_s = 0.0
+
+    def peer_started(self, peer: str, incarnation: int) -> None:
+        if peer == self.source:
+            self._forget_steps()
+            self.source = None
+
+    @handles(Attach)
+    def attach(self, message: Attach, sender: str) -> None:
+        """Everything before is forgotten. The ranks of a group meet at the first of these and not in `setup`, for a
+        supervisor waits for one child to be ready before it starts the next."""
+        if self.config.rank and sender != self.leader:
+            raise BadMessage(f"{sender} sent Attach to {self.name}, which follows {self.leader}")
+        self._forget_steps()
+        self.source = sender
+        self.executor.reset()
+        for follower in self.followers:
+            self.send(follower, message)
+        self.link.doing("meeting the other ranks", JOIN_TIMEOUT_S + self.args.busy_limit_s)
+        try:
+            self.group.join(self.executor.device, lambda: self.link.shutdown_requested)
+        except InterruptedError:
+            return
+        config = self.config
+        if config.rank == 0:
+            attached = Attached(
+                num_pages=config.num_pages,
+                page_size=config.page_size,
+                max_slots=config.max_slots,
+                vocab_size=self.executor.vocab_size,
+                max_model_len=config.max_model_len,
+                fingerprint=self.executor.fingerprint,
+            )
+            self.send(sender, attached)
+
+    @handles(Step)
+    def step(self, message: Step, sender: str) -> None:
+        """Queues a step of the scheduler that is attached; others are ignored."""
+        if sender == self.source:
+            self.steps.append(message)
+        else:
+            self.steps_ignored += 1
+
+    def turn(self) -> None:
+        """Runs the queued steps, with a look into the mailbox after each: an `Attach` there forgets the others."""
+        while self.steps and not self.link.shutdown_requested:
+            self._run(self.steps.popleft())
+            if self.mailbox.poll(0):
+                return
+
+    def teardown(self) -> None:
+        self.group.leave()
+
+    def stats(self) -> dict[str, float]:
+        """Steps and tokens run, seconds spent in them, and steps ignored, since the start of this incarnation."""
+        return {
+            "steps": float(self.steps_run),
+            "tokens": float(self.tokens_run),
+            "busy_seconds": self.busy_s,
+            "steps_ignored": float(self.steps_ignored),
+            "weights_bytes": float(self.executor.weights_bytes),
+            "kv_bytes": float(self.executor.cache.nbytes),
+        }
+
+    def _run(self, step: Step) -> None:
+        tokens = len(step.tokens) // 4
+        self.link.doing(f"step {step.number}", self.args.busy_limit_s + SECONDS_PER_TOKEN * tokens)
+        for follower in self.followers:
+            self.send(follower, step)
+        try:
+            result = self.executor.execute(step)
+        except BadMessage as error:  # on every rank alike, before the first collective
+            self.bad_messages += 1
+            logger.warning("dropped step %d of %s: %s", step.number, self.source, error)
+            return
+        self.steps_run += 1
+        self.tokens_run += tokens
+        self.busy_s += result.duration_s
+        if self.config.rank == 0 and self.source is not None:
+            self.send(self.source, result)
+
+    def _forget_steps(self) -> None:
+        self.steps_ignored += len(self.steps)
+        self.steps.clear()

@@ -1,0 +1,51 @@
+"""The settings of a rank. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+from actors.actor import StartFailure
+from actors.kv_format import DType
+
+Positive = Annotated[int, Meta(ge=1, lt=2**31)]
+
+
+class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """`args.config` of a rank's child spec.
+
+    Attributes:
+        model: a GGUF file or a Hugging Face directory.
+        dtype: of weights, activations and cached keys and values.
+        deterministic: a token's logits do not depend on what else is in the step, nor on chunking.
+        rank: of this process among the `tp` of its group, from 0.
+        page_size: tokens in a page. num_pages: pages in this rank's KV arena.
+        max_slots: requests that may be open at a time.
+        max_model_len: positions that a sequence may have.
+        max_step_tokens: new tokens that a step may have.
+        threads: of torch in this process; 0 leaves torch's own choice.
+        process_group_dir: where the ranks of a group meet; needed if tp is above 1.
+    """
+
+    model: str
+    dtype: DType
+    num_pages: Positive
+    max_slots: Positive
+    max_model_len: Positive
+    page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
+    max_step_tokens: Positive = 16_384
+    deterministic: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    tp: Annotated[int, Meta(ge=1, le=64)] = 1
+    rank: Annotated[int, Meta(ge=0, le=63)] = 0
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    process_group_dir: str = ""
+
+    def check(self) -> None:
+        """Raises StartFailure for settings that do not fit together."""
+        if self.rank >= self.tp:
+            raise StartFailure(f"rank {self.rank} does not exist in a group of {self.tp}")
+        if self.tp > 1 and not Path(self.process_group_dir).is_absolute():
+            raise StartFailure("tp is above 1: process_group_dir must be an absolute path")

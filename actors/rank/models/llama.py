@@ -1,0 +1,108 @@
+"""The Llama family: Llama 3, Mistral, Qwen2 (biases on queries, keys and values), Qwen3 (norms of queries and keys).
+
+Sizes: T new tokens of a step, H the hidden size, D the head size; Hq and Hkv the query and key-value heads of this
+rank, V its part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import kernels
+from actors.checkpoint import ModelConfig
+from actors.rank.shard import Shard
+from actors.rank.weights import LayerWeights, Matrix, Weights
+from kernels import AttentionMeta
+
+Reduce = Callable[[Tensor], Tensor]
+"""Adds up the parts of a result that the ranks of a group hold; the result itself in a group of one."""
+
+
+class Llama:
+    """One rank's part of a model.
+
+    Args:
+        max_positions: positions that the rotary tables cover.
+        deterministic: a token's result depends on the tokens before it alone, to the bit.
+        reduce: see `Reduce`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        shard: Shard,
+        weights: Weights,
+        max_positions: int,
+        deterministic: bool,
+        reduce: Reduce,
+    ) -> None:
+        self.config = config
+        self.weights = weights
+        self.reduce = reduce
+        self.deterministic = deterministic
+        self.head_dim = config.head_dim
+        self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
+        self.scale = config.head_dim**-0.5
+        self.cos, self.sin = kernels.rotary_table(
+            config.head_dim, max_positions, config.rope_theta, config.rope_scaling, weights.embedding.device
+        )
+
+    def hidden(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> Tensor:
+        """The state behind the last layer, before the final norm, of int64 ids [T]: [T, H].
+
+        cache: [num_pages, layers, 2, page_size, Hkv, D]; the new tokens' keys and values are written there.
+        """
+        residual = kernels.embedding(ids, self.weights.embedding)
+        x: Tensor | None = None
+        for index, layer in enumerate(self.weights.layers):
+            x, residual = self._norm(x, layer.attention_norm, residual)
+            x = self.reduce(self._attention(x, layer, meta, cache[:, index]))
+            x, residual = self._norm(x, layer.mlp_norm, residual)
+            x = self.reduce(self._mlp(x, layer))
+        return residual if x is None else residual + x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """This rank's part of the logits of states [B, H]: float32 [B, V]."""
+        x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
+        return self._linear(x, self.weights.lm_head).float()
+
+    def _attention(self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor) -> Tensor:
+        qkv = self._linear(x, layer.qkv, layer.qkv_bias)
+        qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
+        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
+        mixed = kernels.attention(
+            q,
+            k,
+            v,
+            cache,
+            meta,
+            self.cos,
+            self.sin,
+            self.scale,
+            window=self.config.sliding_window,
+            deterministic=self.deterministic,
+        )
+        return self._linear(mixed.view(len(x), self.heads * self.head_dim), layer.o, layer.o_bias)
+
+    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        gate_up = self._linear(x, layer.gate_up, layer.gate_up_bias)
+        return self._linear(kernels.silu_and_mul(gate_up), layer.down, layer.down_bias)
+
+    def _linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+        return kernels.linear(x, weight, bias, deterministic=self.deterministic)
+
+    def _norm(self, x: Tensor | None, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds x to the residual stream, if there is an x, and normalizes the stream: (normalized, stream)."""
+        if x is None:
+            return kernels.rms_norm(residual, weight, self.config.rms_eps)
+        return kernels.rms_norm(x, weight, self.config.rms_eps, residual)
+
+    def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Normalizes each head of [T, heads, D] by itself."""
+        normalized, _ = kernels.rms_norm(x.reshape(-1, self.head_dim), weight, self.config.rms_eps)
+        return normalized.view(x.shape)

@@ -1,0 +1,225 @@
+"""Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
+
+The logits of a row are changed in this order: penalties, bias, minimum length; then temperature, top-k, top-p and min-p
+choose. The random number of a token is a pure function of the request's seed and the token's position, and everything
+else here is a function of the tokens before it, so a step that is run again draws the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import kernels
+from actors.actor import BadMessage
+from actors.messages import OpenSlot, SamplingParams, TopLogprobs
+from kernels import SamplingTensors
+
+Int32s = NDArray[np.int32]
+Int64s = NDArray[np.int64]
+
+
+class History:
+    """The tokens of a sequence by position, and how often each different one stands among the first of them.
+
+    Counting goes on where it ended; it begins anew when a step is run again.
+    """
+
+    def __init__(self, prompt_len: int, tokens: Int32s, max_tokens: int) -> None:
+        self.prompt_len = prompt_len
+        self.tokens = np.zeros(max_tokens + 1, np.int32)
+        self.tokens[: len(tokens)] = tokens
+        self._restart()
+
+    def _restart(self) -> None:
+        self._counted = 0
+        self._entries: dict[int, int] = {}  # token → its place in the arrays below
+        self._ids = np.zeros(256, np.int32)
+        self._counts = np.zeros(256, np.int32)
+
+    def entries(self, position: int) -> tuple[Int32s, Int32s]:
+        """The different tokens before `position`, and how often each stands there behind the prompt."""
+        if position < self._counted:
+            self._restart()
+        for at in range(self._counted, position):
+            token = int(self.tokens[at])
+            place = self._entries.setdefault(token, len(self._entries))
+            if place == len(self._ids):
+                self._ids, self._counts = np.tile(self._ids, 2), np.concatenate([self._counts, 0 * self._counts])
+            self._ids[place] = token
+            self._counts[place] += at >= self.prompt_len
+        self._counted = position
+        return self._ids[: len(self._entries)], self._counts[: len(self._entries)]
+
+
+class Sampler:
+    """Sampling parameters by slot. Every rank of a group has one, and rank 0 draws.
+
+    Args:
+        max_slots, vocab_size, max_model_len: bounds of what may be asked for.
+        device: of the logits.
+    """
+
+    def __init__(self, max_slots: int, vocab_size: int, max_model_len: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.device = device
+        self._temperature = np.zeros(max_slots, np.float32)
+        self._top_k = np.zeros(max_slots, np.int32)
+        self._top_p = np.ones(max_slots, np.float32)
+        self._log_min_p = np.full(max_slots, -np.inf, np.float32)
+        self._seeds = np.zeros(max_slots, np.int64)
+        # Slots whose logits need more than these, and slots that report logprobs, so that others cost nothing.
+        self._changes = np.zeros(max_slots, np.bool_)
+        self._logprobs = np.full(max_slots, -1, np.int32)
+        self._params: dict[int, SamplingParams] = {}
+        self._bias: dict[int, tuple[Int32s, NDArray[np.float32]]] = {}
+        self._histories: dict[int, History] = {}
+        self._min_lengths: dict[int, tuple[int, Int32s]] = {}
+
+    def check(self, opened: OpenSlot) -> None:
+        """Raises BadMessage for parameters that cannot be served."""
+        sampling = opened.sampling
+        if len(opened.history) % 4 or len(opened.history) // 4 > self.max_model_len:
+            raise BadMessage(f"slot {opened.slot}: a history of {len(opened.history)} bytes")
+        history = np.frombuffer(opened.history, "<i4")
+        if len(history) and not 0 <= history.min() <= history.max() < self.vocab_size:
+            raise BadMessage(f"slot {opened.slot}: the history holds a token outside the vocabulary")
+        if any(token >= self.vocab_size for token in sampling.logit_bias):
+            raise BadMessage(f"slot {opened.slot}: logit_bias names a token outside the vocabulary")
+        if not all(value < math.inf for value in sampling.logit_bias.values()):
+            raise BadMessage(f"slot {opened.slot}: a logit_bias is not a number below infinity")
+        numbers = (sampling.temperature, sampling.frequency_penalty, sampling.presence_penalty)
+        if not all(map(math.isfinite, (*numbers, sampling.repetition_penalty))):
+            raise BadMessage(f"slot {opened.slot}: a sampling parameter is not a finite number")
+
+    def open(self, opened: OpenSlot) -> None:
+        """Sets up a slot, whose parameters `check` has accepted."""
+        slot, sampling = opened.slot, opened.sampling
+        self._params[slot] = sampling
+        self._temperature[slot] = sampling.temperature
+        self._top_k[slot] = min(sampling.top_k, self.vocab_size)
+        self._top_p[slot] = sampling.top_p
+        self._log_min_p[slot] = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
+        self._seeds[slot] = sampling.seed
+        self._logprobs[slot] = sampling.logprobs
+        for table in (self._bias, self._histories, self._min_lengths):
+            table.pop(slot, None)
+        if sampling.logit_bias:
+            values = np.fromiter(sampling.logit_bias.values(), np.float32)
+            self._bias[slot] = np.fromiter(sampling.logit_bias, np.int32), values
+        if sampling.needs_history:
+            tokens = np.frombuffer(opened.history, "<i4")
+            self._histories[slot] = History(opened.prompt_len, tokens, self.max_model_len)
+        stops = np.array([token for token in sampling.stop_token_ids if token < self.vocab_size], np.int32)
+        if sampling.min_tokens and len(stops):
+            self._min_lengths[slot] = opened.prompt_len + sampling.min_tokens, stops
+        self._changes[slot] = any(slot in table for table in (self._bias, self._histories, self._min_lengths))
+
+    def note(self, slot: int, start: int, tokens: Int32s) -> None:
+        """Tells a slot the tokens from position `start` on. Only slots in `with_history` want to know."""
+        self._histories[slot].tokens[start : start + len(tokens)] = tokens
+
+    @property
+    def with_history(self) -> set[int]:
+        """Slots whose tokens depend on those before."""
+        return set(self._histories)
+
+    def sample(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
+        """Draws a token for each row: int32 [B].
+
+        logits: float32 [B, V], not changed; slots, positions: [B], each row's slot and the position of its token.
+        """
+        if self._changes[slots].any():
+            logits = logits.clone()
+            self._change(logits, slots, positions)
+        return kernels.sample(
+            logits,
+            SamplingTensors(
+                temperature=self._to_device(self._temperature[slots]),
+                top_k=self._to_device(self._top_k[slots]),
+                top_p=self._to_device(self._top_p[slots]),
+                log_min_p=self._to_device(self._log_min_p[slots]),
+                all_greedy=not self._temperature[slots].any(),
+            ),
+            self._to_device(self._seeds[slots]),
+            self._to_device(positions.astype(np.int64)),
+        )
+
+    def logprobs(self, logits: Tensor, slots: Int32s, rows: Int32s, tokens: Tensor) -> list[TopLogprobs]:
+        """What the slots ask to know of their drawn tokens, from the logits as the model gave them.
+
+        logits: float32 [B, V]; slots, rows: [B], `rows` being each row's number in the step; tokens: int32 [B].
+        """
+        wanted = np.flatnonzero(self._logprobs[slots] >= 0)
+        if not len(wanted):
+            return []
+        tops = np.minimum(self._logprobs[slots[wanted]], self.vocab_size)
+        index = self._to_device(wanted)
+        values, top_values, top_ids = kernels.logprobs(logits[index], tokens[index], int(tops.max()))
+        values, top_values, top_ids = values.cpu(), top_values.cpu(), top_ids.cpu()
+        return [
+            _entry(int(rows[row]), values[i : i + 1], int(top), top_ids[i : i + 1], top_values[i : i + 1])
+            for i, (row, top) in enumerate(zip(wanted, tops, strict=True))
+        ]
+
+    def prompt_top(self, slot: int) -> int:
+        """How many of the most probable tokens a slot wants to know for each token of its prompt."""
+        return min(max(self._params[slot].prompt_logprobs, 0), self.vocab_size)
+
+    def _change(self, logits: Tensor, slots: Int32s, positions: Int32s) -> None:
+        penalized: list[tuple[int, Int32s, Int32s]] = []
+        biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
+        for row in np.flatnonzero(self._changes[slots]).tolist():
+            slot, position = int(slots[row]), int(positions[row])
+            if slot in self._histories:
+                penalized.append((row, *self._histories[slot].entries(position)))
+            if slot in self._bias:
+                biased.append((row, *self._bias[slot]))
+            if slot in self._min_lengths and position < self._min_lengths[slot][0]:
+                stops = self._min_lengths[slot][1]
+                biased.append((row, stops, np.full(len(stops), -np.inf, np.float32)))
+        if penalized:
+            sampling = [self._params[int(slot)] for slot in slots]
+            kernels.apply_penalties(
+                logits,
+                *self._entries(penalized),
+                torch.tensor([each.repetition_penalty for each in sampling], dtype=torch.float32, device=self.device),
+                torch.tensor([each.frequency_penalty for each in sampling], dtype=torch.float32, device=self.device),
+                torch.tensor([each.presence_penalty for each in sampling], dtype=torch.float32, device=self.device),
+            )
+        if biased:
+            kernels.add_bias(logits, *self._entries(biased))
+
+    def _entries(self, rows: Sequence[tuple[int, Int32s, NDArray[np.generic]]]) -> tuple[Tensor, Tensor, Tensor]:
+        """(row, token ids, values) of each row as three tensors with an entry a token."""
+        return (
+            self._to_device(
+                np.repeat(np.array([row for row, _, _ in rows], np.int32), [len(ids) for _, ids, _ in rows])
+            ),
+            self._to_device(np.concatenate([ids for _, ids, _ in rows])),
+            self._to_device(np.concatenate([values for _, _, values in rows])),
+        )
+
+    def _to_device(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+def prompt_logprobs(row: int, logprobs: Tensor, top_values: Tensor, top_ids: Tensor) -> TopLogprobs:
+    """The entry of one row of a step: float32 [k], float32 [k, top], int32 [k, top]."""
+    return _entry(row, logprobs.cpu(), top_ids.shape[1], top_ids.cpu(), top_values.cpu())
+
+
+def _entry(row: int, logprobs: Tensor, top: int, top_ids: Tensor, top_values: Tensor) -> TopLogprobs:
+    return TopLogprobs(
+        row=row,
+        logprobs=logprobs.numpy().tobytes(),
+        top=top,
+        top_ids=top_ids[:, :top].numpy().tobytes(),
+        top_logprobs=top_values[:, :top].numpy().tobytes(),
+    )

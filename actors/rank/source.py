@@ -1,0 +1,151 @@
+"""Tensors of a checkpoint by their Hugging Face names, read in parts, from GGUF files and safetensors directories."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from actors.checkpoint import CheckpointError, GGUFFile, ModelConfig, TensorInfo
+from actors.rank.dequantize import DEQUANTIZERS, dequantize
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""llama.cpp's names of modules."""
+
+
+class Source(Protocol):
+    """A checkpoint's tensors."""
+
+    def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
+        """A part of the tensor `name`, float32, float16 or bfloat16: [rows, columns], or [columns] of a vector.
+
+        `shape` is what the whole must have. Raises CheckpointError if it has not, or is missing.
+        """
+        ...
+
+
+def open_source(path: Path, config: ModelConfig) -> Source:
+    """The tensors of a GGUF file or a Hugging Face directory. Raises CheckpointError."""
+    return SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config)
+
+
+class GGUFSource:
+    """Tensors of a GGUF file, dequantized block by block.
+
+    llama.cpp stores the rows of queries and keys of its architecture "llama" in another order: those of a head
+    alternate between the two halves that the rotary embedding pairs. Here they have Hugging Face's order again.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig) -> None:
+        self._file = GGUFFile(path)
+        self._head_dim = config.head_dim
+        self._interleaved = self._file.metadata.get("general.architecture") == "llama"
+
+    def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
+        stored = self._stored_name(name)
+        info = self._file.tensors.get(stored)
+        _check_shape(self._file.path, stored, info and info.shape, shape)
+        assert info is not None
+        if info.type not in DEQUANTIZERS:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {stored!r} is of type {info.type}, which is not supported; supported are "
+                + ", ".join(DEQUANTIZERS)
+            )
+        part = self._part(info, stored, rows, columns)
+        if self._interleaved and ("attn_q." in stored or "attn_k." in stored):
+            halves = part.view(-1, self._head_dim // 2, 2, len(columns) if len(shape) == 2 else 1)
+            part = halves.transpose(1, 2).reshape(part.shape)
+        return part
+
+    def _part(self, info: TensorInfo, stored: str, rows: range, columns: range) -> Tensor:
+        blocks = torch.frombuffer(self._file.data(stored), dtype=torch.uint8)
+        blocks = blocks.view(-1, info.shape[-1] // info.block_values, info.block_bytes)
+        if len(info.shape) == 2:
+            blocks = blocks[rows.start : rows.stop]
+        first, last = columns.start // info.block_values, -(-columns.stop // info.block_values)
+        values = dequantize(info.type, blocks[:, first:last])
+        values = values[:, columns.start - first * info.block_values :][:, : len(columns)]
+        return values if len(info.shape) == 2 else values[0]
+
+    def _stored_name(self, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+        if layer:
+            return f"blk.{layer[1]}.{GGUF_NAMES[layer[2]]}.{kind}"
+        return f"{GGUF_NAMES[module]}.{kind}"
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class SafetensorsSource:
+    """Tensors of a directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, Any] = {}
+        index_path = path / "model.safetensors.index.json"
+        self._index: dict[str, str] | None = None
+        if index_path.exists():
+            try:
+                self._index = msgspec.json.decode(index_path.read_bytes(), type=_Index).weight_map
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{index_path}: {error}") from None
+        elif not (path / "model.safetensors").exists():
+            raise CheckpointError(f"{path}: has neither model.safetensors nor model.safetensors.index.json")
+
+    def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
+        file_name = "model.safetensors" if self._index is None else self._index.get(name)
+        if file_name is None:
+            raise CheckpointError(f"{self._path}: has no tensor {name!r}")
+        try:
+            stored = self._open(file_name).get_slice(name)
+        except SafetensorError:
+            raise CheckpointError(f"{self._path / file_name}: has no tensor {name!r}") from None
+        _check_shape(self._path / file_name, name, tuple(stored.get_shape()), shape)
+        if len(shape) == 2:
+            part: Tensor = stored[rows.start : rows.stop, columns.start : columns.stop]
+        else:
+            part = stored[columns.start : columns.stop]
+        if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{self._path / file_name}: tensor {name!r} is {part.dtype}, which is not supported")
+        return part
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._files:
+            path = self._path / file_name
+            if Path(file_name).name != file_name:
+                raise CheckpointError(f"{self._path}: the index names {file_name!r}, which is not a file beside it")
+            try:
+                self._files[file_name] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        return self._files[file_name]
+
+
+def _check_shape(path: Path, name: str, found: tuple[int, ...] | None, wanted: tuple[int, ...]) -> None:
+    if found is None:
+        raise CheckpointError(f"{path}: has no tensor {name!r}")
+    if found != wanted:
+        raise CheckpointError(f"{path}: tensor {name!r} has the shape {found}, its configuration says {wanted}")

@@ -1,0 +1,229 @@
+"""Continuous batching: which tokens of which requests the next step computes, and on which pages."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from actors.messages import PROMPT_LOGPROBS, SAMPLE
+from actors.scheduler.config import Config
+from actors.scheduler.pages import PagePool
+from actors.scheduler.policy import admission_order
+from actors.scheduler.request import Lease, Request
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A run of new tokens of one request in one step, on the lease that the request had at the time."""
+
+    request: Request
+    lease: Lease
+    start: int
+    length: int
+    flags: int
+
+    @property
+    def live(self) -> bool:
+        """Whether the request still runs on the row's lease."""
+        return self.request.lease is self.lease
+
+
+class Batch:
+    """Requests that wait and requests that run, and the rules by which one becomes the other.
+
+    A page freed here may be given away in the very next step although earlier steps still use it: ranks run steps in
+    the order in which they were sent.
+    """
+
+    def __init__(self, config: Config, pool: PagePool) -> None:
+        self._config = config
+        self._pool = pool
+        self._slots = list(range(config.max_running))[::-1]
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.retractions = 0
+        # Digests of prompt pages that running requests are about to fill. A waiting request that needs one of them is
+        # admitted when it is done, and finds it in the tree.
+        self._coming: Counter[bytes] = Counter()
+
+    def next_rows(self) -> list[Row]:
+        """The rows of the next step: one token for each decoding request, then prompt chunks within the budget.
+
+        Running requests go first, then waiting ones are admitted. When pages run out, the running request that comes
+        last in urgency is retracted: it waits again and its tokens stay.
+        """
+        rows: list[Row] = []
+        budget = self._config.chunk_tokens
+        for request in list(self.running):
+            if request.lease is None:
+                continue  # retracted for the sake of one before it
+            if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
+                continue
+            todo = request.planned - request.scheduled
+            is_prompt = request.scheduled < len(request.tokens) - 1
+            length = min(todo, budget) if is_prompt else todo
+            if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
+                rows.append(self._row(request, request.lease, length))
+                budget -= length if is_prompt else 0
+        self._admit(rows, budget)
+        return rows
+
+    def add(self, request: Request) -> None:
+        """A request waits."""
+        self.waiting.append(request)
+
+    def computed(self, row: Row) -> None:
+        """The rank has answered a row's step: its KV is in the pages, for the ledger and for other requests."""
+        request, position, end = row.request, row.request.computed, row.start + row.length
+        if not row.live or end <= position:
+            return
+        size = self._pool.page_size
+        fresh = np.frombuffer(request.tokens[position:end], dtype=np.int32)
+        start = position
+        while position < end:
+            index = position // size
+            stop = min(end, (index + 1) * size)
+            tokens = fresh[position - start : stop - start]
+            page, prefix = row.lease.pages[index], request.digests[index]
+            self._pool.ledger.write(page, position % size, tokens, prefix, index == 0)
+            position = stop
+        request.computed = end
+        if row.length > 1:
+            self._share(request, row.lease)
+
+    def release(self, request: Request) -> None:
+        """Takes slot and pages from a running request; what is computed goes to the tree. Its tokens stay."""
+        lease = request.lease
+        if lease is None:
+            return
+        self._share(request, lease)
+        self._coming.subtract(request.digests[1 + request.shared : 1 + request.prompt_len // self._pool.page_size])
+        self._coming += Counter()
+        self._pool.give_back(lease.pages[request.shared :])
+        if request.node is not None:
+            self._pool.tree.unlock(request.node)
+        self._slots.append(lease.slot)
+        self.running.remove(request)
+        request.rewind()
+
+    def remove(self, request: Request) -> None:
+        """Forgets a request, waiting or running."""
+        if request.lease is None and request in self.waiting:
+            self.waiting.remove(request)
+        self.release(request)
+
+    def _row(self, request: Request, lease: Lease, length: int) -> Row:
+        start, end = request.scheduled, request.scheduled + length
+        flags = 0
+        if end == request.planned and not request.exhausted(self._config.max_model_len):
+            flags |= SAMPLE
+            request.pending += 1
+        if request.wants_prompt_logprobs and start < request.prompt_len:
+            flags |= PROMPT_LOGPROBS
+            if start:  # the logprob of a chunk's first token needs the one before it, so that is computed again
+                start, length = start - 1, length + 1
+        request.scheduled = end
+        return Row(request, lease, start, length, flags)
+
+    def _grow(self, lease: Lease, end: int) -> bool:
+        """Gives a lease pages for `end` positions; False when there are not enough."""
+        missing = -(-end // self._pool.page_size) - len(lease.pages)
+        if missing > 0:
+            pages = self._pool.allocate(missing)
+            if pages is None:
+                return False
+            lease.pages += pages
+        return True
+
+    def _make_room(self, request: Request, lease: Lease, end: int) -> bool:
+        """Grows a lease, retracting those that come last; False when the request had to be retracted itself."""
+        while not self._grow(lease, end):
+            victim = self.running[-1]
+            self._retract(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _retract(self, request: Request) -> None:
+        self.release(request)
+        self.waiting.append(request)
+        self.retractions += 1
+
+    def _admit(self, rows: list[Row], budget: int) -> None:
+        """Moves waiting requests to running while slots, pages and the prompt budget last."""
+        if not self.waiting:
+            return
+        pool = self._pool
+        promised = sum(
+            max(1, -(-request.planned // pool.page_size) - len(request.lease.pages))
+            for request in self.running
+            if request.lease is not None
+        )
+        for request in admission_order(self.waiting, self._config.policy, pool.tree):
+            if budget <= 0 or not self._slots:
+                return
+            if request.pending:
+                continue  # retracted with a token under way: that comes first
+            usable = b""
+            if pool.prefix_cache and not request.wants_prompt_logprobs:
+                usable = request.tokens[:-1].tobytes()
+                known = pool.tree.match_length(request.root, usable)
+                if any(self._coming[digest] > 0 for digest in request.digests[known + 1 : known + 2]):
+                    continue
+            # Pages that match stop being evictable, so they count as needed. One more for what is decoded next.
+            needed = -(-request.planned // pool.page_size) + 1
+            if self.running and promised + needed > pool.available:
+                return
+            lease = self._start(request, usable)
+            length = min(request.planned - request.scheduled, budget)
+            if not self._grow(lease, request.scheduled + length):
+                self._retract(request)
+                return
+            rows.append(self._row(request, lease, length))
+            budget -= length
+            promised += max(1, needed - len(lease.pages))
+
+    def _start(self, request: Request, usable: bytes) -> Lease:
+        """Gives a waiting request a slot and the pages that hold its prefix already."""
+        size = self._pool.page_size
+        self.waiting.remove(request)
+        insort(self.running, request, key=lambda r: r.urgency)
+        request.node, pages = self._pool.match(request.root, usable)
+        request.lease = lease = Lease(self._slots.pop(), list(pages))
+        request.shared = len(pages)
+        request.computed = request.scheduled = len(pages) * size
+        taken = self._pool.take_partial(request.digests[len(pages)], usable[4 * request.computed :])
+        if taken is not None:
+            page, count = taken
+            lease.pages.append(page)
+            request.computed += count
+            request.scheduled += count
+        if not request.output_len:
+            request.cached_tokens = request.computed
+        self._coming.update(request.digests[1 + request.shared : 1 + request.prompt_len // size])
+        return lease
+
+    def _share(self, request: Request, lease: Lease) -> None:
+        """Puts the full pages that a running request has computed into the tree, and takes over the tree's own where
+        another request was faster."""
+        pool = self._pool
+        full = request.computed // pool.page_size
+        if not pool.prefix_cache or full <= request.shared:
+            return
+        tokens = request.tokens[: full * pool.page_size].tobytes()
+        node, pages = pool.tree.insert(request.root, tokens, lease.pages[:full])
+        pool.tree.lock(node)
+        if request.node is not None:
+            pool.tree.unlock(request.node)
+        request.node = node
+        doubles = [own for own, kept in zip(lease.pages, pages, strict=False) if own != kept]
+        if doubles:
+            lease.pages[:full] = pages
+            lease.pages_sent = min(lease.pages_sent, request.shared)
+            pool.give_back(doubles)
+        prompt_pages = request.prompt_len // pool.page_size
+        self._coming.subtract(request.digests[1 + request.shared : 1 + min(full, prompt_pages)])
+        request.shared = full

@@ -1,0 +1,47 @@
+"""Settings of a scheduler."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
+
+Positive = Annotated[int, Meta(ge=1)]
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """`args["config"]` of a scheduler's child spec.
+
+    Attributes:
+        engine: name of the engine; its page ledger is the descriptor `ENGINE.pages`.
+        model: name under which the model is served.
+        address: this scheduler's mailbox, as ingresses reach it.
+        leader: name of the engine's rank 0.
+        tp: ranks of the engine.
+        num_pages: KV pages of `page_size` tokens each.
+        max_model_len: tokens of prompt and output together; at most `num_pages * page_size`.
+        chunk_tokens: prompt tokens computed in one step, all requests together.
+        max_running: requests that may have a slot at a time.
+        max_queue: requests that may wait; one more is refused with 429.
+        policy: order of the waiting queue: first come first served, or longest prefix match first.
+        run_ahead: send the next step while the rank works on one.
+        prefix_cache: keep the pages of finished requests for later ones with the same prefix.
+    """
+
+    engine: str
+    model: str
+    address: str
+    leader: str
+    detokenizer: str
+    bootstrap: str
+    page_size: Positive
+    num_pages: Positive
+    max_model_len: Positive
+    tp: Positive = 1
+    role: Literal["unified"] = "unified"
+    chunk_tokens: Positive = 512
+    max_running: Positive = 64
+    max_queue: Positive = 1024
+    policy: Literal["fcfs", "lpm"] = "fcfs"
+    run_ahead: bool = True
+    prefix_cache: bool = True

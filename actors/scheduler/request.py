@@ -1,0 +1,124 @@
+"""A request as the scheduler knows it: tokens, progress, pages."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass
+
+from actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
+from actors.scheduler.pages import page_digest, root_digest
+from actors.scheduler.radix import Node
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A running request's slot and pages.
+
+    Attributes:
+        pages: page of each run of `page_size` positions.
+        opened: whether the rank knows the slot's parameters.
+        pages_sent: how many of the pages the rank knows.
+    """
+
+    slot: int
+    pages: list[int]
+    opened: bool = False
+    pages_sent: int = 0
+
+
+class Request:
+    """State of one request. All of it can be made again from its `Generate`.
+
+    Positions count the tokens of prompt and output together. The tokens at [0, computed) have their KV in pages, as
+    answered by the rank; those at [0, scheduled) will have once all steps sent are answered; `pending` tokens have been
+    asked for and not arrived yet, so the sequence ends at `planned`.
+
+    Attributes:
+        owner: the ingress that sent it.
+        order: rank of arrival, for first come first served.
+        tokens: prompt and output (i32).
+        digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
+        lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
+        node: end of the path in the prefix tree that is locked for this request.
+        events: what has been sent to the detokenizer, kept until the ingress acknowledges.
+    """
+
+    def __init__(self, message: Generate, owner: str, order: int, page_size: int) -> None:
+        self.rid = message.rid
+        self.attempt = message.attempt
+        self.owner = owner
+        self.order = order
+        self.priority = message.priority
+        self.sampling = message.sampling
+        self.stop_token_ids = frozenset(message.sampling.stop_token_ids)
+        self.text = message.text
+        self.base = message.output
+        self.characters = message.characters
+        self.deadline = time.monotonic() + message.timeout_s if message.timeout_s else None
+        self.tokens = array("i", message.prompt + message.output)
+        self.prompt_len = len(message.prompt) // 4
+        self.page_size = page_size
+        self.digests = [root_digest(message.extra_key)]
+        self.extend_digests()
+
+        self.lease: Lease | None = None
+        self.shared = 0
+        self.node: Node | None = None
+        self.computed = 0
+        self.scheduled = 0
+        self.pending = 0
+        self.cached_tokens = 0
+        self.events: list[TokenEvent] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.finish: FinishReason | None = None
+
+    @property
+    def root(self) -> bytes:
+        """Digest of the empty prefix under the request's extra key."""
+        return self.digests[0]
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sorts the request that goes first to the front: by priority, then by arrival."""
+        return (-self.priority, self.order)
+
+    @property
+    def output_len(self) -> int:
+        """Output tokens that have arrived."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def planned(self) -> int:
+        """Length of the sequence once all steps sent are answered."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether logprobs of the prompt are still to be computed for this request."""
+        return self.sampling.prompt_logprobs >= 0 and not self.output_len
+
+    def exhausted(self, max_model_len: int) -> bool:
+        """Whether the tokens asked for so far are all it may have."""
+        return self.planned - self.prompt_len >= self.sampling.max_tokens or self.planned >= max_model_len
+
+    def append(self, token: int) -> None:
+        """Takes an output token."""
+        self.tokens.append(token)
+        if len(self.tokens) % self.page_size == 0:
+            self.extend_digests()
+
+    def extend_digests(self) -> None:
+        """Brings `digests` up to the full pages of `tokens`."""
+        size = self.page_size
+        while len(self.digests) <= len(self.tokens) // size:
+            at = (len(self.digests) - 1) * size
+            self.digests.append(page_digest(self.digests[-1], self.tokens[at : at + size].tobytes()))
+
+    def rewind(self) -> None:
+        """Back to a request without slot and pages; the tokens stay."""
+        self.lease = None
+        self.shared = 0
+        self.node = None
+        self.computed = 0
+        self.scheduled = 0

@@ -1,0 +1,195 @@
+"""Times the CPU kernels against plain torch on SmolLM2-135M's shapes: `python -m benchmarks.kernels [name …]`.
+
+Prints a line per operation and shape: microseconds here and in torch (median of repeats), how many times faster, and the rate in GFLOP/s or
+GB/s that ours reaches.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import reference
+
+QUERY_HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCABULARY = 9, 3, 64, 576, 1536, 49152
+PAGE = 16
+
+
+@dataclass
+class Case:
+    name: str
+    shape: str
+    ours: Callable[[], object]
+    torch: Callable[[], object]
+    flops: float = 0
+    bytes: float = 0
+
+
+def microseconds(call: Callable[[], object], seconds: float = 0.25) -> float:
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2] * 1e6
+
+
+def attention(rows: int, context: int, new: int, dtype: torch.dtype) -> Case:
+    """One layer of 30, taken in turns so that no cache holds the keys: `rows` sequences with `new` tokens each, up to `context`."""
+    layers = 30
+    pages = -(-context // PAGE)
+    arena = torch.randn(rows * pages, layers, 2, PAGE, KV_HEADS, DIM).to(dtype)
+    table = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
+    meta = kernels.AttentionMeta.build([context - new] * rows, [new] * rows, table)
+    cos, sin = kernels.rotary_table(DIM, context, 1e5)
+    qkv = torch.randn(rows * new, (QUERY_HEADS + 2 * KV_HEADS) * DIM)
+    q, k, v = (
+        x.unflatten(-1, (-1, DIM)) for x in qkv.split([QUERY_HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=-1)
+    )
+    caches = [arena[:, layer] for layer in range(layers)]
+    turn = 0
+
+    def next_cache() -> torch.Tensor:
+        nonlocal turn
+        turn = (turn + 1) % layers
+        return caches[turn]
+
+    seen = rows * sum(range(context - new + 1, context + 1))
+    return Case(
+        "attention",
+        f"{rows} x {new} of {context}, KV {str(dtype)[6:]}",
+        lambda: kernels.attention(q, k, v, next_cache(), meta, cos, sin, DIM**-0.5),
+        lambda: reference.attention(q, k, v, next_cache(), meta, cos, sin, DIM**-0.5, None, False),
+        flops=4 * seen * QUERY_HEADS * DIM,
+        bytes=rows * context * 2 * KV_HEADS * DIM * dtype.itemsize if new == 1 else 0,
+    )
+
+
+def linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Iterator[Case]:
+    # Enough copies that small weights come from memory, as they do in a model.
+    copies = max(1, min(30, int(2e8) // (inputs * outputs * dtype.itemsize)))
+    weights = [torch.randn(outputs, inputs).to(dtype) for _ in range(copies)]
+    packed = [kernels.pack_weight(weight) for weight in weights]
+    x = torch.randn(rows, inputs).to(dtype)
+    turn = 0
+
+    def index() -> int:
+        nonlocal turn
+        turn = (turn + 1) % copies
+        return turn
+
+    shape = f"[{rows}, {inputs}] x [{inputs}, {outputs}] {str(dtype)[6:]}"
+    rate = {"flops": 2.0 * rows * inputs * outputs} if rows > 1 else {"bytes": float(inputs * outputs * dtype.itemsize)}
+    yield Case(
+        "linear packed",
+        shape,
+        lambda: kernels.linear(x, packed[index()]),
+        lambda: F.linear(x, weights[index()]),
+        **rate,
+    )
+    yield Case(
+        "linear rows",
+        shape,
+        lambda: kernels.linear(x, weights[index()], deterministic=True),
+        lambda: F.linear(x, weights[index()]),
+        **rate,
+    )
+
+
+def rms_norm(rows: int, dtype: torch.dtype) -> Case:
+    x, residual = torch.randn(rows, HIDDEN).to(dtype), torch.zeros(rows, HIDDEN).to(dtype)
+    weight = torch.ones(HIDDEN, dtype=dtype)
+    return Case(
+        "rms_norm",
+        f"[{rows}, {HIDDEN}] {str(dtype)[6:]}",
+        lambda: kernels.rms_norm(x, weight, 1e-5, residual),
+        lambda: reference.rms_norm(x, weight, 1e-5, residual),
+    )
+
+
+def silu_and_mul(rows: int, dtype: torch.dtype) -> Case:
+    x = torch.randn(rows, 2 * INNER).to(dtype)
+    return Case(
+        "silu_and_mul",
+        f"[{rows}, {2 * INNER}] {str(dtype)[6:]}",
+        lambda: kernels.silu_and_mul(x),
+        lambda: reference.silu_and_mul(x),
+    )
+
+
+def sample(rows: int, label: str, **params: list[float]) -> Case:
+    logits = torch.randn(rows, VOCABULARY) * 2.5
+    tensors = kernels.SamplingTensors.build(**params)  # type: ignore[arg-type]
+    seeds, positions = torch.arange(rows), torch.arange(rows)
+    turn = 0
+
+    def next_positions() -> torch.Tensor:
+        nonlocal turn
+        turn += 1
+        return positions + turn
+
+    return Case(
+        "sample",
+        f"[{rows}, {VOCABULARY}] {label}",
+        lambda: kernels.sample(logits, tensors, seeds, next_positions()),
+        lambda: reference.sample(logits, tensors, seeds, next_positions()),
+    )
+
+
+def logprobs(rows: int) -> Case:
+    logits, tokens = torch.randn(rows, VOCABULARY) * 2.5, torch.zeros(rows, dtype=torch.int32)
+    return Case(
+        "logprobs",
+        f"[{rows}, {VOCABULARY}] top 5",
+        lambda: kernels.logprobs(logits, tokens, 5),
+        lambda: reference.logprobs(logits, tokens, 5),
+    )
+
+
+def cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, context, new in ((1, 384, 1), (16, 384, 1), (1, 4096, 1), (1, 256, 256), (1, 4096, 256)):
+            yield attention(rows, context, new, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 16, 256):
+            for inputs, outputs in ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)):
+                yield from linear(rows, inputs, outputs, dtype)
+        yield from linear(1, HIDDEN, VOCABULARY, dtype)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 16, 256):
+            yield rms_norm(rows, dtype)
+            yield silu_and_mul(rows, dtype)
+    for rows in (1, 16):
+        yield sample(rows, "greedy", temperature=[0.0] * rows)
+        yield sample(rows, "temperature 1", temperature=[1.0] * rows)
+        yield sample(rows, "top_p 0.95", temperature=[0.7] * rows, top_p=[0.95] * rows)
+        yield sample(rows, "top_k 50", temperature=[0.7] * rows, top_k=[50] * rows)
+        yield logprobs(rows)
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    print(f"backend {kernels.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'operation':14} {'shape':42} {'ours, us':>10} {'torch, us':>10} {'ratio':>6}  rate")
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        for case in cases():
+            if wanted and not any(case.name.startswith(name) for name in wanted):
+                continue
+            ours, plain = microseconds(case.ours), microseconds(case.torch)
+            rate = ""
+            if case.bytes:
+                rate = f"{case.bytes / ours / 1e3:.1f} GB/s"
+            elif case.flops:
+                rate = f"{case.flops / ours / 1e3:.0f} GFLOP/s"
+            print(f"{case.name:14} {case.shape:42} {ours:10.1f} {plain:10.1f} {plain / ours:6.2f}  {rate}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Tensor functions of the runtime: attention over paged caches, norms, activations, linear layers, sampling.
+
+Every function has a plain torch reference and is the same to its caller whatever runs below. Importing this package runs no
+torch operation and starts no thread.
+"""
+
+from kernels.ops import (
+    add_bias,
+    apply_penalties,
+    attention,
+    backend,
+    counter_uniform,
+    embedding,
+    linear,
+    logprobs,
+    pack_weight,
+    rms_norm,
+    sample,
+    silu_and_mul,
+)
+from kernels.rotary import rotary_table
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+
+__all__ = [
+    "AttentionMeta",
+    "PackedWeight",
+    "SamplingTensors",
+    "add_bias",
+    "apply_penalties",
+    "attention",
+    "backend",
+    "counter_uniform",
+    "embedding",
+    "linear",
+    "logprobs",
+    "pack_weight",
+    "rms_norm",
+    "rotary_table",
+    "sample",
+    "silu_and_mul",
+]

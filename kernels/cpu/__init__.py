@@ -1,0 +1,9 @@
+"""The C++ kernels for CPU tensors: built with the system's compiler on first use and cached.
+
+`build()` builds them ahead of time. A missing or failing compiler leaves everything to plain torch, after one warning.
+"""
+
+from kernels.cpu.build import BuildError, build, instruction_sets
+from kernels.cpu.library import choice, library
+
+__all__ = ["BuildError", "build", "choice", "instruction_sets", "library"]

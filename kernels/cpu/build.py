@@ -1,0 +1,174 @@
+"""Builds the C++ kernels for this machine's processor, once, into the user's cache.
+
+The library lies in `$XDG_CACHE_HOME/llm-runtime/kernels` (`~/.cache/…`; a private directory in the temporary directory where that
+cannot be written). Its name holds the instruction set, a hash of sources and flags, and one of the compiler, so whatever changes, an old
+library is never taken for a new one; its last 32 bytes are the SHA-256 of the rest, so neither is a damaged one.
+"""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
+HEADERS = ("product.h", "simd.h", "threads.h")
+# Contraction would fuse different products in different instances of a template: results would depend on the batch.
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
+FLAGS += ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
+# What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.
+INSTRUCTION_SETS = {
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
+    "avx2": ("avx2", "fma"),
+}
+COMPILE_SECONDS = 300
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+class BuildError(Exception):
+    """The kernels cannot be built here; the message says why."""
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets this processor has, of those the kernels are written for, the best first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return []
+    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return [name for name, needed in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
+
+
+def build(instruction_set: str | None = None) -> Path:
+    """Returns the library's path, building it if need be; processes that ask at the same time build it once.
+
+    instruction_set: one of `instruction_sets()`, the best if None. Raises BuildError if there is none, or no compiler
+    and no library, or if the compiler fails.
+    """
+    if instruction_set is None:
+        known = instruction_sets()
+        if not known:
+            raise BuildError("the processor has neither AVX-512 nor AVX2")
+        instruction_set = known[0]
+    flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set])]
+    here = Path(__file__).parent
+    content = hashlib.sha256("\0".join(flags).encode())
+    for name in (*SOURCES, *HEADERS):
+        content.update(b"\0" + name.encode() + b"\0" + (here / name).read_bytes())
+    stem = f"{instruction_set}-{content.hexdigest()[:20]}"
+    directory = _cache_directory()
+    compiler = _compiler()
+    if compiler is None:
+        # Built elsewhere or before, by a compiler that is gone.
+        for path in sorted(directory.glob(f"{stem}-*.so")):
+            if _is_whole(path):
+                return path
+        raise BuildError("no C++ compiler was found (g++, c++ or clang++, or the one named by CXX)")
+    path = directory / f"{stem}-{_identity(compiler)}.so"
+    if not _is_whole(path):
+        with _locked(directory / "lock"):
+            if not _is_whole(path):
+                for left in directory.glob("build-*"):  # by a process that was killed: only one builds at a time
+                    shutil.rmtree(left, ignore_errors=True)
+                _compile(compiler, flags, here, path)
+    return path
+
+
+def _cache_directory() -> Path:
+    """The cache directory, made if need be, that nobody else can write to. Raises BuildError if there is none."""
+    configured = os.environ.get("XDG_CACHE_HOME")
+    base = Path(configured) if configured else Path(os.path.expanduser("~")) / ".cache"
+    reasons = []
+    for parent in (base / "llm-runtime", Path(tempfile.gettempdir()) / f"llm-runtime-{os.getuid()}"):
+        directory = parent / "kernels"
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
+            status = directory.stat()
+            if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise PermissionError("it belongs to or can be written by somebody else")
+            if not os.access(directory, os.W_OK | os.X_OK):
+                raise PermissionError("it cannot be written")
+        except OSError as error:
+            reasons.append(f"{directory}: {error}")
+        else:
+            return directory
+    raise BuildError("no private directory for the kernels: " + "; ".join(reasons))
+
+
+def _compiler() -> str | None:
+    wanted = os.environ.get("CXX")
+    if wanted:
+        return shutil.which(wanted)
+    return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+
+
+def _identity(compiler: str) -> str:
+    """Changes with the compiler, and costs no start of it."""
+    real = os.path.realpath(compiler)
+    status = os.stat(real)
+    return hashlib.sha256(f"{real} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:12]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, flags: list[str], here: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
+        objects = [str(Path(scratch) / f"{name}.o") for name in SOURCES]
+        library = Path(scratch) / "kernels.so"
+        _run_together(
+            [[compiler, *flags, "-c", str(here / name), "-o", to] for name, to in zip(SOURCES, objects, strict=True)]
+        )
+        _run_together([[compiler, *flags, "-shared", *objects, "-o", str(library)]])
+        content = library.read_bytes()
+        library.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(library, path)
+
+
+def _run_together(commands: list[list[str]]) -> None:
+    """Runs commands side by side. Raises BuildError with the errors of the first that fails."""
+    running: list[subprocess.Popen[str]] = []
+    try:
+        for command in commands:
+            running.append(
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                )
+            )
+        for process in running:
+            _, errors = process.communicate(timeout=COMPILE_SECONDS)
+            if process.returncode:
+                lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
+                raise BuildError(f"{process.args[0]} failed: {lines[0]}")  # type: ignore[index]
+    except OSError as error:
+        raise BuildError(f"the compiler does not run: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.kill()
+                process.wait()

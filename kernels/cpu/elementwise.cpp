@@ -1,0 +1,90 @@
+// Norms and activations, row by row.
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t PIECE_ELEMENTS = 1 << 14;  // for fewer, waking a thread costs more than it saves
+
+template <class F>
+void for_rows(int64_t rows, int64_t width, int64_t threads, F f) {
+    int64_t piece = std::max<int64_t>(1, PIECE_ELEMENTS / width);
+    parallel((rows + piece - 1) / piece, int(threads), [&](int64_t i, int) {
+        for (int64_t row = i * piece; row < std::min((i + 1) * piece, rows); ++row) f(row);
+    });
+}
+
+template <class T>
+INLINE V16 rounded(V16 a) {
+    T narrow[LANES];
+    store(narrow, a);
+    return load(narrow);
+}
+
+template <class T>
+void rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t width, float eps) {
+    V16 squares = zeros();
+    for (int64_t i = 0; i < width; i += LANES) {
+        int part = int(std::min<int64_t>(LANES, width - i));
+        V16 a = load_part(x + i, part);
+        if (residual) {
+            a = rounded<T>(load_part(residual + i, part) + a);
+            store_part(residual + i, a, part);
+        }
+        squares = fma(a, a, squares);
+    }
+    V16 factor = broadcast(1.0f / std::sqrt(sum(squares) / float(width) + eps));
+    const T* from = residual ? residual : x;
+    for (int64_t i = 0; i < width; i += LANES) {
+        int part = int(std::min<int64_t>(LANES, width - i));
+        V16 normalized = rounded<T>(load_part(from + i, part) * factor);
+        store_part(out + i, load_part(weight + i, part) * normalized, part);
+    }
+}
+
+template <class T>
+void silu_and_mul(const T* gate, const T* up, T* out, int64_t width) {
+    V16 one = broadcast(1.0f);
+    for (int64_t i = 0; i < width; i += LANES) {
+        int part = int(std::min<int64_t>(LANES, width - i));
+        V16 a = load_part(gate + i, part);
+        V16 silu = rounded<T>(a / (one + exp(zeros() - a)));
+        store_part(out + i, silu * load_part(up + i, part), part);
+    }
+}
+
+template <class T>
+void rms_norm_rows(const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width, float eps,
+                   int64_t threads) {
+    for_rows(rows, width, threads, [&](int64_t row) {
+        rms_norm((const T*)x + row * width, residual ? (T*)residual + row * width : nullptr, (const T*)weight,
+                 (T*)out + row * width, width, eps);
+    });
+}
+
+template <class T>
+void silu_and_mul_rows(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads) {
+    for_rows(rows, width, threads, [&](int64_t row) {
+        const T* gate = (const T*)gate_up + row * 2 * width;
+        silu_and_mul(gate, gate + width, (T*)out + row * width, width);
+    });
+}
+
+}  // namespace
+
+// kind: 1 if everything is bfloat16, 0 if float32. residual may be null.
+EXPORT void rms_norm(const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width, float eps,
+                         int64_t threads, int kind) {
+    kind ? rms_norm_rows<bf16>(x, residual, weight, out, rows, width, eps, threads)
+         : rms_norm_rows<float>(x, residual, weight, out, rows, width, eps, threads);
+}
+
+// gate_up: [rows, 2 width]; out: [rows, width].
+EXPORT void silu_and_mul(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads, int kind) {
+    kind ? silu_and_mul_rows<bf16>(gate_up, out, rows, width, threads)
+         : silu_and_mul_rows<float>(gate_up, out, rows, width, threads);
+}

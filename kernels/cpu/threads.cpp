@@ -1,0 +1,130 @@
+#include "threads.h"
+
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <mutex>
+#include <vector>
+
+namespace {
+
+// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so that it is
+// awake through one, and short enough to leave the core to others between steps.
+constexpr int64_t SPIN_CYCLES = 200000;
+
+struct Job {
+    Piece piece;
+    void* context;
+    int64_t count;
+    int threads;
+};
+
+class Team {
+  public:
+    // One job at a time; a caller that finds the team busy works alone.
+    void run(const Job& job) {
+        std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+        if (!turn.owns_lock()) {
+            for (int64_t i = 0; i < job.count; ++i) job.piece(job.context, i, 0);
+            return;
+        }
+        while (helpers_ < job.threads - 1 && start_helper()) {
+        }
+        job_ = job;
+        next_.store(0, std::memory_order_relaxed);
+        // From here helpers may enter; an odd epoch is an open job.
+        epoch_.fetch_add(1, std::memory_order_seq_cst);
+        if (sleeping_.load(std::memory_order_seq_cst)) wake(job.threads - 1);
+        work(0);
+        // Close the door, and wait for those inside.
+        epoch_.fetch_add(1, std::memory_order_seq_cst);
+        for (int i = 0; inside_.load(std::memory_order_acquire); ++i) i < 2000 ? _mm_pause() : (void)sched_yield();
+    }
+
+  private:
+    std::mutex turn_;
+    Job job_{};
+    int helpers_ = 0;
+    alignas(64) std::atomic<uint32_t> epoch_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> inside_{0};
+    std::atomic<int> sleeping_{0};
+
+    void work(int thread) {
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) job_.piece(job_.context, i, thread);
+    }
+
+    void wake(int count) { syscall(SYS_futex, &epoch_, FUTEX_WAKE_PRIVATE, count, nullptr, nullptr, 0); }
+
+    bool start_helper();
+
+    void help(int thread) {
+        for (uint32_t seen = 0;;) {
+            uint32_t epoch = wait_for_change(seen);
+            seen = epoch;
+            if (epoch % 2 == 0) continue;
+            inside_.fetch_add(1, std::memory_order_seq_cst);
+            if (epoch_.load(std::memory_order_seq_cst) == epoch && thread < job_.threads) work(thread);
+            inside_.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    uint32_t wait_for_change(uint32_t seen) {
+        uint64_t start = __rdtsc();
+        for (;;) {
+            uint32_t epoch = epoch_.load(std::memory_order_acquire);
+            if (epoch != seen) return epoch;
+            if (int64_t(__rdtsc() - start) > SPIN_CYCLES && epoch % 2 == 0) {
+                sleeping_.fetch_add(1, std::memory_order_seq_cst);
+                syscall(SYS_futex, &epoch_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+                sleeping_.fetch_sub(1, std::memory_order_seq_cst);
+                start = __rdtsc();
+            }
+            _mm_pause();
+        }
+    }
+
+    struct Start {
+        Team* team;
+        int thread;
+    };
+};
+
+bool Team::start_helper() {
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    auto* start = new Start{this, helpers_ + 1};
+    pthread_t thread;
+    auto entry = [](void* argument) -> void* {
+        Start start = *static_cast<Start*>(argument);
+        delete static_cast<Start*>(argument);
+        start.team->help(start.thread);
+        return nullptr;
+    };
+    bool started = pthread_create(&thread, &attributes, entry, start) == 0;
+    pthread_attr_destroy(&attributes);
+    if (started) ++helpers_;
+    else delete start;
+    return started;
+}
+
+// Threads do not survive a fork: a child makes its own team.
+Team& team() {
+    static std::mutex guard;
+    static Team* current = nullptr;
+    static pid_t owner = 0;
+    std::lock_guard<std::mutex> lock(guard);
+    if (owner != getpid()) {
+        current = new Team;
+        owner = getpid();
+    }
+    return *current;
+}
+
+}  // namespace
+
+void run_pieces(int64_t count, int threads, Piece piece, void* context) { team().run({piece, context, count, threads}); }

@@ -1,0 +1,255 @@
+"""The operations, each one function whatever runs below it.
+
+On the CPU they run in the C++ library of `kernels.cpu`, built on first use; without a compiler, on other devices and for
+data types the library does not know, in the plain torch of `kernels.reference`. Sizes: `T` new tokens of a step, `n` rows
+(sequences) of a step, `B` rows to sample, `V` tokens in the vocabulary. Tensors are contiguous unless said otherwise.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import reference
+from kernels.cpu import functions as cpu
+from kernels.cpu import choice, library
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
+    """The C++ library, if it takes these tensors: contiguous, on the CPU, all of `dtype` (of one float type if None)."""
+    if dtype is None:
+        dtype = tensors[0].dtype
+        if dtype not in _FLOATS:
+            return None
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+    return library()
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Root mean square norm, with the addition before it: returns (normalized, residual).
+
+    x: [T, H] float32 or bfloat16; weight: [H] of the same dtype. If `residual` [T, H] is given, x is added to it in place
+    and the sum is normalized; otherwise x itself is normalized and returned as the residual. Sums are float32, and the
+    normalized values are rounded to the dtype before the product with the weight, as in Hugging Face's Llama.
+    """
+    given = (x, weight) if residual is None else (x, weight, residual)
+    if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
+        raise ValueError(f"rms_norm: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)} or the residual")
+    if native := _library_for(*given):
+        return cpu.rms_norm(native, x, weight, eps, residual)
+    return reference.rms_norm(x, weight, eps, residual)
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, for gate_up = [T, 2 I] with the gate first: [T, I]."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"silu_and_mul: gate and up cannot share {gate_up.shape[-1]} columns equally")
+    if native := _library_for(gate_up):
+        return cpu.silu_and_mul(native, gate_up)
+    return reference.silu_and_mul(gate_up)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    meta: AttentionMeta,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    window: int | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Rotates q and k, writes k and v into the cache, and attends causally: [T, Hq, D] of q's dtype.
+
+    q: [T, Hq, D], k and v: [T, Hkv, D], float32 or bfloat16, heads contiguous, any stride between tokens (they may be parts of
+    one fused projection); cache: one layer's pages [num_pages, 2 (k, v), page_size, Hkv, D], float32 or bfloat16, any stride
+    between pages; cos, sin: float32 [max_positions, R / 2], the tables of `rotary_table`, where R <= D dimensions are
+    rotated; scale: factor on the scores, usually D ** -0.5; window: number of keys a query sees, itself included (all if None).
+    The C++ kernel is deterministic always: a token's result depends on its position and its keys alone, to the bit.
+    `deterministic` asks the same of the torch path, which is slow then.
+    """
+    _check_attention(q, k, v, cache, meta, cos, sin, window)
+    native = _library_for(cos, sin, dtype=torch.float32)
+    kv_heads, dim = k.shape[1:]
+    if native and q.dtype == k.dtype == v.dtype in _FLOATS and cache.dtype in _FLOATS and cache.is_cpu:
+        inner = (dim, 1)
+        if cache.stride()[2:] == (kv_heads * dim, *inner):
+            q, k, v = (x if x.stride()[1:] == inner else x.contiguous() for x in (q, k, v))
+            return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window)
+    return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic)
+
+
+def _check_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMeta, cos: Tensor, sin: Tensor, window: int | None
+) -> None:
+    """Raises ValueError if the tensors do not fit each other or the step."""
+    tokens, query_heads, dim = q.shape
+    pages, two, page_size, kv_heads, cache_dim = cache.shape
+    if k.shape != (tokens, kv_heads, dim) or v.shape != k.shape or cache_dim != dim or two != 2:
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache {tuple(cache.shape)} differ"
+        )
+    if query_heads % kv_heads:
+        raise ValueError(f"attention: {query_heads} query heads cannot share {kv_heads} key heads equally")
+    if tokens != meta.num_tokens:
+        raise ValueError(f"attention: {tokens} tokens were given for a step of {meta.num_tokens}")
+    positions, half = cos.shape
+    if sin.shape != cos.shape or 2 * half > dim:
+        raise ValueError(f"attention: tables of {half} angles do not fit heads of {dim} dimensions, or each other")
+    if meta.max_context > positions or meta.max_context > meta.page_table.shape[1] * page_size:
+        raise ValueError(
+            f"attention: a context of {meta.max_context} tokens exceeds the {positions} positions of the rotary table "
+            f"or the {meta.page_table.shape[1]} pages of {page_size} of the page table"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"attention: a window of {window} keys sees nothing")
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight [V, H] for int64 ids [T]: [T, H]."""
+    return F.embedding(ids, weight)
+
+
+def pack_weight(weight: Tensor, out: Tensor | None = None) -> PackedWeight:
+    """Packs a weight [N, K] into panels for `linear`, into `out` [ceil(N / 64), K, 64] if given (a shared arena, say)."""
+    return reference.pack_weight(weight, out)
+
+
+def linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, deterministic: bool = False
+) -> Tensor:
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N]. All of one dtype.
+
+    With `deterministic` a row's result depends on that row alone, to the bit, whatever T is. Weights packed with
+    `pack_weight` always take the deterministic kernel and are its fast form.
+    """
+    if isinstance(weight, Tensor) and not deterministic:
+        return F.linear(x, weight, bias)
+    outputs, inputs = (
+        (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape
+    )
+    if x.dim() != 2 or x.shape[1] != inputs or (bias is not None and bias.shape != (outputs,)):
+        raise ValueError(f"linear: x {tuple(x.shape)} or the bias does not fit a weight of [{outputs}, {inputs}]")
+    data = weight.panels if isinstance(weight, PackedWeight) else weight
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    native = _library_for(data) if bias is None else _library_for(data, bias)
+    if native and x.is_cpu and x.dtype == data.dtype:
+        return cpu.linear(native, x, weight, bias)
+    return reference.linear(x, weight, bias, True)
+
+
+def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """Random numbers in [0, 1) that are a pure function of a seed and a position: float64 [B].
+
+    seeds: int64 [B], all 64 bits used; positions: int64 [B]. The number is the upper 53 bits of the first two words
+    of Philox4x32-10 with the seed as key and the position as counter (low word first).
+    """
+    if native := _library_for(seeds, positions, dtype=torch.int64):
+        return cpu.counter_uniform(native, seeds, positions)
+    return reference.counter_uniform(seeds, positions)
+
+
+def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
+    """Draws one token a row: int32 [B].
+
+    logits: float32 [B, V]; seeds, positions: int64 [B], see `counter_uniform`. Temperature, then top-k, top-p and min-p, then the
+    inverse of the cumulative distribution over what is left, most likely token first, the lower id first among equals.
+    A temperature of 0 takes the first of that order. All sums are over integers (2**40 for the most likely token), so every
+    implementation draws the same token, and a row's token does not depend on the batch. NaN counts as -inf.
+    top-p keeps a token while the probability before it is below p, of what top-k left; min-p keeps tokens with at
+    least that fraction of the highest probability. At least one token is kept.
+    """
+    rows = logits.shape[0]
+    if not len(seeds) == len(positions) == len(params.temperature) == rows:
+        raise ValueError(f"sample: {rows} rows of logits need as many seeds, positions and parameters")
+    if (
+        _library_for(logits, dtype=torch.float32)
+        and _library_for(params.temperature, params.top_p, params.log_min_p, dtype=torch.float32)
+        and _library_for(params.top_k, dtype=torch.int32)
+        and (native := _library_for(seeds, positions, dtype=torch.int64))
+    ):
+        return cpu.sample(native, logits, params, seeds, positions)
+    return reference.sample(logits, params, seeds, positions)
+
+
+def apply_penalties(
+    logits: Tensor,
+    rows: Tensor,
+    token_ids: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    frequency: Tensor,
+    presence: Tensor,
+) -> None:
+    """Applies repetition, frequency and presence penalties to float32 logits [B, V] in place.
+
+    rows, token_ids, counts: int32 [E], one entry for each different token of a row's prompt and output, in any order,
+    with the number of times the output holds it (0: in the prompt only). repetition, frequency, presence: float32 [B].
+    Repetition (1 is off) divides positive logits and multiplies others, for all entries; then the count times
+    frequency and, if the count is not 0, presence are subtracted.
+    """
+    entries = rows.shape
+    if token_ids.shape != entries or counts.shape != entries:
+        raise ValueError("apply_penalties: rows, token_ids and counts must have one item an entry")
+    if not len(repetition) == len(frequency) == len(presence) == logits.shape[0]:
+        raise ValueError(f"apply_penalties: {logits.shape[0]} rows of logits need as many penalties of each kind")
+    floats = _library_for(logits, repetition, frequency, presence, dtype=torch.float32)
+    if floats and (native := _library_for(rows, token_ids, counts, dtype=torch.int32)):
+        cpu.apply_penalties(native, logits, rows, token_ids, counts, repetition, frequency, presence)
+        return
+    reference.apply_penalties(logits, rows, token_ids, counts, repetition, frequency, presence)
+
+
+def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
+    """Adds values float32 [E] to logits [B, V] in place at rows, token_ids int32 [E]; -inf forbids a token."""
+    if not rows.shape == token_ids.shape == values.shape:
+        raise ValueError("add_bias: rows, token_ids and values must have one item an entry")
+    if (native := _library_for(logits, values, dtype=torch.float32)) and _library_for(rows, token_ids, dtype=torch.int32):
+        cpu.add_bias(native, logits, rows, token_ids, values)
+        return
+    reference.add_bias(logits, rows, token_ids, values)
+
+
+def logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities: of tokens int32 [B], and the top_n of each row, lower id first among equals.
+
+    logits: float32 [B, V]. Returns float32 [B], float32 [B, top_n], int32 [B, top_n]. A row's values do not depend on
+    the batch.
+    """
+    if len(tokens) != logits.shape[0]:
+        raise ValueError(f"logprobs: {logits.shape[0]} rows of logits need as many tokens, not {len(tokens)}")
+    native = _library_for(logits, dtype=torch.float32)
+    if native and _library_for(tokens, dtype=torch.int32):
+        return cpu.logprobs(native, logits, tokens, top_n)
+    return reference.logprobs(logits, tokens, top_n)
+
+
+def backend() -> str:
+    """What the operations run in for CPU tensors: "avx512", "avx2" or "torch". Builds the library if need be."""
+    return "torch" if library() is None else choice()
+
+
+__all__ = [
+    "add_bias",
+    "apply_penalties",
+    "attention",
+    "backend",
+    "counter_uniform",
+    "embedding",
+    "linear",
+    "logprobs",
+    "pack_weight",
+    "rms_norm",
+    "sample",
+    "silu_and_mul",
+]

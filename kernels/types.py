@@ -1,0 +1,153 @@
+"""The small records that kernels take: what a step's attention reads, how its rows are sampled, packed weights."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMeta:
+    """Which tokens of a step belong to which sequence, and where the keys of each sequence lie.
+
+    A step has `n` rows (sequences) and `T` new tokens, the tokens of a row side by side. Row `r` owns the tokens
+    `row_offsets[r] .. row_offsets[r+1]`; the first of them stands at absolute position `row_starts[r]`, which is
+    also the number of its tokens that are in the cache already. Position `p` of the row lies in page
+    `page_table[row_slots[r], p // page_size]`. A row may have no new tokens. Built once a step, used by every layer.
+    """
+
+    row_offsets: Tensor  # int32 [n + 1]
+    row_starts: Tensor  # int32 [n]
+    row_slots: Tensor  # int32 [n]
+    page_table: Tensor  # int32 [slots, max_pages], the last dimension contiguous
+    num_tokens: int  # T
+    max_query: int  # most new tokens in a row
+    max_context: int  # most keys in a row, its new tokens included
+
+    @classmethod
+    def build(
+        cls,
+        starts: Sequence[int],
+        lengths: Sequence[int],
+        page_table: Tensor,
+        slots: Sequence[int] | None = None,
+    ) -> "AttentionMeta":
+        """Builds the record from host lists, on the device of `page_table`.
+
+        starts: tokens of each row that are in the cache already; lengths: new tokens of each row;
+        page_table: int32 [slots, max_pages]; slots: the line of the page table of each row, 0, 1, 2 … if None.
+        Raises ValueError if the lists do not fit together.
+        """
+        n = len(starts)
+        if slots is None:
+            slots = range(n)
+        if len(lengths) != n or len(slots) != n:
+            raise ValueError(f"starts, lengths and slots have {n}, {len(lengths)} and {len(slots)} items: give one a row")
+        if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.stride(1) != 1:
+            raise ValueError("page_table must be an int32 tensor [slots, max_pages] with contiguous lines")
+        offsets = [0]
+        context = 0
+        for start, length in zip(starts, lengths, strict=True):
+            if start < 0 or length < 0:
+                raise ValueError(f"a row starts at {start} with {length} new tokens: neither may be negative")
+            offsets.append(offsets[-1] + length)
+            context = max(context, start + length)
+        for slot in slots:
+            if not 0 <= slot < page_table.shape[0]:
+                raise ValueError(f"slot {slot} is not a line of the page table, which has {page_table.shape[0]}")
+        # One host tensor, so that a CUDA step copies once.
+        packed = torch.tensor([*offsets, *starts, *slots], dtype=torch.int32).to(page_table.device)
+        return cls(
+            row_offsets=packed[: n + 1],
+            row_starts=packed[n + 1 : 2 * n + 1],
+            row_slots=packed[2 * n + 1 :],
+            page_table=page_table,
+            num_tokens=offsets[-1],
+            max_query=max(lengths, default=0),
+            max_context=context,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_starts.shape[0]
+
+    @cached_property
+    def row_of_token(self) -> Tensor:
+        """int64 [T]: the row of each token."""
+        rows = torch.arange(self.num_rows, device=self.row_starts.device)
+        return torch.repeat_interleave(rows, self.row_offsets.diff().long(), output_size=self.num_tokens)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [T]: the absolute position of each token."""
+        tokens = torch.arange(self.num_tokens, device=self.row_starts.device)
+        return tokens + (self.row_starts - self.row_offsets[:-1]).long()[self.row_of_token]
+
+
+@dataclass(frozen=True)
+class SamplingTensors:
+    """How each row of a batch is sampled; see `sample`. All of one length B and on one device."""
+
+    temperature: Tensor  # float32 [B]; 0 takes the most likely token
+    top_k: Tensor  # int32 [B]; 0 is off
+    top_p: Tensor  # float32 [B]; 1 is off
+    log_min_p: Tensor  # float32 [B]: logarithm of min_p, taken once on the host; -inf is off
+    all_greedy: bool  # every temperature is 0: known on the host, so that no device is asked
+
+    @classmethod
+    def build(
+        cls,
+        temperature: Sequence[float],
+        top_k: Sequence[int] | None = None,
+        top_p: Sequence[float] | None = None,
+        min_p: Sequence[float] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> "SamplingTensors":
+        """Builds the tensors from host lists; a list left out is off for all rows. Raises ValueError on bad values."""
+        n = len(temperature)
+        top_k = [0] * n if top_k is None else top_k
+        top_p = [1.0] * n if top_p is None else top_p
+        min_p = [0.0] * n if min_p is None else min_p
+        if not len(top_k) == len(top_p) == len(min_p) == n:
+            raise ValueError("temperature, top_k, top_p and min_p must have one item a row")
+        if not all(0 <= t < float("inf") for t in temperature):
+            raise ValueError("temperature must be a finite number, 0 or more")
+        if not all(k >= 0 for k in top_k):
+            raise ValueError("top_k must be 0 (off) or more")
+        if not all(0 < p <= 1 for p in top_p):
+            raise ValueError("top_p must be above 0 and at most 1")
+        if not all(0 <= p <= 1 for p in min_p):
+            raise ValueError("min_p must be between 0 and 1")
+        return cls(
+            temperature=torch.tensor(temperature, dtype=torch.float32).to(device),
+            top_k=torch.tensor(top_k, dtype=torch.int32).to(device),
+            top_p=torch.tensor(top_p, dtype=torch.float32).to(device),
+            log_min_p=torch.tensor([math.log(p) if p > 0 else -math.inf for p in min_p]).to(device),
+            all_greedy=all(t == 0 for t in temperature),
+        )
+
+
+PANEL = 64  # output features side by side in a packed weight
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight matrix cut into panels of 64 output features, the input features of a panel one after the other.
+
+    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], zero beyond the last output feature, so it can
+    be stored, shared and mapped like any other; see `pack_weight`.
+    """
+
+    panels: Tensor
+    out_features: int
+
+    @property
+    def in_features(self) -> int:
+        return self.panels.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.panels.dtype

@@ -1,0 +1,180 @@
+"""Load on an OpenAI-compatible server, and the figures that the field quotes: TTFT, TPOT, ITL, throughput."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import aiohttp
+
+from runtime.errors import UserError
+
+_WORDS = (
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+    "hand",
+    "part",
+    "place",
+    "case",
+    "week",
+    "company",
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of the server.
+
+    Attributes:
+        input_words: words of each prompt, drawn at random; one is about one token.
+        output_tokens: tokens of each answer, exactly (`ignore_eos`).
+        rate: requests a second, arriving at random (Poisson); 0 sends as many at once as `concurrency` lets.
+        prompt: the same prompt for all requests, in place of random words.
+    """
+
+    requests: int
+    concurrency: int
+    input_words: int
+    output_tokens: int
+    rate: float = 0.0
+    seed: int = 0
+    prompt: str = ""
+
+
+@dataclass
+class Outcome:
+    """One request. Times in seconds.
+
+    Attributes:
+        arrivals: when each piece of text came, from the sending of the request on.
+        tokens: output tokens, as the server counts them.
+    """
+
+    arrivals: list[float] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int = 0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first token."""
+        return self.arrivals[0]
+
+    @property
+    def latency(self) -> float:
+        """Time to the last token."""
+        return self.arrivals[-1]
+
+    @property
+    def tpot(self) -> float:
+        """Time per output token after the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / max(1, self.tokens - 1)
+
+    @property
+    def itl(self) -> list[float]:
+        """Times between consecutive pieces of text."""
+        return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
+
+
+async def run_load(url: str, model: str | None, api_key: str | None, load: Load) -> tuple[list[Outcome], float]:
+    """Sends the load to a server whose API starts at `url` (".../v1"); outcomes, and seconds from first to last.
+
+    Raises UserError when the server cannot be reached.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    draw = random.Random(load.seed)
+    prompts = [load.prompt or " ".join(draw.choices(_WORDS, k=load.input_words)) for _ in range(load.requests)]
+    slots = asyncio.Semaphore(load.concurrency)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+    async with aiohttp.ClientSession(
+        headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
+    ) as session:
+        name = model or await _first_model(session, url)
+
+        async def one(prompt: str) -> Outcome:
+            async with slots:
+                return await _request(session, url, name, prompt, load.output_tokens)
+
+        began = time.perf_counter()
+        tasks = [asyncio.create_task(one(prompt)) async for prompt in _paced(prompts, load.rate, draw)]
+        outcomes = await asyncio.gather(*tasks)
+        return outcomes, time.perf_counter() - began
+
+
+async def _paced(prompts: Sequence[str], rate: float, draw: random.Random) -> AsyncIterator[str]:
+    for prompt in prompts:
+        if rate:
+            await asyncio.sleep(draw.expovariate(rate))
+        yield prompt
+
+
+async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
+    try:
+        async with session.get(f"{url}/models") as response:
+            response.raise_for_status()
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, KeyError, IndexError, ValueError, TimeoutError) as error:
+        raise UserError(
+            f"{url}/models does not name a model ({error}): is a server running there? Give --url and --model"
+        ) from None
+
+
+async def _request(session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int) -> Outcome:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    outcome = Outcome()
+    began = time.perf_counter()
+    try:
+        async with session.post(f"{url}/completions", json=body) as response:
+            if response.status != 200:
+                outcome.error = f"status {response.status}: {(await response.text())[:200]}"
+                return outcome
+            async for line in response.content:
+                data = line.removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and data != b"[DONE]":
+                    _take_in(json.loads(data), outcome, time.perf_counter() - began)
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        outcome.error = f"{type(error).__name__}: {error}"
+    if not outcome.error and not outcome.arrivals:
+        outcome.error = "the answer has no text"
+    return outcome
+
+
+def _take_in(chunk: dict[str, object], outcome: Outcome, now: float) -> None:
+    if "error" in chunk:
+        outcome.error = str(chunk["error"])
+    choices = chunk.get("choices")
+    if isinstance(choices, list) and choices and choices[0].get("text"):
+        outcome.arrivals.append(now)
+        outcome.tokens += 1  # if the server does not count: one a piece
+    usage = chunk.get("usage")
+    if isinstance(usage, dict):
+        outcome.tokens = int(usage["completion_tokens"])
+        outcome.prompt_tokens = int(usage["prompt_tokens"])

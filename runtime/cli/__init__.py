@@ -1,0 +1,86 @@
+"""The command line, `runtime`: one module a command. Only the chosen command's module is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+from runtime.cli.output import complain
+from runtime.errors import UserError
+
+COMMANDS = {
+    "up": "start a node: serve the model of a topology file",
+    "check": "check a topology file without starting anything",
+    "status": "show the processes of a running node",
+    "logs": "show the logs and crash reports of a node",
+    "restart": "stop an actor in order and start it again",
+    "kill": "send a signal to an actor's process",
+    "down": "stop a running node",
+    "bench": "measure latency and throughput",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status. Errors of the user are one sentence on standard error."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser, command = _parser(arguments)
+    options = parser.parse_args(arguments)
+    assert command is not None  # the parser demands one
+    try:
+        return int(command.run(options))
+    except UserError as error:
+        complain(error.source + str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit fails no more
+        return 1
+    except Exception as error:
+        complain(f"runtime: {type(error).__name__}: {error} (traceback: {_save_traceback()})")
+        return 1
+
+
+def _parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+    """The parser, with the options of the command that the arguments name, and that command's module."""
+    parser = argparse.ArgumentParser(
+        prog="runtime",
+        description="Serves language models from supervised processes.",
+        epilog="example: runtime up topology/smollm2.toml",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = next((each for each in arguments if each in COMMANDS), None)
+    module = None if chosen is None else importlib.import_module(f"runtime.cli.{chosen}")
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary.capitalize() + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if module is not None and name == chosen:
+            module.configure(command)
+    return parser, module
+
+
+def _version() -> str:
+    try:
+        return version("llm-runtime")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _save_traceback() -> str:
+    from runtime.models import cache_dir
+
+    path = cache_dir() / "last-error.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(traceback.format_exc())
+    return str(path)

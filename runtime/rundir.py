@@ -1,0 +1,174 @@
+"""Run directories: one a node, with its sockets, logs and crash reports, held by a lock while the node lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+
+import msgspec
+
+from runtime.errors import UserError
+
+SUBDIRECTORIES = ("sockets", "logs", "incarnations", "crashes")
+_LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
+_LOCK_PATIENCE_S = 3.0  # processes of a killed node need a moment to end
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """`node.json` of a run directory."""
+
+    node: str
+    pid: int
+    url: str
+    topology: str
+    started_at: float
+
+
+def base_directory() -> Path:
+    """$RUNTIME_DIR, else $XDG_RUNTIME_DIR/llm-runtime, else /tmp/llm-runtime-UID."""
+    if given := os.environ.get("RUNTIME_DIR"):
+        return Path(os.path.abspath(given))
+    if session := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(session) / "llm-runtime"
+    return Path(f"/tmp/llm-runtime-{os.getuid()}")
+
+
+class RunDirectory:
+    """A node's run directory, locked by this process and its children.
+
+    Raises UserError if a living node has it, if another user could tamper with it, or if its path is too long.
+    """
+
+    def __init__(self, node: str, longest_actor_name: str) -> None:
+        base = base_directory()
+        self.node = node
+        self.path = base / node
+        longest = len(os.fsencode(self.path / "sockets" / longest_actor_name))
+        if longest > _LONGEST_SOCKET_PATH:
+            raise UserError(
+                f"the run directory {self.path} makes socket paths of {longest} bytes, and {_LONGEST_SOCKET_PATH} is "
+                "the most: set RUNTIME_DIR to a shorter directory, or give the node a shorter name"
+            )
+        _make_private(base)
+        self._lock = _acquire(self.path)
+        for entry in self.path.iterdir():  # what a node that died without cleaning up has left
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for name in SUBDIRECTORIES:
+            (self.path / name).mkdir(mode=0o700)
+
+    def write_info(self, info: NodeInfo) -> None:
+        """Makes the node known to `runtime status` and the other commands."""
+        temporary = self.path / ".node.json"
+        temporary.write_bytes(msgspec.json.encode(info))
+        temporary.replace(self.path / "node.json")
+
+    @property
+    def root_log(self) -> Path:
+        return self.path / "logs" / "root.log"
+
+    def remove(self, keep_logs: bool) -> None:
+        """Removes the directory; with `keep_logs`, all but logs, crash reports and `node.json`."""
+        kept = {"logs", "crashes", "node.json"} if keep_logs else set()
+        for entry in self.path.iterdir():
+            if entry.name not in kept:
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+        if not kept:
+            self.path.rmdir()
+        os.close(self._lock)
+        try:
+            self.path.parent.rmdir()
+        except OSError:
+            pass  # other nodes are in it
+
+
+def _make_private(path: Path) -> None:
+    """Creates a directory for this user alone. Raises UserError if others own it or can write to it."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise UserError(
+            f"the run directory {path} cannot be made ({error.strerror}): set RUNTIME_DIR to another"
+        ) from None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise UserError(
+            f"the run directory {path} belongs to another user or can be written by others: run `chmod 700 {path}` "
+            "or set RUNTIME_DIR to another"
+        )
+
+
+def _acquire(path: Path) -> int:
+    """Creates the directory if need be and takes its lock; the descriptor holds it."""
+    deadline = time.monotonic() + _LOCK_PATIENCE_S
+    while True:
+        _make_private(path)
+        try:
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # its former owner has just removed the directory
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink:
+                return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(lock)
+                raise UserError(
+                    f"the node {path.name} is running already: stop it with `runtime down --node {path.name}`, or "
+                    "start this one with another --port or --set node.name=NAME"
+                ) from None
+            time.sleep(0.05)
+        os.close(lock)
+
+
+def is_running(path: Path) -> bool:
+    """Whether a living node holds the run directory."""
+    try:
+        lock = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+
+
+def read_info(path: Path) -> NodeInfo | None:
+    """The node of a run directory; None if there is none."""
+    try:
+        return msgspec.json.decode((path / "node.json").read_bytes(), type=NodeInfo)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def find_node(name: str | None, dead_too: bool = False) -> Path:
+    """The run directory of a node of this user; of the only one if no name is given.
+
+    Args:
+        dead_too: also find what a node that is gone has left.
+
+    Raises UserError.
+    """
+    base = base_directory()
+    known = sorted(path for path in base.iterdir() if read_info(path)) if base.is_dir() else []
+    running = [path for path in known if is_running(path)]
+    candidates = known if dead_too and (name is not None or not running) else running
+    if name is not None:
+        for path in candidates:
+            if path.name == name:
+                return path
+        others = f"; running: {', '.join(path.name for path in running)}" if running else ""
+        raise UserError(f"no node {name} is running{others}")
+    if not candidates:
+        raise UserError("no node is running: start one with `runtime up topology/smollm2.toml`")
+    if len(candidates) > 1:
+        raise UserError(f"there are several nodes: choose one with --node {'|'.join(path.name for path in candidates)}")
+    return candidates[0]

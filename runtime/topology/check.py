@@ -1,0 +1,169 @@
+"""The checks of a topology's keys and values, without regard to where they were written."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from runtime.topology.positions import KeyPath
+from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Topology, describe, fields_of
+
+_ENGINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+
+
+class Check:
+    """The outcome of checking the data of a topology.
+
+    Args:
+        data: what the file and the arguments hold together.
+        raw: texts of the values given as arguments: `--set ingress.api_key=123` means a string.
+
+    Attributes:
+        problems: what is wrong with which key.
+        topology: None if there are problems.
+    """
+
+    def __init__(self, data: dict[str, Any], raw: dict[KeyPath, str]) -> None:
+        self.problems: list[tuple[KeyPath, str]] = []
+        self.topology: Topology | None = None
+        self._raw = raw
+        self._known = known_keys(data)
+        tables = {path: self._table(path, content) for path, content in self._tables(data).items()}
+        if "path" not in tables.get(("model",), data.get("model", {})):
+            self._report(("model", "path"), 'missing; add path = "smollm2-135m-instruct" under [model]')
+        if not data.get("engine"):
+            self._report(("engine",), "missing; add a table [engine.main], which may be empty")
+        if not self.problems:
+            engines = {path[1]: values for path, values in tables.items() if path[0] == "engine"}
+            others = {path[0]: values for path, values in tables.items() if path[0] != "engine"}
+            topology = msgspec.convert({**others, "engine": engines}, Topology)
+            self._cross_check(topology)
+            self.topology = None if self.problems else topology
+
+    def _report(self, path: KeyPath, problem: str) -> None:
+        self.problems.append((path, problem))
+
+    def _tables(self, data: dict[str, Any]) -> dict[KeyPath, dict[str, Any]]:
+        """The known tables by path; reports everything else at the top of the file."""
+        tables: dict[KeyPath, dict[str, Any]] = {}
+        for name, content in data.items():
+            if name not in TABLES and name != "engine":
+                self._report((name,), "unknown table" + _nearest_table(name))
+            elif not isinstance(content, dict):
+                self._report(
+                    (name,), f"is {_toml(content)}; write a table [{name if name in TABLES else 'engine.main'}]"
+                )
+            elif name in TABLES:
+                tables[(name,)] = content
+            else:
+                tables |= {
+                    ("engine", engine): keys for engine, keys in content.items() if self._is_engine(engine, keys)
+                }
+        return tables
+
+    def _is_engine(self, name: str, content: Any) -> bool:
+        path = ("engine", name)
+        if not isinstance(content, dict):
+            self._report(path, "the keys of an engine stand under its name; write [engine.main] above it")
+        elif not _ENGINE_NAME.fullmatch(name):
+            self._report(path, "an engine's name has lower-case letters, digits, '_' and '-', and starts with a letter")
+        elif name.rstrip("0123456789") in ROOT_CHILDREN:
+            self._report(path, "the name is taken by another process; choose another, such as engine.main")
+        else:
+            return True
+        return False
+
+    def _table(self, path: KeyPath, content: dict[str, Any]) -> dict[str, Any]:
+        """The checked values of one table; reports the others."""
+        table = TABLES["engine.NAME" if path[0] == "engine" else path[0]]
+        infos, hints = fields_of(table), typing.get_type_hints(table, include_extras=True)
+        values: dict[str, Any] = {}
+        for key, value in content.items():
+            where = (*path, key)
+            if key not in infos:
+                self._report(where, "unknown key" + did_you_mean(where, self._known))
+                continue
+            candidates = (value, self._raw[where]) if where in self._raw else (value,)
+            converted = _first_valid(candidates, hints[key])
+            if converted is None:
+                self._report(where, f"is {_toml(value)}; give {describe(infos[key].type)}")
+            else:
+                values[key] = converted
+        return values
+
+    def _cross_check(self, topology: Topology) -> None:
+        for name, engine in topology.engine.items():
+            self._check_engine(("engine", name), engine, topology.model.max_model_len)
+
+    def _check_engine(self, path: KeyPath, engine: Engine, max_model_len: int | None) -> None:
+        if engine.role != "unified":
+            self._report(
+                (*path, "role"),
+                f'is "{engine.role}"; prefill and decode in engines of their own are not built yet: '
+                'give "unified" or remove the key',
+            )
+        if engine.kv_tokens < engine.page_size:
+            self._report(
+                (*path, "kv_tokens"),
+                f"is {engine.kv_tokens}, less than one page of {engine.page_size} tokens; "
+                f"give at least {engine.page_size}, or lower {'.'.join(path)}.page_size",
+            )
+        elif max_model_len is not None and engine.kv_tokens < max_model_len:
+            self._report(
+                (*path, "kv_tokens"),
+                f"is {engine.kv_tokens}, too small for one request of model.max_model_len = {max_model_len} tokens; "
+                f"give at least {max_model_len}, or lower model.max_model_len",
+            )
+
+
+def known_keys(data: dict[str, Any]) -> list[KeyPath]:
+    """All keys that a topology may hold, those of its own engines among them."""
+    engines = data.get("engine")
+    names = [name for name in engines if isinstance(name, str)] if isinstance(engines, dict) else []
+    return [
+        (*path, key)
+        for header, table in TABLES.items()
+        for path in ([("engine", name) for name in names] if header == "engine.NAME" else [(header,)])
+        for key in table.__struct_fields__
+    ]
+
+
+def did_you_mean(path: KeyPath, known: Sequence[KeyPath]) -> str:
+    """Names the known key that is most like an unknown one, in whole and in its last part."""
+
+    def likeness(key: KeyPath) -> float:
+        whole = difflib.SequenceMatcher(None, ".".join(key), ".".join(path)).ratio()
+        return whole + difflib.SequenceMatcher(None, key[-1], path[-1]).ratio()
+
+    best = max(known, key=likeness)
+    return f"; did you mean {'.'.join(best)}?"
+
+
+def _first_valid(candidates: Sequence[Any], hint: Any) -> Any:
+    """The first candidate that is of a type, as a value of that type; None if there is none."""
+    for candidate in candidates:
+        try:
+            value = msgspec.convert(candidate, hint)
+        except msgspec.ValidationError:
+            continue
+        if not isinstance(value, float) or math.isfinite(value):
+            return value
+    return None
+
+
+def _nearest_table(name: str) -> str:
+    nearest = difflib.get_close_matches(name, [header.partition(".")[0] for header in TABLES], 1, 0.0)[0]
+    return f"; did you mean [{'engine.main' if nearest == 'engine' else nearest}]?"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it, shortened."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,234 @@
+"""The tables and keys of a topology file.
+
+The types are what is checked, the descriptions are what docs/topology.md says; a key exists only if it does something.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
+"""Names of the tree that an engine must not take."""
+
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Text = Annotated[str, Meta(min_length=1)]
+Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+
+class Node(Struct, frozen=True, forbid_unknown_fields=True):
+    """All processes that one `runtime up` starts on this machine."""
+
+    name: Annotated[
+        Name | None,
+        Meta(description="Name of the node for `--node`. By default the file's name and the port: `smollm2-8000`."),
+    ] = None
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="What the actors write to their logs."),
+    ] = "info"
+
+
+class Model(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is served."""
+
+    path: Annotated[
+        Text,
+        Meta(
+            description="`smollm2-135m-instruct` (the embedded model), a directory with `config.json`, safetensors and "
+            "`tokenizer.json`, a GGUF file, or a Hugging Face id such as `Qwen/Qwen3-0.6B`. A relative path starts "
+            "at the topology file, one given with `--set` at the current directory."
+        ),
+    ]
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Meta(
+            description="Type of weights, KV cache and arithmetic. `auto` is float32 on the CPU and bfloat16 on a GPU."
+        ),
+    ] = "auto"
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="Makes a token's logits independent, to the bit, of what else is in the batch, of chunking "
+            "and of padding. Costs speed."
+        ),
+    ] = False
+    max_model_len: Annotated[
+        Count | None,
+        Meta(
+            description="Most tokens of one request, prompt and output together. By default the model's own limit, "
+            "or `kv_tokens` if that is less."
+        ),
+    ] = None
+    served_name: Annotated[
+        Text | None,
+        Meta(
+            description="Name of the model in the API. By default the alias, the id, or the file's or directory's name."
+        ),
+    ] = None
+    chat_template: Annotated[
+        Text | None,
+        Meta(description="Jinja file that replaces the model's own chat template; relative as `model.path` is."),
+    ] = None
+
+
+class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
+    """The HTTP servers."""
+
+    host: Annotated[
+        Text,
+        Meta(description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then."),
+    ] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65_535, description="Port to listen on; `--port` sets it too.")] = 8000
+    workers: Annotated[int, Meta(ge=1, le=64, description="HTTP processes. They share the port.")] = 1
+    api_key: Annotated[
+        Text | None,
+        Meta(
+            description="Key that clients must send as `Authorization: Bearer KEY`. By default `$RUNTIME_API_KEY`; "
+            "without either, none is asked for."
+        ),
+    ] = None
+    request_timeout_s: Annotated[Seconds, Meta(description="Seconds after which a request is given up.")] = 3600.0
+    drain_s: Annotated[
+        Seconds, Meta(description="How long running answers may go on when the node is asked to stop.")
+    ] = 5.0
+    max_body_bytes: Annotated[Count, Meta(description="Largest request body; a larger one is answered with 413.")] = (
+        2**23
+    )
+    max_concurrent: Annotated[
+        Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
+    ] = 1024
+
+
+class Engine(Struct, frozen=True, forbid_unknown_fields=True):
+    """A scheduler and its tensor-parallel ranks: one copy of the model. `NAME` is free: `[engine.main]`."""
+
+    role: Annotated[
+        Literal["unified", "prefill", "decode"],
+        Meta(description="`unified` prefills and decodes. Engines that do one of the two are not served yet."),
+    ] = "unified"
+    tp: Annotated[int, Meta(ge=1, le=64, description="Tensor-parallel ranks; at most the model's key-value heads.")] = 1
+    device: Annotated[
+        Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
+    ] = "cpu"
+    threads: Annotated[
+        Count | None,
+        Meta(description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks."),
+    ] = None
+    kv_tokens: Annotated[
+        Count,
+        Meta(description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages."),
+    ] = 32_768
+    page_size: Annotated[
+        int, Meta(ge=1, le=256, description="Tokens of one KV page, the unit of allocation and of prefix reuse.")
+    ] = 16
+    chunk_tokens: Annotated[
+        Count, Meta(description="Most new tokens of one step; longer prompts are prefilled in chunks between decodes.")
+    ] = 512
+    max_running: Annotated[
+        int, Meta(ge=1, le=4096, description="Requests that decode together; further ones wait.")
+    ] = 64
+    max_queue: Annotated[
+        Count, Meta(description="Requests that may wait; further ones are answered with 429 and Retry-After.")
+    ] = 1024
+    policy: Annotated[
+        Literal["fcfs", "lpm"],
+        Meta(
+            description="Order of waiting requests: first come, first served, or longest prefix match first "
+            "(requests with more cached tokens overtake)."
+        ),
+    ] = "fcfs"
+    run_ahead: Annotated[
+        bool, Meta(description="Sends the next step before the result of the last one has arrived.")
+    ] = True
+    prefix_cache: Annotated[
+        bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
+    ] = True
+
+
+class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens when a process dies or hangs."""
+
+    intensity: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=100_000,
+            description="Restarts that a supervisor bears within `period_s`; one more, and it gives up and its own "
+            "supervisor decides. The node ends when the root gives up.",
+        ),
+    ] = 30
+    period_s: Annotated[Seconds, Meta(description="Seconds over which restarts are counted.")] = 10.0
+    heartbeat_timeout_s: Annotated[
+        Seconds, Meta(description="Silence after which a process counts as hung and is killed and restarted.")
+    ] = 5.0
+    busy_limit_s: Annotated[
+        Seconds, Meta(description="How long one step, message or timer may take before the actor counts as hung.")
+    ] = 60.0
+    start_timeout_s: Annotated[
+        Seconds, Meta(description="How long a process may take to become ready, loading weights included.")
+    ] = 600.0
+    shutdown_s: Annotated[
+        Seconds, Meta(description="How long a process may take to stop when asked, before it is killed.")
+    ] = 5.0
+
+
+class Topology(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole topology file."""
+
+    model: Model
+    engine: dict[str, Engine]
+    node: Node = field(default_factory=Node)
+    ingress: Ingress = field(default_factory=Ingress)
+    supervision: Supervision = field(default_factory=Supervision)
+
+
+TABLES: dict[str, type[Struct]] = {
+    "node": Node,
+    "model": Model,
+    "ingress": Ingress,
+    "engine.NAME": Engine,
+    "supervision": Supervision,
+}
+"""Tables of a topology file by their headers, in the order of the documentation."""
+
+
+def describe(info: msgspec.inspect.Type) -> str:
+    """What a value of a type looks like, for people: "an integer of at least 1"."""
+    match info:
+        case msgspec.inspect.Metadata(type=inner):
+            return describe(inner)
+        case msgspec.inspect.UnionType(types=types):
+            return " or ".join(describe(each) for each in types if not isinstance(each, msgspec.inspect.NoneType))
+        case msgspec.inspect.LiteralType(values=values):
+            return "one of " + ", ".join(f'"{value}"' for value in values)
+        case msgspec.inspect.BoolType():
+            return "true or false"
+        case msgspec.inspect.IntType(ge=low, le=high):
+            if high is None or high >= 2**31 - 1:
+                return f"an integer of at least {low}"
+            return f"an integer from {low} to {high}"
+        case msgspec.inspect.FloatType(le=high):
+            return f"a number above 0, at most {high:g}"
+        case msgspec.inspect.StrType(pattern=None):
+            return "a string"
+        case msgspec.inspect.StrType():
+            return "a string of letters, digits, '_', '-' and '.'"
+    raise TypeError(f"no words for {info}")
+
+
+def description(info: msgspec.inspect.Type) -> str:
+    """The description in a field's metadata."""
+    assert isinstance(info, msgspec.inspect.Metadata)
+    assert info.extra_json_schema is not None
+    return str(info.extra_json_schema["description"])
+
+
+def fields_of(table: type[Struct]) -> dict[str, msgspec.inspect.Field]:
+    """The fields of a table by key, with their type information."""
+    info = msgspec.inspect.type_info(table)
+    assert isinstance(info, msgspec.inspect.StructType)
+    return {each.name: each for each in info.fields}

@@ -1,0 +1,222 @@
+"""The supervision tree of a node: which actor is started where, with which settings, memory and peers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from runtime.plan import EnginePlan, NodePlan
+from supervisors.spec import ChildSpec, SupervisorSpec
+
+LISTENER = "listener"
+"""Name of the descriptor of the HTTP listening socket."""
+_STOP_MARGIN_S = 5.0
+"""What an ingress may take to stop beyond the time it has for running answers."""
+
+
+def arena_sizes(plan: NodePlan) -> dict[str, int]:
+    """Bytes of each memory file of a node, by descriptor name."""
+    sizes: dict[str, int] = {}
+    for engine in plan.engines:
+        sizes[f"{engine.name}.pages"] = engine.ledger_bytes
+        if engine.settings.device == "cpu":
+            for name, weights, kv in zip(_rank_names(engine), engine.weight_bytes, engine.kv_bytes, strict=True):
+                sizes[f"{name}.weights"] = weights
+                sizes[f"{name}.kv"] = kv
+    return sizes
+
+
+def actor_names(plan: NodePlan) -> list[str]:
+    """Names of all workers of a node."""
+    engines = [name for engine in plan.engines for name in (*_rank_names(engine), f"{engine.name}.scheduler")]
+    ingresses = [f"ingress{number}" for number in range(plan.topology.ingress.workers)]
+    return ["bootstrap", *engines, "detokenizer", "tokenizer", *ingresses]
+
+
+def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
+    """The specification that the root runs.
+
+    root ─ bootstrap, one supervisor an engine (its ranks, which restart together, and its scheduler), detokenizer,
+    tokenizer, ingress (a supervisor of the HTTP workers).
+    """
+    return _Builder(plan, run_dir).root()
+
+
+def _rank_names(engine: EnginePlan) -> list[str]:
+    return [f"{engine.name}.rank{rank}" for rank in range(engine.settings.tp)]
+
+
+class _Builder:
+    def __init__(self, plan: NodePlan, run_dir: Path) -> None:
+        self.plan = plan
+        self.run_dir = run_dir
+        self.supervision = plan.topology.supervision
+        self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
+        self.ingresses = [f"ingress{number}" for number in range(plan.topology.ingress.workers)]
+        self.schedulers = [f"{engine.name}.scheduler" for engine in plan.engines]
+
+    def root(self) -> SupervisorSpec:
+        return self._supervisor(
+            [
+                self._worker(
+                    "bootstrap", "bootstrap", "actors.bootstrap:Bootstrap", peers=[*self.ingresses, *self.schedulers]
+                ),
+                *(self._engine(engine) for engine in self.plan.engines),
+                self._worker(
+                    "detokenizer",
+                    "detokenizer",
+                    "actors.detokenizer:Detokenizer",
+                    peers=[*self.schedulers, *self.ingresses],
+                    config={"model": str(self.plan.model.path)},
+                ),
+                self._worker(
+                    "tokenizer",
+                    "tokenizer",
+                    "actors.tokenizer:Tokenizer",
+                    peers=self.ingresses,
+                    config=self._tokenizer_config(),
+                ),
+                self._nested("ingress", "ingress", [self._ingress(name) for name in self.ingresses]),
+            ]
+        )
+
+    def _engine(self, engine: EnginePlan) -> ChildSpec:
+        ranks = [self._rank(engine, rank) for rank in range(engine.settings.tp)]
+        return self._nested(
+            engine.name,
+            "engine",
+            [self._nested(f"{engine.name}.ranks", "ranks", ranks, "one_for_all"), self._scheduler(engine)],
+        )
+
+    def _rank(self, engine: EnginePlan, rank: int) -> ChildSpec:
+        name, settings = f"{engine.name}.rank{rank}", engine.settings
+        on_cpu = settings.device == "cpu"
+        return self._worker(
+            name,
+            "rank",
+            "actors.rank.actor:Rank",
+            peers=[
+                f"{engine.name}.scheduler",
+                *(peer for peer in _rank_names(engine) if peer != name),
+                *self.ingresses,
+            ],
+            descriptors=[f"{name}.weights", f"{name}.kv"] if on_cpu else [],
+            config={
+                "model": str(self.plan.model.path),
+                "dtype": engine.dtype,
+                "deterministic": self.plan.topology.model.deterministic,
+                "device": settings.device,
+                "rank": rank,
+                "tp": settings.tp,
+                "page_size": settings.page_size,
+                "num_pages": engine.num_pages,
+                "max_slots": settings.max_running,
+                "max_model_len": self.plan.max_model_len,
+                "max_step_tokens": settings.chunk_tokens + settings.max_running,
+                "threads": engine.threads,
+                "process_group_dir": str(self.run_dir / "groups" / engine.name),
+            },
+        )
+
+    def _scheduler(self, engine: EnginePlan) -> ChildSpec:
+        name, settings = f"{engine.name}.scheduler", engine.settings
+        ranks = _rank_names(engine)
+        return self._worker(
+            name,
+            "scheduler",
+            "actors.scheduler:Scheduler",
+            peers=[*ranks, "detokenizer", "bootstrap", *self.ingresses],
+            descriptors=[f"{engine.name}.pages"],
+            config={
+                "engine": engine.name,
+                "model": self.plan.served_name,
+                "address": self.addresses[name],
+                "leader": ranks[0],
+                "detokenizer": "detokenizer",
+                "bootstrap": "bootstrap",
+                "page_size": settings.page_size,
+                "num_pages": engine.num_pages,
+                "max_model_len": self.plan.max_model_len,
+                "tp": settings.tp,
+                "chunk_tokens": settings.chunk_tokens,
+                "max_running": settings.max_running,
+                "max_queue": settings.max_queue,
+                "policy": settings.policy,
+                "run_ahead": settings.run_ahead,
+                "prefix_cache": settings.prefix_cache,
+            },
+        )
+
+    def _tokenizer_config(self) -> dict[str, Any]:
+        template = self.plan.chat_template
+        return {"model": str(self.plan.model.path)} | ({"chat_template": str(template)} if template else {})
+
+    def _ingress(self, name: str) -> ChildSpec:
+        settings, plan = self.plan.topology.ingress, self.plan
+        return self._worker(
+            name,
+            "ingress",
+            "actors.ingress:Ingress",
+            peers=["tokenizer", "bootstrap", "detokenizer", *self.schedulers],
+            descriptors=[LISTENER],
+            shutdown_s=settings.drain_s + _STOP_MARGIN_S,
+            config={
+                "model": plan.served_name,
+                "served_model_names": [plan.served_name],
+                "max_model_len": plan.max_model_len,
+                "vocab_size": plan.config.vocab_size,
+                "eos_token_ids": plan.config.eos_token_ids,
+                "api_key": plan.api_key,
+                "request_timeout_s": settings.request_timeout_s,
+                "drain_s": settings.drain_s,
+                "max_body_bytes": settings.max_body_bytes,
+                "max_concurrent": settings.max_concurrent,
+                "tokenizer": "tokenizer",
+            },
+        )
+
+    def _worker(
+        self,
+        name: str,
+        role: str,
+        start: str,
+        *,
+        peers: Sequence[str],
+        config: Mapping[str, Any] | None = None,
+        descriptors: Sequence[str] = (),
+        shutdown_s: float | None = None,
+    ) -> ChildSpec:
+        return ChildSpec(
+            id=name,
+            role=role,
+            start=start,
+            args={
+                "address": self.addresses[name],
+                "peers": {peer: self.addresses[peer] for peer in peers},
+                "config": dict(config or {}),
+                "busy_limit_s": self.supervision.busy_limit_s,
+            },
+            descriptors=tuple(descriptors),
+            shutdown=int(1000 * (shutdown_s or self.supervision.shutdown_s)),
+            start_timeout_ms=int(1000 * self.supervision.start_timeout_s),
+            heartbeat_timeout_ms=int(1000 * self.supervision.heartbeat_timeout_s),
+        )
+
+    def _nested(self, name: str, role: str, children: Sequence[ChildSpec], strategy: Any = "one_for_one") -> ChildSpec:
+        return ChildSpec(
+            id=name,
+            role=role,
+            type="supervisor",
+            supervisor=self._supervisor(children, strategy),
+            start_timeout_ms=sum(child.start_timeout_ms for child in children) + 1000,
+            heartbeat_timeout_ms=int(1000 * self.supervision.heartbeat_timeout_s),
+        )
+
+    def _supervisor(self, children: Sequence[ChildSpec], strategy: Any = "one_for_one") -> SupervisorSpec:
+        return SupervisorSpec(
+            strategy=strategy,
+            children=tuple(children),
+            intensity=self.supervision.intensity,
+            period_s=self.supervision.period_s,
+        )

@@ -1,0 +1,104 @@
+"""The executor against transformers on SmolLM2: the same greedy tokens, however the work is cut into steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rank_tools import PAGE_SIZE, Driver, Sequence, generate
+
+from actors.messages import SamplingParams
+from actors.rank import Executor
+
+TOP5 = SamplingParams(max_tokens=64, seed=0, temperature=0.0, logprobs=5)
+
+
+@pytest.fixture(scope="module")
+def alone(executor: Executor, prompts: list[list[int]]) -> list[Sequence]:
+    """All prompts one after the other, unchunked."""
+    return generate(executor, prompts, TOP5, alone=True)
+
+
+@pytest.fixture(scope="module")
+def expected(alone: list[Sequence], reference: Any) -> list[list[int]]:
+    """transformers' greedy tokens: if the tokens of `alone` are those, each is the most likely after those before."""
+    outputs = []
+    for sequence in alone:
+        with torch.inference_mode():
+            logits = reference(torch.tensor([sequence.tokens[:-1]])).logits[0, len(sequence.prompt) - 1 :].float()
+        outputs.append(logits.argmax(-1).tolist())
+        values = torch.log_softmax(logits, -1)
+        for entry, row, token in zip(sequence.logprobs, values, sequence.output, strict=True):
+            assert entry.top == 5
+            np.testing.assert_allclose(np.frombuffer(entry.logprobs, np.float32), [row[token]], atol=1e-3)
+            top = np.frombuffer(entry.top_ids, np.int32)
+            np.testing.assert_allclose(np.frombuffer(entry.top_logprobs, np.float32), row[top], atol=1e-3)
+            np.testing.assert_allclose(row[top], row.topk(5).values, atol=1e-3)
+    return outputs
+
+
+def test_prompts_are_varied(prompts: list[list[int]]) -> None:
+    assert len(prompts) >= 20
+    assert min(map(len, prompts)) <= 2
+    assert max(map(len, prompts)) > 1000
+
+
+def test_alone(alone: list[Sequence], expected: list[list[int]]) -> None:
+    assert [sequence.output for sequence in alone] == expected
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 100, 17])
+def test_in_one_batch(executor: Executor, prompts: list[list[int]], expected: list[list[int]], chunk: int) -> None:
+    sequences = generate(executor, prompts, chunk=chunk)
+    assert [sequence.output for sequence in sequences] == expected
+
+
+def test_chunks_of_one_token(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    chosen = [index for index, prompt in enumerate(prompts) if len(prompt) < 40]
+    sequences = generate(executor, [prompts[index] for index in chosen], chunk=1)
+    assert [sequence.output for sequence in sequences] == [expected[index] for index in chosen]
+
+
+def test_prefix_reuse(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    driver = Driver(executor)
+    long = [index for index, prompt in enumerate(prompts) if len(prompt) > PAGE_SIZE]
+    first = [driver.sequence(slot, prompts[index]) for slot, index in enumerate(long)]
+    driver.run(first)
+    second = []
+    for slot, (index, sequence) in enumerate(zip(long, first, strict=True)):
+        shared = sequence.pages[: (len(prompts[index]) - 1) // PAGE_SIZE]
+        second.append(driver.sequence(len(long) + slot, prompts[index], shared=shared))
+    assert all(sequence.computed for sequence in second)
+    driver.run(second)
+    assert [sequence.output for sequence in second] == [expected[index] for index in long]
+
+
+def test_resumed_with_the_tokens_so_far(
+    executor: Executor, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    driver = Driver(executor)
+    sequences = [driver.sequence(slot, prompt) for slot, prompt in enumerate(prompts[:12])]
+    for slot, sequence in enumerate(sequences):
+        sequence.output = expected[slot][: 5 * slot]
+    driver.run(sequences, explicit=True)
+    assert [sequence.output for sequence in sequences] == expected[:12]
+
+
+def test_steps_run_twice(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    sequences = generate(executor, prompts[:8], chunk=7, repeat=True)
+    assert [sequence.output for sequence in sequences] == expected[:8]
+
+
+@pytest.mark.parametrize("chunk", [1 << 30, 150])
+def test_prompt_logprobs(executor: Executor, prompts: list[list[int]], reference: Any, chunk: int) -> None:
+    chosen = [prompts[2], prompts[18], prompts[5]]
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, prompt_logprobs=3)
+    for sequence in generate(executor, chosen, sampling, chunk=chunk):
+        ids = torch.tensor([sequence.prompt])
+        with torch.inference_mode():
+            values = torch.log_softmax(reference(ids).logits[0, :-1].float(), -1)
+        wanted = values.gather(1, ids[0, 1:, None])[:, 0]
+        assert np.isnan(sequence.prompt_logprobs[0])
+        np.testing.assert_allclose(sequence.prompt_logprobs[1:], wanted, atol=1e-3)

@@ -1,0 +1,339 @@
+"""The scheduler among its peers: real sockets, the test in the place of ingress, ranks, detokenizer and bootstrap."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors.messages import (
+    SAMPLE,
+    Abort,
+    Acknowledge,
+    Attach,
+    Attached,
+    Generate,
+    Message,
+    Refused,
+    Register,
+    Resend,
+    SamplingParams,
+    Step,
+    StepResult,
+    Stopped,
+    TextParams,
+    TokenEvent,
+    Tokens,
+    Unknown,
+)
+from actors.scheduler import Scheduler
+from actors.scheduler.pages import page_ledger_bytes
+from transport import Arena, Codec, Mailbox
+
+PEERS = ("ingress0", "main.rank0", "detokenizer", "bootstrap")
+DEADLINE_S = 10.0
+NUM_PAGES, PAGE_SIZE = 32, 4
+
+
+class Stage:
+    """One scheduler and a mailbox for each of its peers."""
+
+    def __init__(self, directory: Path, **settings: Any) -> None:
+        self.directory = directory
+        self.pages = Arena.create("pages", page_ledger_bytes(NUM_PAGES, PAGE_SIZE))
+        self.settings = settings
+        self.received: dict[str, list[Message]] = {peer: [] for peer in PEERS}
+        self.mailboxes: dict[str, Mailbox[Message]] = {}
+        self.incarnations = dict.fromkeys(PEERS, 0)
+        for peer in PEERS:
+            self.restart(peer)
+        self.scheduler = self.start(1)
+
+    def address(self, name: str) -> str:
+        return f"ipc://{self.directory}/{name}"
+
+    def restart(self, peer: str) -> None:
+        """A new incarnation of a peer takes the old one's place."""
+        if peer in self.mailboxes:
+            self.mailboxes.pop(peer).close()
+        self.incarnations[peer] += 1
+        peers = {"main.scheduler": self.address("main.scheduler")}
+        codec: Codec[Message] = Codec(Message)
+        self.mailboxes[peer] = Mailbox(peer, self.incarnations[peer], self.address(peer), peers, codec)
+
+    def start(self, incarnation: int) -> Scheduler:
+        config = {
+            "engine": "main",
+            "model": "m",
+            "address": self.address("main.scheduler"),
+            "leader": "main.rank0",
+            "detokenizer": "detokenizer",
+            "bootstrap": "bootstrap",
+            "page_size": PAGE_SIZE,
+            "num_pages": NUM_PAGES,
+            "max_model_len": 100,
+            "max_running": 4,
+            **self.settings,
+        }
+        args = {
+            "address": self.address("main.scheduler"),
+            "peers": {peer: self.address(peer) for peer in PEERS},
+            "config": config,
+        }
+        link = SimpleNamespace(
+            stats=None,
+            shutdown_fd=os.eventfd(0),
+            shutdown_requested=False,
+            ready=lambda: None,
+            doing=lambda what, limit_s=None: None,
+            idle=lambda: None,
+        )
+        context: Any = SimpleNamespace(
+            id="main.scheduler",
+            incarnation=incarnation,
+            args=args,
+            descriptors={"main.pages": self.pages},
+            run_dir=self.directory,
+            link=link,
+        )
+        scheduler = Scheduler(context)
+        self.mailboxes["main.rank0"].send("main.scheduler", self.attached())
+        scheduler.setup()
+        return scheduler
+
+    def attached(self) -> Attached:
+        return Attached(NUM_PAGES, PAGE_SIZE, 4, 100, 100, "fingerprint")
+
+    def send(self, peer: str, message: Message) -> None:
+        self.mailboxes[peer].send("main.scheduler", message)
+
+    def until(self, condition: Callable[[], Any]) -> Any:
+        """Lets everything run until the condition holds; its value."""
+        deadline = time.monotonic() + DEADLINE_S
+        while True:
+            self.scheduler.mailbox.poll(0.002)
+            self.scheduler.drain()
+            self.scheduler._run_timers()
+            self.scheduler.turn()
+            for peer, mailbox in self.mailboxes.items():
+                self.received[peer] += [envelope.body for envelope in mailbox.receive()]
+            value = condition()
+            if value:
+                return value
+            assert time.monotonic() < deadline, {peer: got[-3:] for peer, got in self.received.items()}
+
+    def expect(self, peer: str, kind: type, skip: int = 0) -> Any:
+        """The message of a type that a peer gets after `skip` others of it."""
+        found = self.until(lambda: [m for m in self.received[peer] if isinstance(m, kind)][skip : skip + 1])
+        return found[0]
+
+    def steps(self) -> list[Step]:
+        return [m for m in self.received["main.rank0"] if isinstance(m, Step)]
+
+    def answer(self, step: Step, token: int = 5) -> None:
+        drawn = sum(1 for flags in step.flags if flags & SAMPLE)
+        self.send("main.rank0", StepResult(step.number, np.full(drawn, token, np.int32).tobytes()))
+
+    def events(self) -> list[TokenEvent]:
+        return [e for m in self.received["detokenizer"] if isinstance(m, Tokens) for e in m.events]
+
+    def generate_all(self) -> None:
+        """Answers every step until nothing is under way."""
+        answered: set[int] = set()
+
+        def quiet() -> bool:
+            for step in self.steps():
+                if step.number not in answered:
+                    answered.add(step.number)
+                    self.answer(step)
+            return not self.scheduler.batch.running and not self.scheduler.batch.waiting
+
+        self.until(quiet)
+
+
+def generate(rid: str = "r", prompt: int = 6, max_tokens: int = 3, attempt: int = 0, **more: Any) -> Generate:
+    tokens = np.arange(prompt, dtype=np.int32).tobytes()
+    params = SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=[2])
+    return Generate(rid, attempt, tokens, params, TextParams(), **more)
+
+
+@pytest.fixture
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    made = Stage(tmp_path, **getattr(request, "param", {}))
+    yield made
+    made.scheduler.mailbox.close()
+    for mailbox in made.mailboxes.values():
+        mailbox.close()
+
+
+def test_a_request_becomes_steps_and_tokens_and_is_kept_until_acknowledged(stage: Stage) -> None:
+    stage.send("ingress0", generate())
+    first = stage.expect("main.rank0", Step)
+    assert [opening.slot for opening in first.opens] == np.frombuffer(first.slots, np.int32).tolist()
+    second = stage.expect("main.rank0", Step, skip=1)
+    assert np.frombuffer(second.tokens, np.int32).tolist() == [-1], "run ahead: the token is not known yet"
+    assert not second.opens
+    stage.generate_all()
+    assert [(e.index, e.tokens, e.finish) for e in stage.events()] == [
+        (0, [5], None),
+        (1, [5], None),
+        (2, [5], "length"),
+    ]
+    assert "r" in stage.scheduler.requests
+    stage.send("ingress0", Acknowledge(["r"]))
+    stage.until(lambda: "r" not in stage.scheduler.requests)
+    stage.until(lambda: any(m.closes == ["r"] for m in stage.received["detokenizer"] if isinstance(m, Tokens)))
+
+
+def test_a_stop_token_ends_a_request_and_the_step_sent_ahead_is_ignored(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=50))
+    stage.answer(stage.expect("main.rank0", Step), token=2)
+    stage.answer(stage.expect("main.rank0", Step, skip=1), token=7)
+    stage.until(lambda: not stage.scheduler.in_flight)
+    assert [(e.tokens, e.finish) for e in stage.events()] == [([2], "stop")]
+    assert stage.scheduler.pool.available == NUM_PAGES
+
+
+def test_a_restarted_rank_gets_slots_pages_and_unanswered_steps_again(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=9))
+    stage.answer(stage.expect("main.rank0", Step), token=7)
+    stage.expect("main.rank0", Step, skip=2)
+    before = stage.steps()
+    stage.restart("main.rank0")
+    stage.send("main.rank0", stage.attached())
+    stage.until(lambda: len(stage.steps()) >= len(before) + 2)
+    again = stage.steps()[len(before) :]
+    assert [step.number for step in again] == [2, 3]
+    assert again[0].opens
+    assert again[0].pages
+    assert np.frombuffer(again[0].tokens, np.int32).tolist() == [7], "what has been answered is sent as it is"
+    assert np.frombuffer(again[1].tokens, np.int32).tolist() == [-1]
+
+
+def test_a_lost_answer_makes_the_ranks_attach_again(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=9))
+    second = stage.expect("main.rank0", Step, skip=1)
+    attaches = sum(isinstance(m, Attach) for m in stage.received["main.rank0"])
+    stage.answer(second)
+    stage.until(lambda: sum(isinstance(m, Attach) for m in stage.received["main.rank0"]) > attaches)
+    stage.send("main.rank0", stage.attached())
+    assert [step.number for step in stage.until(lambda: stage.steps()[2:])] == [1, 2]
+
+
+def test_a_restarted_detokenizer_gets_every_request_from_its_beginning(stage: Stage) -> None:
+    stage.send("ingress0", generate())
+    stage.generate_all()
+    stage.restart("detokenizer")
+    stage.received["detokenizer"].clear()
+    stage.mailboxes["detokenizer"].send("main.scheduler", Resend("other", 0))
+    stage.until(lambda: len(stage.events()) == 3)
+    opened = [o.rid for m in stage.received["detokenizer"] if isinstance(m, Tokens) for o in m.opens]
+    assert opened == ["r"]
+
+
+def test_a_restarted_ingress_loses_its_requests(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=90))
+    stage.expect("main.rank0", Step)
+    stage.restart("ingress0")
+    stage.send("ingress0", generate("new"))
+    stage.until(lambda: list(stage.scheduler.requests) == ["new"])
+
+
+def test_a_newer_attempt_replaces_and_goes_on_after_its_output(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=4))
+    stage.expect("main.rank0", Step)
+    output = np.array([8, 9], np.int32).tobytes()
+    stage.send("ingress0", generate(max_tokens=4, attempt=1, output=output, characters=5))
+    stage.send("ingress0", generate(max_tokens=4))
+    stage.generate_all()
+    assert [(e.attempt, e.index) for e in stage.events() if e.attempt == 1] == [(1, 2), (1, 3)]
+    assert stage.events()[-1].finish == "length"
+    openings = [o for m in stage.received["detokenizer"] if isinstance(m, Tokens) for o in m.opens]
+    assert [(o.attempt, o.base, o.characters) for o in openings] == [(0, b"", 0), (1, output, 5)]
+    assert all(m.closes == [] for m in stage.received["detokenizer"] if isinstance(m, Tokens))
+
+
+def test_abort_frees_pages_at_once(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=90))
+    stage.expect("main.rank0", Step)
+    stage.send("ingress0", Abort("r"))
+    stage.until(lambda: stage.scheduler.pool.available == NUM_PAGES)
+    assert not stage.scheduler.requests
+
+
+def test_a_stop_string_found_by_the_detokenizer_ends_the_request(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=90))
+    stage.answer(stage.expect("main.rank0", Step))
+    stage.until(stage.events)
+    stage.send("detokenizer", Stopped("r", 0, 0))
+    stage.until(lambda: not stage.scheduler.batch.running)
+    assert stage.scheduler.requests["r"].finish == "stop"
+
+
+@pytest.mark.parametrize("stage", [{"max_queue": 2}], indirect=True)
+def test_a_full_queue_refuses_with_429_and_never_a_repeated_request(stage: Stage) -> None:
+    for number in range(6):
+        stage.send("ingress0", generate(f"r{number}", prompt=40, max_tokens=20))
+    stage.expect("main.rank0", Step)
+    stage.send("ingress0", generate("more", prompt=40, max_tokens=20))
+    refused: Refused = stage.expect("ingress0", Refused)
+    assert refused.status == 429
+    assert refused.retry_after_s > 0
+    stage.send("ingress0", generate("again", prompt=40, max_tokens=20, attempt=1))
+    stage.until(lambda: "again" in stage.scheduler.requests)
+
+
+def test_what_can_never_fit_is_refused_with_400(stage: Stage) -> None:
+    stage.send("ingress0", generate(prompt=90, max_tokens=11))
+    refused: Refused = stage.expect("ingress0", Refused)
+    assert refused.status == 400
+    assert "90" in refused.message
+
+
+def test_a_request_past_its_time_is_given_up(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=90, timeout_s=0.01))
+    assert stage.expect("ingress0", Refused).status == 408
+    stage.until(lambda: stage.scheduler.pool.available == NUM_PAGES)
+
+
+def test_resend_of_an_unknown_request_is_answered(stage: Stage) -> None:
+    stage.send("ingress0", Resend("nobody", 3))
+    unknown: Unknown = stage.expect("ingress0", Unknown)
+    assert (unknown.rid, unknown.attempt) == ("nobody", 3)
+
+
+def test_no_tokens_wanted_is_answered_without_a_step(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=0))
+    stage.until(stage.events)
+    assert [(e.tokens, e.finish) for e in stage.events()] == [([], "length")]
+    assert not stage.steps()
+
+
+def test_the_engine_registers_with_the_bootstrap(stage: Stage) -> None:
+    register: Register = stage.expect("bootstrap", Register)
+    assert register.engine.scheduler == "main.scheduler"
+    assert register.engine.fingerprint == "fingerprint"
+    stage.restart("bootstrap")
+    stage.received["bootstrap"].clear()
+    stage.expect("bootstrap", Register)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [StepResult(1, b""), StepResult(1, b"123"), StepResult(1, b"\0" * 400), StepResult(10**6, b"")],
+    ids=["none", "torn", "too many", "of the future"],
+)
+def test_an_answer_that_does_not_fit_is_dropped(stage: Stage, result: StepResult) -> None:
+    stage.send("ingress0", generate())
+    first = stage.expect("main.rank0", Step)
+    stage.send("main.rank0", result)
+    stage.send("main.rank0", stage.attached())
+    stage.answer(first)
+    stage.generate_all()
+    assert stage.events()[-1].finish == "length"

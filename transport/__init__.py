@@ -1,0 +1,15 @@
+"""How bytes move between processes: message codec, mailboxes over ZeroMQ, memory that outlives a process."""
+
+from transport.arena import Arena
+from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+from transport.mailbox import Mailbox, MailboxCounters
+
+__all__ = [
+    "Arena",
+    "Codec",
+    "Envelope",
+    "Mailbox",
+    "MailboxCounters",
+    "MalformedMessage",
+    "OversizedMessage",
+]

@@ -1,0 +1,212 @@
+"""Mailboxes: one bound inbox an actor, one outbox to each peer, over ZeroMQ PUSH/PULL.
+
+A peer may die and come back under the same address at any time. ZeroMQ reconnects by itself and keeps what was
+queued meanwhile; the envelope's incarnation tells the receiver that the peer is a new process. Delivery
+is at most once and in order for each pair of incarnations: the protocols above repeat what was not acknowledged.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+import zmq
+
+from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body")
+
+HIGH_WATER_MARK = 65_536
+"""Messages that may wait for one peer before further ones are dropped and counted."""
+MAX_SENDERS = 4_096
+"""Names a mailbox remembers; a sender beyond that is refused, so that junk cannot grow memory."""
+
+
+class MailboxCounters(msgspec.Struct):
+    """What went through a mailbox and what did not."""
+
+    received: int = 0
+    sent: int = 0
+    malformed: int = 0
+    oversized: int = 0
+    stale: int = 0
+    """Frames of an incarnation that is known to be dead."""
+    lost: int = 0
+    """Frames missing between two sequence numbers of one sender."""
+    unknown_sender: int = 0
+    undelivered: int = 0
+    """Frames not sent because the peer's queue was full or there is no such peer."""
+
+
+def _check_address(address: str) -> None:
+    """Raises ValueError for an address that a mailbox must not use."""
+    scheme, _, rest = address.partition("://")
+    if scheme == "ipc":
+        if len(rest.encode()) > 107:
+            raise ValueError(f"socket path {rest} is longer than 107 bytes: use a shorter run directory")
+        return
+    if scheme == "tcp":
+        host = rest.rpartition(":")[0].strip("[]")
+        try:
+            loopback = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback:
+            raise ValueError(f"{address}: a tcp mailbox is only allowed on a loopback address, such as 127.0.0.1")
+        return
+    raise ValueError(f"{address}: a mailbox address starts with ipc:// or tcp://")
+
+
+class Mailbox(Generic[Body]):
+    """The sockets of one actor. Not thread-safe: it belongs to the actor's main loop.
+
+    Args:
+        name: the actor's name, the sender of what it sends.
+        incarnation: how often this actor has been started in this node.
+        address: where the inbox is bound, `ipc://PATH` or `tcp://127.0.0.1:PORT`.
+        peers: address of each actor that this one may send to.
+        on_peer_started: called with (name, incarnation) when the first frame of an incarnation arrives,
+            before that frame is delivered.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        incarnation: int,
+        address: str,
+        peers: Mapping[str, str],
+        codec: Codec[Body],
+        on_peer_started: Callable[[str, int], None] | None = None,
+    ) -> None:
+        for each in (address, *peers.values()):
+            _check_address(each)
+        self.name = name
+        self.incarnation = incarnation
+        self.peers = dict(peers)
+        self.counters = MailboxCounters()
+        self._codec = codec
+        self._on_peer_started = on_peer_started
+        self._incarnations: dict[str, int] = {}
+        self._next_in: dict[str, int] = {}
+        self._next_out: dict[str, int] = {}
+        self._outboxes: dict[str, zmq.Socket[bytes]] = {}
+        self._context = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 8_192)
+        self.socket = self._context.socket(zmq.PULL)
+        self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * codec.max_bytes)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        if address.startswith("ipc://"):
+            path = Path(address.removeprefix("ipc://"))
+            path.unlink(missing_ok=True)  # a killed incarnation leaves its socket file behind
+            self.socket.bind(address)
+            os.chmod(path, 0o600)
+        else:
+            self.socket.bind(address)
+
+    def send(self, peer: str, body: Body) -> bool:
+        """Queues a message for a peer and returns at once.
+
+        False, and counted as undelivered, when there is no such peer, when the peer has been away for so long that its
+        queue is full, or when the message is over the size limit.
+        """
+        try:
+            outbox = self._outboxes.get(peer) or self._connect(peer)
+            seq = self._next_out[peer]
+            outbox.send(self._codec.encode(self.name, self.incarnation, seq, body), zmq.NOBLOCK)
+        except (zmq.Again, KeyError, OversizedMessage) as error:
+            self.counters.undelivered += 1
+            if self.counters.undelivered.bit_count() == 1:  # 1, 2, 4, 8 …: a full queue must not fill the log too
+                logger.warning("%s not delivered to %s: %s", type(body).__name__, peer, error or type(error).__name__)
+            return False
+        self._next_out[peer] = seq + 1
+        self.counters.sent += 1
+        return True
+
+    def receive(self, limit: int = 256) -> Iterator[Envelope[Body]]:
+        """The messages that wait in the inbox, at most `limit`, without blocking.
+
+        What is not valid is counted and skipped.
+        """
+        recv, decode, counters = self.socket.recv, self._codec.decode, self.counters
+        for _ in range(limit):
+            try:
+                frame = recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                envelope = decode(frame)
+            except MalformedMessage as error:
+                counters.malformed += 1
+                if counters.malformed.bit_count() == 1:
+                    logger.warning("dropped malformed message number %d: %s", counters.malformed, error)
+                continue
+            except OversizedMessage:
+                counters.oversized += 1
+                continue
+            sender, incarnation = envelope.sender, envelope.incarnation
+            if self._incarnations.get(sender) != incarnation and not self._meet(sender, incarnation):
+                continue
+            expected = self._next_in[sender]
+            if envelope.seq != expected and envelope.seq > expected:
+                counters.lost += envelope.seq - expected
+            self._next_in[sender] = envelope.seq + 1
+            counters.received += 1
+            yield envelope
+
+    def poll(self, timeout_s: float) -> bool:
+        """Waits for a message for at most `timeout_s` seconds."""
+        return bool(self.socket.poll(int(timeout_s * 1000)))
+
+    def add_peer(self, name: str, address: str) -> None:
+        """Allows sending to a peer that was not known at start. Raises ValueError for a bad address."""
+        _check_address(address)
+        if self.peers.get(name) != address:
+            self.peers[name] = address
+            if name in self._outboxes:
+                self._outboxes.pop(name).close(0)
+
+    def close(self, linger_s: float = 0.2) -> None:
+        """Closes all sockets; queued messages get `linger_s` seconds to leave."""
+        for outbox in self._outboxes.values():
+            outbox.close(int(linger_s * 1000))
+        self._outboxes.clear()
+        self.socket.close(0)
+        self._context.term()
+
+    def _connect(self, peer: str) -> zmq.Socket[bytes]:
+        address = self.peers.get(peer)
+        if address is None:
+            raise KeyError(f"no address for {peer!r}")
+        outbox = self._context.socket(zmq.PUSH)
+        outbox.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
+        outbox.setsockopt(zmq.RECONNECT_IVL, 5)
+        outbox.setsockopt(zmq.RECONNECT_IVL_MAX, 50)
+        outbox.setsockopt(zmq.LINGER, 0)
+        outbox.connect(address)
+        self._outboxes[peer] = outbox
+        self._next_out.setdefault(peer, 0)
+        return outbox
+
+    def _meet(self, sender: str, incarnation: int) -> bool:
+        """Handles a frame of another incarnation than the known one; False if it is to be dropped."""
+        known = self._incarnations.get(sender)
+        if known is None:
+            if len(self._incarnations) >= MAX_SENDERS:
+                self.counters.unknown_sender += 1
+                return False
+        elif incarnation < known:
+            self.counters.stale += 1
+            return False
+        self._incarnations[sender] = incarnation
+        self._next_in[sender] = 0
+        if self._on_peer_started is not None:
+            self._on_peer_started(sender, incarnation)
+        return True
