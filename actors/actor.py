@@ -172,10 +172,12 @@ class Actor:
         except (StartFailure, msgspec.ValidationError) as failure:
             context.link.failed(str(failure))
             raise SystemExit(1) from failure
-        actor.begin()
-        actor.loop()
-        actor.teardown()
-        actor.mailbox.close()
+        try:
+            actor.begin()
+            actor.loop()
+            actor.teardown()
+        finally:
+            actor.mailbox.close()
 
     def begin(self) -> None:
         """Tells supervisor and peers that this incarnation is ready, and starts the regular reports."""

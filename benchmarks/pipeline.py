@@ -40,7 +40,7 @@ def bare_loop(options: argparse.Namespace) -> None:
     pages_each = -(-(length + output) // PAGE_SIZE)
     torch.set_num_threads(os.cpu_count() or 1)
     config = RankConfig(
-        model=str(resolve_model("smollm2-135m-instruct").path),
+        model=str(resolve_model("smollm2-135m-instruct", ROOT).path),
         dtype="float32",
         num_pages=count * pages_each,
         max_slots=count,
@@ -137,7 +137,7 @@ def main() -> None:
     up += ["--set", "model.dtype=float32", "--set", f"engine.main.chunk_tokens={CHUNK_TOKENS}"]
     subprocess.run(up, check=True, env=environment, stdout=subprocess.DEVNULL)
     bare = subprocess.Popen(
-        [sys.executable, __file__, "--bare", *sys.argv[1:]],
+        [sys.executable, "-P", __file__, "--bare", *sys.argv[1:]],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

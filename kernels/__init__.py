@@ -4,6 +4,7 @@ Every function has a plain torch reference and is the same to its caller whateve
 torch operation and starts no thread.
 """
 
+from kernels import cpu
 from kernels.ops import (
     add_bias,
     apply_penalties,
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "backend",
     "counter_uniform",
+    "cpu",
     "embedding",
     "linear",
     "logprobs",

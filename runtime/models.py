@@ -135,7 +135,7 @@ def _missing(path: Path) -> str:
     if index.is_file():
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             return f"a readable {index.name}"
         return next((str(shard) for shard in sorted(shards) if not (path / str(shard)).is_file()), "")
     return "" if any(path.glob("*.safetensors")) else "a *.safetensors file"

@@ -13,6 +13,9 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from typing import Any
+
+from setproctitle import setproctitle
 
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Reply, Restart
 from runtime.errors import UserError
@@ -21,13 +24,14 @@ from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
 from runtime.rundir import NodeInfo, RunDirectory
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
 from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec
+from supervisors.linux import thread_count
 from transport import Arena
 
+logger = logging.getLogger(__name__)
+
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-_ONE_THREAD = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-"""Libraries that would start threads when they are imported; a process with threads must not be forked."""
 _LISTEN_BACKLOG = 2048
-_CRASH_EXITS = ("signal", "error", "hung", "start_timeout")
+_PORT_PATIENCE_S = 0.5
 
 
 def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
@@ -44,32 +48,29 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
-    keep_logs = True
+    stopped, keep_logs = Stopped(), False
     try:
         if detached:
             _redirect_output(run_dir)
         listener = _listen(plan.topology.ingress.host, plan.topology.ingress.port)
         run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
-        result, crashed = _Root(plan, run_dir, listener, tell).run()
-        keep_logs = crashed or not result.ok
-        error = "" if result.ok else result.text
-        log = result.culprit.log if result.culprit else str(run_dir.root_log) if error else ""
-        tell(Stopped(error, log))
-        return 0 if result.ok else 1
+        result = _Root(plan, run_dir, listener, tell).run()
+        keep_logs = not result.ok or run_dir.has_crash_reports
+        if not result.ok:
+            stopped = Stopped(result.text, result.culprit.log if result.culprit else str(run_dir.root_log))
     except KeyboardInterrupt:
-        keep_logs = False
-        tell(Stopped())
-        return 0
+        pass
     except UserError:
-        keep_logs = False
         raise
     except Exception as error:
-        with run_dir.root_log.open("a") as log_file:
-            traceback.print_exc(file=log_file)
-        tell(Stopped(f"the node could not start: {type(error).__name__}: {error}", str(run_dir.root_log)))
-        return 1
+        keep_logs = True
+        with run_dir.root_log.open("a") as log:
+            traceback.print_exc(file=log)
+        stopped = Stopped(f"the node failed: {type(error).__name__}: {error}", str(run_dir.root_log))
     finally:
         run_dir.remove(keep_logs)
+    tell(stopped)
+    return 1 if stopped.error else 0
 
 
 class _Root:
@@ -79,7 +80,6 @@ class _Root:
         self.plan = plan
         self.run_dir = run_dir
         self.tell = tell
-        self.crashed = False
         self.listener = listener
         spec = build_tree(plan, run_dir.path)
         self.waiting_for = {child.id for child in spec.descendants()}
@@ -92,17 +92,20 @@ class _Root:
         descriptors[LISTENER] = listener.fileno()
         self.supervisor = Supervisor(spec, run_dir.path, descriptors=descriptors)
 
-    def run(self) -> tuple[RunResult, bool]:
-        """The supervisor's result, and whether any process crashed."""
+    def run(self) -> RunResult:
+        """Runs the tree to its end; why it ended."""
+        setproctitle(f"runtime: root of {self.plan.name}")
+        threads = thread_count()
         self.supervisor.start_zygote()
         _log_to(self.run_dir)  # after the fork, because children set up their own
+        level = logging.INFO if threads == 1 else logging.WARNING
+        logger.log(level, "forked the zygote from a process with %d thread(s)", threads)
         control = ControlServer(self.run_dir.path, self.answer)
         try:
-            result = self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
+            return self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
         finally:
             control.close()
             self.listener.close()
-        return result, self.crashed
 
     def on_event(self, event: Event) -> None:
         self.tell(Happened(event))
@@ -110,8 +113,6 @@ class _Root:
             self.waiting_for.discard(event.id)
             if not self.waiting_for:
                 self.tell(Ready(self.plan.name, self.plan.url, self.plan.served_name))
-        elif event.kind == "exit" and self.state(self.supervisor.tree()) != "stopping":
-            self.crashed = True
 
     def answer(self, question: Question, reply: Reply) -> None:
         """Carries out one command."""
@@ -151,8 +152,6 @@ def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, st
 
 def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     """Imports what the actors need, once for all of them: they are forked from this process."""
-    for name in _ONE_THREAD:
-        os.environ.setdefault(name, "1")
     logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)  # the children take over the level
     gc.disable()
     for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
@@ -190,7 +189,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind, protocol)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        _bind(listener, address)
         listener.listen(_LISTEN_BACKLOG)
     except OSError as error:
         listener.close()
@@ -200,3 +199,15 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port} ({error.strerror}): choose others with --port or ingress.host"
         ) from None
     return listener
+
+
+def _bind(listener: socket.socket, address: Any) -> None:
+    """Binds the socket; gives the processes of a node that was killed a moment to let the port go."""
+    deadline = time.monotonic() + _PORT_PATIENCE_S
+    while True:
+        try:
+            return listener.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)

@@ -15,7 +15,7 @@ from runtime.errors import UserError
 
 SUBDIRECTORIES = ("sockets", "logs", "incarnations", "crashes")
 _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
-_LOCK_PATIENCE_S = 3.0  # processes of a killed node need a moment to end
+_LOCK_PATIENCE_S = 0.3  # a command that looks whether the node runs holds the lock for a moment
 
 
 class NodeInfo(msgspec.Struct, frozen=True):
@@ -70,6 +70,11 @@ class RunDirectory:
     @property
     def root_log(self) -> Path:
         return self.path / "logs" / "root.log"
+
+    @property
+    def has_crash_reports(self) -> bool:
+        """Whether any process of the node has crashed."""
+        return any((self.path / "crashes").iterdir())
 
     def remove(self, keep_logs: bool) -> None:
         """Removes the directory; with `keep_logs`, all but logs, crash reports and `node.json`."""

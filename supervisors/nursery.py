@@ -18,12 +18,13 @@ from supervisors import messages
 from supervisors.loop import Loop, pidfd_kill, reap_strangers
 from supervisors.messages import Down, ForkRequest, Parked, Start, Up, encode
 from supervisors.process import Process
-from supervisors.spec import ChildSpec
+from supervisors.restarts import Delay
+from supervisors.spec import Backoff, ChildSpec
 from supervisors.wire import Channel, socket_pair
 from supervisors.zygote import Zygote
 
-ZYGOTE_RETRY_S = 1.0
-"""A zygote that lives no longer than this is replaced only after as long again."""
+ZYGOTE_BACKOFF = Backoff(base_ms=20.0, cap_ms=1000.0)
+"""Between replacements of a zygote that is lost again soon after its start."""
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Nursery:
         self._launches: dict[int, _Launch] = {}
         self._living: dict[int, Process] = {}
         self._retry_at: float | None = None
+        self._delay = Delay(ZYGOTE_BACKOFF)
         self._strangers_due = False
         self._watch_zygote()
 
@@ -167,10 +169,9 @@ class Nursery:
         self._unwatch_zygote()
         self._zygote.close()
         self._on_zygote_lost(pid)
-        if lived < ZYGOTE_RETRY_S:
-            self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
-            for launch in self._launches.values():
-                launch.sent_at = self._retry_at
+        delay_s = self._delay.next(lived)
+        if delay_s > 0:
+            self._retry_at = time.monotonic() + delay_s
         else:
             self._replace_zygote()
 
@@ -179,7 +180,7 @@ class Nursery:
             self._zygote.start()
         except OSError as error:
             _log.error("cannot start a zygote: %s; trying again", error)
-            self._retry_at = time.monotonic() + ZYGOTE_RETRY_S
+            self._retry_at = time.monotonic() + ZYGOTE_BACKOFF.cap_ms / 1000
             return
         self._watch_zygote()
         for number, launch in list(self._launches.items()):

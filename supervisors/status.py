@@ -13,7 +13,7 @@ from supervisors.linux import cpu_seconds, rss_bytes
 from supervisors.spec import ChildSpec, ChildType
 
 State = Literal["starting", "running", "stopping", "stopped", "restarting", "backoff", "failed"]
-EventKind = Literal["starting", "ready", "ignored", "exit", "backoff", "stopped", "gave_up", "zygote", "command"]
+EventKind = Literal["starting", "ready", "ignored", "exit", "backoff", "stopped", "gave_up", "zygote"]
 StatValue = int | float | str
 
 

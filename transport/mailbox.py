@@ -152,7 +152,7 @@ class Mailbox(Generic[Body]):
                 counters.oversized += 1
                 continue
             sender, incarnation = envelope.sender, envelope.incarnation
-            if self._incarnations.get(sender) != incarnation and not self._meet(sender, incarnation):
+            if self._incarnations.get(sender) != incarnation and not self._meet(sender, incarnation, envelope.seq):
                 continue
             expected = self._next_in[sender]
             if envelope.seq != expected and envelope.seq > expected:
@@ -195,7 +195,7 @@ class Mailbox(Generic[Body]):
         self._next_out.setdefault(peer, 0)
         return outbox
 
-    def _meet(self, sender: str, incarnation: int) -> bool:
+    def _meet(self, sender: str, incarnation: int, seq: int) -> bool:
         """Handles a frame of another incarnation than the known one; False if it is to be dropped."""
         known = self._incarnations.get(sender)
         if known is None:
@@ -206,7 +206,8 @@ class Mailbox(Generic[Body]):
             self.counters.stale += 1
             return False
         self._incarnations[sender] = incarnation
-        self._next_in[sender] = 0
+        # What a sender that is met for the first time has sent before went to this inbox' former owner: not lost.
+        self._next_in[sender] = seq if known is None else 0
         if self._on_peer_started is not None:
             self._on_peer_started(sender, incarnation)
         return True

@@ -162,7 +162,6 @@ class Detokenizer(Actor):
         trimmed = event.finish == "stop" and not request.keep_stop and bool(event.tokens)
         text = stream.push(event.tokens[:-1] if trimmed else event.tokens)
         if stream.stop is None:
-            stream.next += trimmed
             text += stream.finish()
         return text
 

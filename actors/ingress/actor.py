@@ -41,7 +41,7 @@ LISTENER = "listener"
 """Name of the inherited descriptor: a listening socket that all ingress workers share."""
 TICK_S = 0.25
 KEEP_ALIVE_S = 75
-END_S = 5
+END_S = 2
 """After the drain deadline, for streams to send their last event."""
 
 
@@ -67,7 +67,9 @@ class Ingress(Actor):
         self.engines = Engines(self.config.model, self.mailbox.add_peer)
         self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
-        self.service = Service(self.config, self.name, self.ledger, self.tokenization, self.metrics, self.actors)
+        self.service = Service(
+            self.config, self.name, self.ledger, self.tokenization, self.metrics, self.actors, self.all_stats
+        )
         self._server: _Server
         self._listener: socket.socket
         self._crash: asyncio.Future[None]
@@ -81,6 +83,7 @@ class Ingress(Actor):
         self._listener = socket.socket(fileno=descriptor)
         if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise StartFailure(f"the descriptor '{LISTENER}' of {self.name} is not a listening socket")
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self._server = _Server(
             uvicorn.Config(
                 create_app(self.service),

@@ -39,6 +39,6 @@ async def health_generate(service: Service, exchange: Exchange) -> None:
 async def metrics(service: Service, exchange: Exchange) -> None:
     """All actors' figures for Prometheus."""
     now = time.monotonic()
-    service.actors.update(service.name, service.metrics.figures(), now)
+    service.actors.update(service.name, service.figures(), now)
     body = service.actors.render(service.config.served_model_names[0], now)
     await exchange.answer(body, headers=[(b"content-type", CONTENT_TYPE_LATEST.encode())])

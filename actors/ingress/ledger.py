@@ -181,6 +181,7 @@ class Ledger:
         self._stall_s = stall_s
         self._clock = clock
         self._finished: dict[str, list[str]] = {}
+        self._met: set[str] = set()
 
     # -- from the HTTP side ---------------------------------------------------------------------------------------
 
@@ -227,9 +228,17 @@ class Ledger:
             self._again(entry)
 
     def scheduler_started(self, scheduler: str) -> None:
-        """A new incarnation of a scheduler has none of the requests that were sent to the former one."""
+        """A new incarnation of a scheduler has none of the requests that were sent to the former one.
+
+        Whether there was a former one is not known when a scheduler is heard of for the first time: it is asked.
+        """
+        known = scheduler in self._met
+        self._met.add(scheduler)
         for entry in [each for each in self.live.values() if each.scheduler == scheduler]:
-            self._again(entry)
+            if known:
+                self._again(entry)
+            else:
+                self._ask_for_missing(entry, self._clock())
 
     def registry(self, infos: list[EngineInfo]) -> None:
         """The engines that there are: requests that wait for one go out, those of a vanished one go to another."""

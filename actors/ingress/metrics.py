@@ -140,14 +140,14 @@ class _Exposition(Collector):
                 if name.startswith(_RESPONSES):
                     responses.add_metric([name.removeprefix(_RESPONSES), actor], value)
         yield responses
-        yield from self._gauges(labels)
+        yield from self._gauges(labels, set(ingresses))
 
-    def _gauges(self, labels: list[str]) -> Iterator[Metric]:
+    def _gauges(self, labels: list[str], ingresses: set[str]) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}
         for actor, figures in self._figures.items():
             for name, value in figures.items():
-                if name in COUNTERS or ":" in name:
-                    continue
+                if actor in ingresses and (name in COUNTERS or ":" in name):
+                    continue  # shown above
                 if name in SCHEDULER_GAUGES:
                     full_name = f"sglang:{name}"
                 else:

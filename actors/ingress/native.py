@@ -171,13 +171,15 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         logit_bias=params.logit_bias,
         logprobs=top,
         prompt_logprobs=top if request.logprob_start_len >= 0 else -1,
+        limit_names=("min_new_tokens", "max_new_tokens"),
     )
     text = text_params(service.config, params.stop, params.skip_special_tokens, params.no_stop_trim)
 
     tokens = await service.tokenize(prompts)
     where = "text" if request.text is not None else "input_ids"
     limits = [
-        service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where) for each in tokens
+        service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where, "max_new_tokens")
+        for each in tokens
     ]
     with service.generate(
         exchange,

@@ -47,12 +47,15 @@ def sampling_params(
     logit_bias: dict[int, float] | None,
     logprobs: int = -1,
     prompt_logprobs: int = -1,
+    limit_names: tuple[str, str] = ("min_tokens", "max_tokens"),
 ) -> SamplingParams:
     """What the engine is told; None stands for a parameter that the client has not given.
 
     A request without a seed gets one here, so that a token drawn again is the same token. `max_tokens` is set later,
-    when the prompt's length is known. Raises ApiError for values that contradict each other or the model.
+    when the prompt's length is known; `limit_names` are the client's names of the two limits. Raises ApiError for
+    values that contradict each other or the model.
     """
+    at_least, at_most = limit_names
     for param, ids in (("stop_token_ids", stop_token_ids or ()), ("logit_bias", logit_bias or ())):
         for token in ids:
             if not 0 <= token < config.vocab_size:
@@ -62,11 +65,11 @@ def sampling_params(
                     "invalid_value",
                 )
     if min_tokens and max_tokens is not None and min_tokens > max_tokens:
-        raise invalid(f"min_tokens ({min_tokens}) is larger than max_tokens ({max_tokens}).", "min_tokens")
+        raise invalid(f"{at_least} ({min_tokens}) is larger than {at_most} ({max_tokens}).", at_least)
     if min_tokens and min_tokens > config.max_model_len:
         raise invalid(
-            f"min_tokens ({min_tokens}) is larger than the context length of {config.max_model_len} tokens.",
-            "min_tokens",
+            f"{at_least} ({min_tokens}) is larger than the context length of {config.max_model_len} tokens.",
+            at_least,
             "context_length_exceeded",
         )
     temperature = 1.0 if temperature is None else temperature

@@ -7,7 +7,7 @@ import hmac
 import os
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from actors.ingress.config import IngressConfig
@@ -29,6 +29,8 @@ class Service:
     """What endpoints work with.
 
     Attributes:
+        metrics: what this worker counts; `figures` gives all of its figures.
+        actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
     """
@@ -41,6 +43,7 @@ class Service:
         tokenization: Tokenization,
         metrics: IngressMetrics,
         actors: ActorFigures,
+        figures: Callable[[], dict[str, float]],
     ) -> None:
         self.config = config
         self.name = name
@@ -48,6 +51,7 @@ class Service:
         self.tokenization = tokenization
         self.metrics = metrics
         self.actors = actors
+        self.figures = figures
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._key = config.api_key.encode() if config.api_key is not None else None
@@ -117,15 +121,17 @@ class Service:
             limit = self.config.vocab_size
             raise invalid(f"Invalid value for '{param}': token ids must be 0 to {limit - 1}.", param, "invalid_value")
 
-    def check_length(self, prompt_tokens: int, max_tokens: int | None, default: int | None, param: str) -> int:
+    def check_length(
+        self, prompt_tokens: int, max_tokens: int | None, default: int | None, prompt_param: str, limit_param: str
+    ) -> int:
         """How many tokens an answer may have: what the client asks for, or else the default, or else all that fit.
 
         Raises ApiError when the prompt does not fit the context, or does not with what is asked for explicitly, as
-        vLLM and SGLang do.
+        vLLM and SGLang do. The last two arguments name the request's fields.
         """
         limit = self.config.max_model_len
         if prompt_tokens == 0:
-            raise invalid("The prompt is empty: it must have at least one token.", param)
+            raise invalid("The prompt is empty: it must have at least one token.", prompt_param)
         if max_tokens is None:
             if prompt_tokens < limit:
                 return limit - prompt_tokens if default is None else min(default, limit - prompt_tokens)
@@ -133,8 +139,8 @@ class Service:
         if prompt_tokens + max_tokens > limit:
             raise invalid(
                 f"This model's maximum context length is {limit} tokens. However, your request has {prompt_tokens} "
-                f"tokens in the prompt and asks for {max_tokens} more. Shorten the prompt or ask for fewer tokens.",
-                param,
+                f"tokens in the prompt and {limit_param} is {max_tokens}. Shorten the prompt or lower {limit_param}.",
+                prompt_param,
                 "context_length_exceeded",
             )
         return max_tokens
@@ -174,7 +180,9 @@ class Service:
         if n > self.config.max_n:
             raise invalid(f"Invalid value for 'n': it must be at most {self.config.max_n}.", "n", "invalid_value")
         if prompts * n > MAX_CHOICES:
-            raise invalid(f"The request asks for {prompts * n} answers; at most {MAX_CHOICES} are allowed.", "n")
+            raise invalid(
+                f"The prompts ask for {prompts * n} answers together; at most {MAX_CHOICES} are allowed.", "n"
+            )
 
     async def _tokenize(self, prompt: Prompt) -> bytes:
         if isinstance(prompt, list):

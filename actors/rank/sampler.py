@@ -21,7 +21,8 @@ from actors.messages import OpenSlot, SamplingParams, TopLogprobs
 from kernels import SamplingTensors
 
 Int32s = NDArray[np.int32]
-Int64s = NDArray[np.int64]
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 class History:
@@ -102,7 +103,7 @@ class Sampler:
         """Sets up a slot, whose parameters `check` has accepted."""
         slot, sampling = opened.slot, opened.sampling
         self._params[slot] = sampling
-        self._temperature[slot] = sampling.temperature
+        self._temperature[slot] = min(sampling.temperature, FLOAT32_MAX)
         self._top_k[slot] = min(sampling.top_k, self.vocab_size)
         self._top_p[slot] = sampling.top_p
         self._log_min_p[slot] = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
@@ -111,8 +112,8 @@ class Sampler:
         for table in (self._bias, self._histories, self._min_lengths):
             table.pop(slot, None)
         if sampling.logit_bias:
-            values = np.fromiter(sampling.logit_bias.values(), np.float32)
-            self._bias[slot] = np.fromiter(sampling.logit_bias, np.int32), values
+            values = np.clip(list(sampling.logit_bias.values()), -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
+            self._bias[slot] = np.array(list(sampling.logit_bias), np.int32), values
         if sampling.needs_history:
             tokens = np.frombuffer(opened.history, "<i4")
             self._histories[slot] = History(opened.prompt_len, tokens, self.max_model_len)
@@ -161,7 +162,7 @@ class Sampler:
             return []
         tops = np.minimum(self._logprobs[slots[wanted]], self.vocab_size)
         index = self._to_device(wanted)
-        values, top_values, top_ids = kernels.logprobs(logits[index], tokens[index], int(tops.max()))
+        values, top_values, top_ids = kernels.logprobs(logits[index], tokens[index], max(int(tops.max()), 1))
         values, top_values, top_ids = values.cpu(), top_values.cpu(), top_ids.cpu()
         return [
             _entry(int(rows[row]), values[i : i + 1], int(top), top_ids[i : i + 1], top_values[i : i + 1])

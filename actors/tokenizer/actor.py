@@ -99,7 +99,10 @@ class Tokenizer(Actor):
             raise Refusal(
                 f"The prompt has {len(text)} characters, and the longest one allowed has {self.config.max_characters}."
             )
-        return self.vocabulary.encode(text, add_special)
+        try:
+            return self.vocabulary.encode(text, add_special)
+        except Exception as error:  # whatever a text does to the library must not end the process again and again
+            raise Refusal(f"The prompt cannot be encoded ({type(error).__name__}: {error}).") from None
 
     def _render(self, prompt: ChatPrompt) -> str:
         messages = _parse("messages", prompt.messages, list[dict[str, Any]])

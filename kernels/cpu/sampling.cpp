@@ -224,6 +224,7 @@ class Sampler {
 
 // The `wanted` greatest logits of a row, the lower id first among equals.
 void top(const float* logits, int count, int wanted, float* values, int32_t* ids) {
+    if (!wanted) return;
     int found = 0;
     auto insert = [&](float value, int id) {
         int at = found < wanted ? found++ : wanted - 1;

@@ -29,6 +29,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. Errors of the user are one sentence on standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    # numpy's OpenBLAS would start threads when it is imported, and a process with threads must not be forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     parser, command = _parser(arguments)
     options = parser.parse_args(arguments)
     assert command is not None  # the parser demands one

@@ -5,15 +5,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+from typing import TYPE_CHECKING
 
+from runtime.cli.options import add_topology, topology_of
 from runtime.cli.output import say
 from runtime.errors import UserError
+from runtime.plan import plan_node
+
+if TYPE_CHECKING:
+    from runtime.bench.executor import Timing
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(metavar="KIND", required=True)
     _configure_serving(kinds.add_parser("serving", help="load on a running OpenAI-compatible server"))
-    parser.epilog = "example: runtime bench serving --url http://127.0.0.1:8000/v1 --requests 64 --concurrency 16"
+    _configure_offline(kinds.add_parser("offline", help="throughput of the bare executor over many requests"))
+    _configure_one_batch(kinds.add_parser("one-batch", help="prefill and decode times of one batch, bare executor"))
+    parser.epilog = (
+        "examples:\n"
+        "  runtime bench serving --url http://127.0.0.1:8000/v1 --requests 64 --concurrency 16\n"
+        "  runtime bench one-batch topology/smollm2.toml --batch 16"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -71,3 +83,76 @@ def _serving(options: argparse.Namespace) -> dict[str, float]:
     if len(errors) == len(outcomes):
         raise UserError(f"every request failed; the first one with {errors[0]}")
     return summary(outcomes, duration_s)
+
+
+def _configure_executor(parser: argparse.ArgumentParser) -> None:
+    add_topology(parser)
+    parser.add_argument(
+        "--input-len", type=_positive, default=256, metavar="N", help="tokens of a prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--output-len", type=_positive, default=128, metavar="N", help="tokens of an answer (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random prompts (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def _configure_offline(parser: argparse.ArgumentParser) -> None:
+    _configure_executor(parser)
+    parser.add_argument("--requests", type=_positive, default=64, metavar="N", help="(%(default)s)")
+    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="requests at a time (%(default)s)")
+    parser.epilog = "example: runtime bench offline topology/smollm2.toml --requests 64 --batch 16"
+    parser.set_defaults(measure=_offline)
+
+
+def _configure_one_batch(parser: argparse.ArgumentParser) -> None:
+    _configure_executor(parser)
+    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="requests of the batch (%(default)s)")
+    parser.epilog = "example: runtime bench one-batch topology/smollm2.toml --batch 16 --set model.dtype=bfloat16"
+    parser.set_defaults(measure=_one_batch)
+
+
+def _offline(options: argparse.Namespace) -> dict[str, float]:
+    timings = _run_executor(options, options.requests)
+    duration_s = sum(timing.duration_s for timing in timings)
+    return {
+        "requests": options.requests,
+        "steps": len(timings),
+        "duration_s": duration_s,
+        "requests_per_s": options.requests / duration_s,
+        "input_tokens_per_s": options.requests * options.input_len / duration_s,
+        "output_tokens_per_s": options.requests * options.output_len / duration_s,
+    }
+
+
+def _one_batch(options: argparse.Namespace) -> dict[str, float]:
+    from runtime.bench.figures import percentile
+
+    timings = _run_executor(options, options.batch)
+    prefill_s = sum(timing.duration_s for timing in timings if timing.prefilled)
+    decodes = [timing for timing in timings if not timing.prefilled]
+    steps_ms = [1000 * timing.duration_s for timing in decodes]
+    decode_s = sum(timing.duration_s for timing in decodes)
+    return {
+        "batch": options.batch,
+        "prefill_ms": 1000 * prefill_s,
+        "prefill_tokens_per_s": sum(timing.prefilled for timing in timings) / prefill_s,
+        "decode_step_p50_ms": percentile(steps_ms, 50),
+        "decode_step_p99_ms": percentile(steps_ms, 99),
+        "decode_tokens_per_s": sum(timing.decoded for timing in decodes) / decode_s if decode_s else float("nan"),
+    }
+
+
+def _run_executor(options: argparse.Namespace, requests: int) -> list[Timing]:
+    from runtime.bench.executor import Batch, executor_for, run_batch
+
+    plan = plan_node(topology_of(options))
+    batch = Batch(
+        requests=requests,
+        slots=min(options.batch, requests),
+        input_tokens=options.input_len,
+        output_tokens=options.output_len,
+        chunk_tokens=plan.engines[0].settings.chunk_tokens,
+        seed=options.seed,
+    )
+    return run_batch(executor_for(plan, batch), batch)

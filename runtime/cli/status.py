@@ -13,7 +13,7 @@ from runtime.errors import UserError
 from runtime.rundir import find_node
 from supervisors.status import NodeStatus
 
-_HEADER = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "CPU", "MEMORY", "LAST EXIT")
+_HEADER = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "CPU", "MEMORY", "LAST EXIT", "NOW")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +64,16 @@ def _rows(status: NodeStatus, indent: str = "") -> list[tuple[str, ...]]:
         f"{status.cpu_percent:.0f}%",
         f"{status.rss_bytes / 2**20:.0f}M",
         status.last_exit.text if status.last_exit else "-",
+        _now(status),
     )
     return [row, *(line for child in status.children for line in _rows(child, indent + "  "))]
+
+
+def _now(status: NodeStatus) -> str:
+    """What a process is at: a scheduler's requests, else what its main loop last said."""
+    if "num_running_reqs" in status.stats:
+        return f"{status.stats['num_running_reqs']} running, {status.stats['num_queue_reqs']} waiting"
+    return f"{status.doing} for {status.doing_s:.1f} s" if status.doing else ""
 
 
 def _duration(seconds: float) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import http.client
 import os
+import signal
 import sys
 import time
 import urllib.parse
+from pathlib import Path
 from typing import NoReturn
 
 from runtime.cli.options import add_topology, topology_of
+from runtime.control import NodeReport, Status, ask
 from runtime.display import Display
 from runtime.errors import UserError
 from runtime.node import run_node
 from runtime.plan import NodePlan, plan_node
 from runtime.progress import Note, Ready, Stopped, pipe_writer, read_progress
+from runtime.rundir import base_directory
 
-_HEALTH_PATIENCE_S = 30.0
+_PATIENCE_S = 30.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -47,18 +51,28 @@ def _detach(plan: NodePlan, display: Display) -> int:
         os.close(read)
         _become_root(plan, write)
     os.close(write)
-    with open(read, "rb") as pipe:
-        for progress in read_progress(pipe):
-            display.show(progress)
-            match progress:
-                case Ready():
-                    break
-                case Stopped(error=error):
-                    return 1 if error else 130
-        else:
-            raise UserError("the node ended without a word while it was starting")
-    _wait_for_health(plan.url, pid)
-    return 0
+    try:
+        with open(read, "rb") as pipe:
+            for progress in read_progress(pipe):
+                display.show(progress)
+                if isinstance(progress, Stopped):
+                    return 1
+                if isinstance(progress, Ready):
+                    _wait_until_it_answers(plan, pid)
+                    return 0
+        raise UserError("the node ended without a word while it was starting")
+    except (UserError, KeyboardInterrupt):
+        _stop(pid)
+        raise
+
+
+def _stop(pid: int) -> None:
+    """Stops the node that did not come up, unless it has ended already."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        pass
 
 
 def _become_root(plan: NodePlan, write: int) -> NoReturn:
@@ -73,25 +87,32 @@ def _become_root(plan: NodePlan, write: int) -> NoReturn:
         os._exit(status)
 
 
-def _wait_for_health(url: str, pid: int) -> None:
-    """Returns when GET /health is answered with 200. Raises UserError if that does not come."""
-    address = urllib.parse.urlsplit(url)
-    assert address.hostname is not None
-    deadline = time.monotonic() + _HEALTH_PATIENCE_S
-    problem = ""
-    while time.monotonic() < deadline:
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            answer = connection.getresponse()
-            if answer.status == 200:
-                return
-            problem = f"answered with status {answer.status}"
-        except (OSError, http.client.HTTPException) as error:
-            problem = str(error) or type(error).__name__
-        finally:
-            connection.close()
+def _wait_until_it_answers(plan: NodePlan, pid: int) -> None:
+    """Returns when GET /health is answered with 200 and all processes run. Raises UserError if that does not come."""
+    deadline = time.monotonic() + _PATIENCE_S
+    while problem := _health_problem(plan.url) or _state_problem(base_directory() / plan.name):
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
             raise UserError("the node ended just after it had started; see `runtime logs`")
-        time.sleep(0.05)
-    raise UserError(f"{url}/health does not answer ({problem}); see `runtime logs`")
+        if time.monotonic() > deadline:
+            raise UserError(f"the node has started, but {problem}; see `runtime logs`")
+        time.sleep(0.02)
+
+
+def _health_problem(url: str) -> str:
+    """What is wrong with the answer to GET /health; empty if nothing is."""
+    address = urllib.parse.urlsplit(url)
+    assert address.hostname is not None
+    connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        return f"{url}/health does not answer ({error or type(error).__name__})"
+    finally:
+        connection.close()
+    return "" if status == 200 else f"{url}/health answers with status {status}"
+
+
+def _state_problem(run_dir: Path) -> str:
+    report = ask(run_dir, Status())
+    return "" if isinstance(report, NodeReport) and report.state == "running" else "not all of its processes run"

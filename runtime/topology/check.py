@@ -36,7 +36,8 @@ class Check:
         self._raw = raw
         self._known = known_keys(data)
         tables = {path: self._table(path, content) for path, content in self._tables(data).items()}
-        if "path" not in tables.get(("model",), data.get("model", {})):
+        model = data.get("model", {})
+        if isinstance(model, dict) and "path" not in model:
             self._report(("model", "path"), 'missing; add path = "smollm2-135m-instruct" under [model]')
         if not data.get("engine"):
             self._report(("engine",), "missing; add a table [engine.main], which may be empty")

@@ -1,7 +1,7 @@
 """Peers of an ingress that speak the protocol and can be told to misbehave: one thread with four mailboxes.
 
-The fake tokenizer makes one token of each byte. The fake model's answer is a pure function of prompt, seed and index, as
-it is with a real one, so every test knows what its client must have received to the last character.
+The fake tokenizer makes one token of each byte. The fake model's answer is a pure function of prompt, seed and index,
+as it is with a real one, so every test knows what its client must have received to the last character.
 """
 
 from __future__ import annotations

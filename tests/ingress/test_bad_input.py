@@ -91,8 +91,7 @@ CHAT_ONLY: dict[str, list[Any]] = {
     "best_of": [1],
 }
 TEXT_ONLY: dict[str, list[Any]] = {
-    "prompt": [None, [], [[]], "", [""], 1, {}, [1, "a"], [[1], 2], [[1], "a"], [-1], [1000], [[5, 1000]], [1.5]]
-    + ["x" * 512, list(range(513)), [[1], []], ["a"] * 1025, [None], [2**70]],
+    "prompt": [None, [], [[]], "", [""], 1, {}, [1, "a"], [[1], 2], [[1], "a"], [-1], [1000], [[5, 1000]], [1.5]],
     "logprobs": [-1, 21, True, 1.5],
     "echo": ["x", 1],
     "best_of": [2, "x"],
@@ -122,6 +121,7 @@ NATIVE_PARAMS: dict[str, list[Any]] = {
     "min_new_tokens": [513, -1],
     "foo": [1],
 }
+LONG_PROMPTS: list[Any] = ["x" * 512, list(range(513)), [[1], []], ["a"] * 1025, [None], [2**70]]
 MESSAGES: list[Any] = [
     [],
     None,
@@ -237,6 +237,7 @@ def cases() -> list[Case]:
         (CHAT, chat(model="other"), 404, "model"),
         (TEXT, text(model="other"), 404, "model"),
         (TEXT, text(model=""), 404, "model"),
+        *((TEXT, text(prompt=prompt), 400, "prompt") for prompt in LONG_PROMPTS),
         (CHAT, chat(max_tokens=0), 400, "max_tokens"),
         (TEXT, text(max_tokens=4, min_tokens=5), 400, "min_tokens"),
         (TEXT, text(prompt=["a"] * 100, n=100), 400, "answers"),

@@ -7,6 +7,7 @@ import re
 import socket
 import time
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -109,8 +110,8 @@ def test_concurrency_limit(serve: Serve) -> None:
 
 def test_metrics(serve: Serve) -> None:
     served = serve(workers=2)
-    for _ in range(6):
-        served.client.post("/v1/completions", json={"prompt": "abcd", "max_tokens": 5})
+    for _ in range(6):  # each on a connection of its own, which any worker may take; scrapes stay with one
+        httpx.post(f"{served.url}/v1/completions", json={"prompt": "abcd", "max_tokens": 5}, timeout=30)
     served.client.post("/v1/completions", json={"prompt": 1})
     served.fakes.announce_stats("scheduler", {"num_running_reqs": 3.0, "token_usage": 0.5, "odd name!": 1.0})
 
@@ -122,17 +123,18 @@ def test_metrics(serve: Serve) -> None:
     def total(name: str) -> float:
         return sum(values(name).values())
 
-    wait_for(lambda: total("sglang:generation_tokens_total") == 30, "both workers' tokens")
+    wait_for(lambda: total("sglang:num_requests_total") == 6, "both workers' requests")
+    assert total("sglang:generation_tokens_total") == 30
     assert total("sglang:prompt_tokens_total") == 24
-    assert total("sglang:num_requests_total") == 6
     assert total("sglang:time_to_first_token_seconds_count") == 6
     assert total("sglang:inter_token_latency_seconds_count") == 24
     assert total("sglang:e2e_request_latency_seconds_count") == 6
     wait_for(lambda: total("runtime:http_responses_total") >= 7, "responses")
-    assert values("sglang:num_running_reqs") == {("main.scheduler", ""): 3}
-    assert values("sglang:token_usage") == {("main.scheduler", ""): 0.5}
-    assert values("runtime:actor_odd_name_") == {("main.scheduler", ""): 1}
-    assert ("ingress0", "") in values("runtime:actor_messages_received")
+    for name, value in (("sglang:num_running_reqs", 3), ("sglang:token_usage", 0.5), ("runtime:actor_odd_name_", 1)):
+        expected = {("main.scheduler", ""): value}
+        wait_for(lambda name=name, expected=expected: values(name) == expected, name)
+    for worker in ("ingress0", "ingress1"):
+        wait_for(lambda name=worker: (name, "") in values("runtime:actor_messages_received"), f"figures of {worker}")
 
 
 def test_several_workers_share_the_socket(serve: Serve) -> None:

@@ -64,16 +64,20 @@ def test_chat_stream(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 8
 
 
-def test_chat_stream_helper(client: openai.OpenAI) -> None:
-    with client.chat.completions.stream(
-        model="fake", messages=[{"role": "user", "content": "hi"}], seed=5, max_tokens=8, logprobs=True, n=2
-    ) as stream:
-        for _ in stream:
-            pass
-        final = stream.get_final_completion()
+def test_chat_stream_helper(client: openai.OpenAI, shared: Served) -> None:
+    shared.fakes.eos_at = 8
+    try:
+        with client.chat.completions.stream(
+            model="fake", messages=[{"role": "user", "content": "hi"}], seed=5, max_tokens=20, logprobs=True, n=2
+        ) as stream:
+            for _ in stream:
+                pass
+            final = stream.get_final_completion()
+    finally:
+        shared.fakes.eos_at = None
     assert [choice.message.content for choice in final.choices] == [answer(PROMPT, 5 + i, 8) for i in range(2)]
     assert final.choices[0].logprobs is not None
-    assert len(final.choices[0].logprobs.content or []) == 8
+    assert len(final.choices[0].logprobs.content or []) == 9
 
 
 def test_logprobs_and_stop(client: openai.OpenAI) -> None:
@@ -143,10 +147,9 @@ def test_an_error_in_a_stream(serve: Serve) -> None:
     served = serve(request_timeout_s=1)
     served.fakes.step_s = 0.1
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
-        text = ""
+        pieces: list[str] = []
         stream = client.completions.create(model="fake", prompt="a", seed=1, max_tokens=200, stream=True)
         with pytest.raises(openai.APIError, match="longer than 1 seconds"):
-            for chunk in stream:
-                text += chunk.choices[0].text
-        assert text
-        assert answer("a", 1, 200).startswith(text)
+            pieces.extend(chunk.choices[0].text for chunk in stream)
+        assert pieces
+        assert answer("a", 1, 200).startswith("".join(pieces))

@@ -1,4 +1,4 @@
-"""Fixtures: the embedded model, its tokenizer, its executor, and transformers' model of the same file."""
+"""Fixtures: the embedded model, its executor, and transformers' model of the same file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from rank_tools import TEXTS, rank_config
+from rank_tools import PROMPTS, Sequence, generate, rank_config
 
+from actors.messages import SamplingParams
 from actors.rank import Executor, build_executor
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def one_thread() -> None:
+    """Threads that meet at barriers crawl on a machine whose cores are taken by others."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +39,8 @@ def reference(smollm2: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def prompts(smollm2: Path) -> list[list[int]]:
-    """Token ids of TEXTS, of 1 to more than 1000 tokens."""
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    return [tokenizer(text)["input_ids"] for text in TEXTS]
+def prompts() -> list[list[int]]:
+    return PROMPTS
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +51,28 @@ def executor(smollm2: Path) -> Executor:
 @pytest.fixture(scope="session")
 def deterministic(smollm2: Path) -> Executor:
     return build_executor(rank_config(smollm2, deterministic=True))
+
+
+TOP5 = SamplingParams(max_tokens=64, seed=0, temperature=0.0, logprobs=5)
+
+
+@pytest.fixture(scope="session")
+def batched(executor: Executor, prompts: list[list[int]]) -> list[Sequence]:
+    """All prompts in one batch, unchunked."""
+    return generate(executor, prompts, TOP5)
+
+
+@pytest.fixture(scope="session")
+def logits(batched: list[Sequence], reference: Any) -> list[torch.Tensor]:
+    """transformers' logits for each output token of `batched`, given the tokens before it."""
+    with torch.inference_mode():
+        return [
+            reference(torch.tensor([sequence.tokens[:-1]]), logits_to_keep=len(sequence.output)).logits[0].float()
+            for sequence in batched
+        ]
+
+
+@pytest.fixture(scope="session")
+def expected(logits: list[torch.Tensor]) -> list[list[int]]:
+    """transformers' greedy tokens: those of `batched` are, if each is the most likely after those before it."""
+    return [each.argmax(-1).tolist() for each in logits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def ints(data: bytes) -> list[int]:
     return np.frombuffer(data, np.int32).tolist()
 
 
-def rank_config(model: Path, **settings: Any) -> RankConfig:
+def rank_config(model: Path | str, **settings: Any) -> RankConfig:
     defaults: dict[str, Any] = {
         "dtype": "float32",
         "num_pages": 1024,
@@ -31,7 +32,7 @@ def rank_config(model: Path, **settings: Any) -> RankConfig:
         "max_model_len": 2048,
         "page_size": PAGE_SIZE,
     }
-    return RankConfig(model=str(model), **{**defaults, **settings})
+    return RankConfig(**{"model": str(model), **defaults, **settings})
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Driver:
         return Sequence(slot, prompt, sampling, shared + own, computed=len(shared) * PAGE_SIZE)
 
     def step(self, rows: list[tuple[Sequence, int]], explicit: bool = False) -> Step:
-        """A step of (sequence, number of new tokens) rows. The last drawn token is left to the rank unless `explicit`."""
+        """A step of (sequence, number of new tokens) rows. A drawn token is left to the rank unless `explicit`."""
         self.number += 1
         opens, pages, tokens, flags = [], [], [], []
         for sequence, length in rows:
@@ -116,8 +117,10 @@ class Driver:
         for entry in result.prompt_logprobs:
             rows[entry.row][0].prompt_logprobs.extend(np.frombuffer(entry.logprobs, np.float32).tolist())
 
-    def run(self, sequences: list[Sequence], chunk: int = 1 << 30, explicit: bool = False, repeat: bool = False) -> None:
-        """Runs all sequences together until each has its `max_tokens`; prompts in chunks. `repeat` runs each step twice."""
+    def run(
+        self, sequences: list[Sequence], chunk: int = 1 << 30, explicit: bool = False, repeat: bool = False
+    ) -> None:
+        """Runs all together until each has its `max_tokens`; prompts in chunks. `repeat` runs each step twice."""
         while True:
             rows = [
                 (sequence, min(chunk, len(sequence.tokens) - sequence.computed))
@@ -175,25 +178,13 @@ def save_model(directory: Path, architecture: str, **overrides: Any) -> Any:
     return model
 
 
-TEXTS = [
-    "Hello",
-    "The capital of France is",
-    "Once upon a time, in a small village by the sea,",
-    "def fibonacci(n):\n    ",
-    "#include <stdio.h>\n\nint main(int argc, char **argv) {\n",
-    "SELECT name, count(*) FROM users WHERE",
-    "Die Würde des Menschen ist unantastbar. Sie zu achten",
-    "El ingenioso hidalgo don Quijote de la Mancha",
-    "Il était une fois une petite fille qui",
-    "日本の首都は東京です。富士山は",
-    "Привет, как дела? Сегодня",
-    "مرحبا بالعالم",
-    "1, 1, 2, 3, 5, 8, 13, 21,",
-    "{\"name\": \"Ada\", \"born\": 1815, \"fields\": [",
-    "<html>\n<head><title>Test</title></head>\n<body>",
-    "Q: What is the boiling point of water?\nA:",
-    "Translate to German: 'I would like a cup of coffee.'",
-    "🙂🙃 emoji and   spaces\t\ttabs\n\n\nnewlines",
-    "Water boils at 100 degrees. " * 30 + "So water",
-    "In mathematics, a group is a set with an operation that is associative. " * 80 + "Therefore",
+# Texts and their token ids in SmolLM2's vocabulary.
+_SHORT: dict[str, list[int]] = json.loads(Path(__file__).with_name("prompts.json").read_text())
+_WATER = [36411, 418, 216, 33, 32, 32, 5027, 30]  # " boils at 100 degrees."
+_GROUP = [6530, 28, 253, 1528, 314, 253, 932, 351, 354, 4953, 338, 314, 1736, 791, 30]  # " mathematics, a group is …"
+PROMPTS = [
+    *_SHORT.values(),
+    [12615, *_WATER, *([4643, *_WATER] * 29), 1644, 913],
+    [788, *_GROUP, *([533, *_GROUP] * 79), 4882],
 ]
+"""Prompts of SmolLM2, in several languages; the last two have 272 and 1281 tokens."""

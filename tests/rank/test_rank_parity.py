@@ -12,32 +12,6 @@ from rank_tools import PAGE_SIZE, Driver, Sequence, generate
 from actors.messages import SamplingParams
 from actors.rank import Executor
 
-TOP5 = SamplingParams(max_tokens=64, seed=0, temperature=0.0, logprobs=5)
-
-
-@pytest.fixture(scope="module")
-def alone(executor: Executor, prompts: list[list[int]]) -> list[Sequence]:
-    """All prompts one after the other, unchunked."""
-    return generate(executor, prompts, TOP5, alone=True)
-
-
-@pytest.fixture(scope="module")
-def expected(alone: list[Sequence], reference: Any) -> list[list[int]]:
-    """transformers' greedy tokens: if the tokens of `alone` are those, each is the most likely after those before."""
-    outputs = []
-    for sequence in alone:
-        with torch.inference_mode():
-            logits = reference(torch.tensor([sequence.tokens[:-1]])).logits[0, len(sequence.prompt) - 1 :].float()
-        outputs.append(logits.argmax(-1).tolist())
-        values = torch.log_softmax(logits, -1)
-        for entry, row, token in zip(sequence.logprobs, values, sequence.output, strict=True):
-            assert entry.top == 5
-            np.testing.assert_allclose(np.frombuffer(entry.logprobs, np.float32), [row[token]], atol=1e-3)
-            top = np.frombuffer(entry.top_ids, np.int32)
-            np.testing.assert_allclose(np.frombuffer(entry.top_logprobs, np.float32), row[top], atol=1e-3)
-            np.testing.assert_allclose(row[top], row.topk(5).values, atol=1e-3)
-    return outputs
-
 
 def test_prompts_are_varied(prompts: list[list[int]]) -> None:
     assert len(prompts) >= 20
@@ -45,34 +19,60 @@ def test_prompts_are_varied(prompts: list[list[int]]) -> None:
     assert max(map(len, prompts)) > 1000
 
 
-def test_alone(alone: list[Sequence], expected: list[list[int]]) -> None:
-    assert [sequence.output for sequence in alone] == expected
+def test_in_one_batch(batched: list[Sequence], expected: list[list[int]]) -> None:
+    assert [sequence.output for sequence in batched] == expected
 
 
-@pytest.mark.parametrize("chunk", [1 << 30, 100, 17])
-def test_in_one_batch(executor: Executor, prompts: list[list[int]], expected: list[list[int]], chunk: int) -> None:
-    sequences = generate(executor, prompts, chunk=chunk)
+def test_logprobs(batched: list[Sequence], logits: list[torch.Tensor]) -> None:
+    for sequence, sequence_logits in zip(batched, logits, strict=True):
+        values = torch.log_softmax(sequence_logits, -1)
+        for entry, row, token in zip(sequence.logprobs, values, sequence.output, strict=True):
+            assert entry.top == 5
+            np.testing.assert_allclose(np.frombuffer(entry.logprobs, np.float32), [row[token]], atol=1e-3)
+            top = np.frombuffer(entry.top_ids, np.int32)
+            values_of_top = row[top.tolist()]
+            np.testing.assert_allclose(np.frombuffer(entry.top_logprobs, np.float32), values_of_top, atol=1e-3)
+            np.testing.assert_allclose(values_of_top, row.topk(5).values, atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [12, pytest.param(64, marks=pytest.mark.slow)])
+def test_alone(executor: Executor, prompts: list[list[int]], expected: list[list[int]], tokens: int) -> None:
+    sampling = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0)
+    sequences = generate(executor, prompts, sampling, alone=True)
+    assert [sequence.output for sequence in sequences] == [output[:tokens] for output in expected]
+
+
+def test_in_chunks(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    sequences = generate(executor, prompts, chunk=17)
     assert [sequence.output for sequence in sequences] == expected
 
 
+@pytest.mark.parametrize("chunk", [100, 256, 500])
+def test_in_longer_chunks(executor: Executor, prompts: list[list[int]], expected: list[list[int]], chunk: int) -> None:
+    sampling = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
+    sequences = generate(executor, prompts[-2:], sampling, chunk=chunk)
+    assert [sequence.output for sequence in sequences] == [output[:8] for output in expected[-2:]]
+
+
 def test_chunks_of_one_token(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    chosen = [index for index, prompt in enumerate(prompts) if len(prompt) < 40]
-    sequences = generate(executor, [prompts[index] for index in chosen], chunk=1)
-    assert [sequence.output for sequence in sequences] == [expected[index] for index in chosen]
+    sampling = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
+    sequences = generate(executor, prompts[:18], sampling, chunk=1)
+    assert [sequence.output for sequence in sequences] == [output[:8] for output in expected[:18]]
 
 
 def test_prefix_reuse(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
     driver = Driver(executor)
+    sampling = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
     long = [index for index, prompt in enumerate(prompts) if len(prompt) > PAGE_SIZE]
-    first = [driver.sequence(slot, prompts[index]) for slot, index in enumerate(long)]
+    first = [driver.sequence(slot, prompts[index], sampling) for slot, index in enumerate(long)]
     driver.run(first)
     second = []
     for slot, (index, sequence) in enumerate(zip(long, first, strict=True)):
         shared = sequence.pages[: (len(prompts[index]) - 1) // PAGE_SIZE]
-        second.append(driver.sequence(len(long) + slot, prompts[index], shared=shared))
+        second.append(driver.sequence(len(long) + slot, prompts[index], sampling, shared))
     assert all(sequence.computed for sequence in second)
     driver.run(second)
-    assert [sequence.output for sequence in second] == [expected[index] for index in long]
+    assert [sequence.output for sequence in second] == [expected[index][:16] for index in long]
 
 
 def test_resumed_with_the_tokens_so_far(
@@ -87,8 +87,9 @@ def test_resumed_with_the_tokens_so_far(
 
 
 def test_steps_run_twice(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    sequences = generate(executor, prompts[:8], chunk=7, repeat=True)
-    assert [sequence.output for sequence in sequences] == expected[:8]
+    sampling = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
+    sequences = generate(executor, prompts[:12], sampling, chunk=7, repeat=True)
+    assert [sequence.output for sequence in sequences] == [output[:16] for output in expected[:12]]
 
 
 @pytest.mark.parametrize("chunk", [1 << 30, 150])

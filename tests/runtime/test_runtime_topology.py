@@ -64,7 +64,10 @@ def test_shipped_files_are_right(file: Path) -> None:
         ),
         (MINIMAL + '[node]\nname = "../x"\n', 'x.toml:5: node.name: is "../x"; give a string of letters'),
         ("[engine.main]\n", 'x.toml:1: model.path: missing; add path = "smollm2-135m-instruct" under [model]'),
-        ("\n[model]\n[engine.main]\n", 'x.toml:2: model.path: missing; add path = "smollm2-135m-instruct" under [model]'),
+        (
+            "\n[model]\n[engine.main]\n",
+            'x.toml:2: model.path: missing; add path = "smollm2-135m-instruct" under [model]',
+        ),
         ('[model]\npath = ""\n[engine.a]\n', 'x.toml:2: model.path: is ""; give a string'),
         ('[model]\npath = "m"\n', "x.toml:1: engine: missing; add a table [engine.main]"),
         ('model = "m"\n[engine.main]\n', 'x.toml:1: model: is "m"; write a table [model]'),
@@ -95,11 +98,16 @@ def test_an_error_names_place_key_and_remedy(tmp_path: Path, text: str, expected
 
 def test_all_errors_are_listed(tmp_path: Path) -> None:
     found = errors(tmp_path, MINIMAL + "tp = 0\nfoo = 1\n[ingress]\nport = 0\n", "model.dtype=fp8")
-    assert [line.split(": ")[1] for line in found] == ["model.dtype", "engine.main.tp", "engine.main.foo", "ingress.port"]
+    assert [line.split(": ")[1] for line in found] == [
+        "model.dtype",
+        "engine.main.tp",
+        "engine.main.foo",
+        "ingress.port",
+    ]
 
 
 def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(TopologyError, match="missing.toml: no such file"):
+    with pytest.raises(TopologyError, match=r"missing\.toml: no such file"):
         load_topology(tmp_path / "missing.toml")
     with pytest.raises(TopologyError, match="cannot be read"):
         load_topology(tmp_path)

@@ -41,3 +41,7 @@ def random_text(source: random.Random, length: int) -> str:
         else:
             parts.append(chr(source.randint(*source.choice(ranges))))
     return "".join(parts)[:length]
+
+
+RANDOM_TEXTS = [random_text(random.Random(seed), 300) for seed in range(40)]
+"""The same ones in each run."""

@@ -93,18 +93,19 @@ def reference(source: str, chat: list[dict[str, Any]], options: dict[str, Any]) 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     chat = [{key: value for key, value in message.items() if value is not None} for message in chat]
+    variables: dict[str, Any] = {**SPECIAL, **options.get("arguments", {})}
     try:
-        rendered, _ = render_jinja_template(
+        result: Any = render_jinja_template(
             [chat],
             tools=options.get("tools"),
             chat_template=source,
             add_generation_prompt=options.get("add_generation_prompt", True),
             continue_final_message=options.get("continue_final_message", False),
-            **{**SPECIAL, **options.get("arguments", {})},
+            **variables,
         )
     except Exception:
         return None
-    text = rendered[0]
+    text = result[0][0]
     assert isinstance(text, str)
     return text
 

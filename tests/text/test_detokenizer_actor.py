@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_harness import Node, write_gguf
+from text_harness import Node
+from vocabularies import write_gguf
 
 from actors.messages import (
     ActorStats,

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from corpus import TEXTS
-from test_vocabulary import byte_level_gguf
 from text_harness import Node
+from vocabularies import byte_level_gguf
 
 from actors.messages import (
     ActorStats,
@@ -147,6 +147,14 @@ def test_chat_template_of_the_topology(new_node: NewNode, vocabulary: Vocabulary
     file.write_text("{{ messages[0].content }}{{ bos_token }}")
     node = new_node(chat_template=str(file))
     assert ids(node, chat(("user", "x"))) == vocabulary.encode("x<|begin|>", add_special=False)
+
+
+def test_text_that_the_library_refuses(new_node: NewNode, tmp_path: Path) -> None:
+    file = tmp_path / "surrogate.jinja"
+    file.write_text(r"{{ '\ud800' }}")
+    node = new_node(chat_template=str(file))
+    assert "cannot be encoded" in failure(node, chat(("user", "x")))
+    assert ids(node, TextPrompt("still here"))
 
 
 @pytest.mark.parametrize(

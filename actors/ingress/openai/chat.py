@@ -72,7 +72,7 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         request.messages, request.chat_template_kwargs, request.add_generation_prompt, request.continue_final_message
     )
     (prompt,) = await service.tokenize([conversation])
-    max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages")
+    max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages", asked_param)
 
     rid = new_rid()
     eager = bool(request.stream)

@@ -65,7 +65,10 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
     text = request.text_params(service.config)
 
     tokens = await service.tokenize(prompts)
-    limits = [service.check_length(len(each) // 4, request.max_tokens, DEFAULT_MAX_TOKENS, "prompt") for each in tokens]
+    limits = [
+        service.check_length(len(each) // 4, request.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
+        for each in tokens
+    ]
     echoes = [await _text_of(service, prompt) for prompt in prompts] if request.echo else [None] * len(prompts)
 
     rid = new_rid()

@@ -1,0 +1,244 @@
+"""Attention against an independent computation in float64, and the same to the bit in whatever step a token is."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import AttentionMeta
+
+LAYERS = 3
+
+
+class Model:
+    """One layer's shapes, a cache full of NaN, and random sequences in it."""
+
+    def __init__(
+        self,
+        query_heads: int = 6,
+        kv_heads: int = 2,
+        dim: int = 32,
+        page_size: int = 8,
+        rotated: int | None = None,
+        activations: torch.dtype = torch.float32,
+        cached: torch.dtype = torch.float32,
+        rows: int = 4,
+        length: int = 300,
+    ) -> None:
+        self.query_heads, self.kv_heads, self.dim, self.page_size = query_heads, kv_heads, dim, page_size
+        self.activations, self.cached, self.length = activations, cached, length
+        pages = -(-length // page_size)
+        self.table = torch.randperm(rows * pages + 3)[: rows * pages].int().view(rows, pages).contiguous()
+        self.cos, self.sin = kernels.rotary_table(rotated or dim, length, 10000.0)
+
+    def cache(self) -> Tensor:
+        """One layer of pages that hold several; whatever is not written poisons what reads it."""
+        pages = self.table.numel() + 3
+        arena = torch.full((pages, LAYERS, 2, self.page_size, self.kv_heads, self.dim), torch.nan, dtype=self.cached)
+        return arena[:, 1]
+
+    def tokens(self, count: int) -> Tensor:
+        return torch.randn(count, (self.query_heads + 2 * self.kv_heads) * self.dim).to(self.activations)
+
+    def step(
+        self, cache: Tensor, starts: list[int], parts: list[Tensor], slots: list[int], window: int | None = None
+    ) -> list[Tensor]:
+        """Runs one step and returns the output of each row."""
+        meta = AttentionMeta.build(starts, [len(part) for part in parts], self.table, slots)
+        fused = torch.cat(parts)
+        heads = [self.query_heads, self.kv_heads, self.kv_heads]
+        q, k, v = (x.unflatten(-1, (-1, self.dim)) for x in fused.split([n * self.dim for n in heads], dim=-1))
+        out = kernels.attention(
+            q, k, v, cache, meta, self.cos, self.sin, self.dim**-0.5, window=window, deterministic=True
+        )
+        assert out.dtype == self.activations
+        return list(out.split([len(part) for part in parts]))
+
+    def exact(self, tokens: Tensor, window: int | None = None) -> Tensor:
+        """What a whole sequence should give, in float64 but for the rounding of what is cached."""
+        heads = [self.query_heads, self.kv_heads, self.kv_heads]
+        parts = tokens.double().split([n * self.dim for n in heads], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, self.dim)) for x in parts)
+        count, half = len(tokens), self.cos.shape[1]
+        cos, sin = self.cos[:count, None].double(), self.sin[:count, None].double()
+
+        def rotate(x: Tensor) -> Tensor:
+            a, b = x[..., :half], x[..., half : 2 * half]
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], dim=-1)
+
+        q, k = rotate(q), rotate(k).to(self.cached).double()
+        v = v.to(self.cached).double()
+        group = self.query_heads // self.kv_heads
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * self.dim**-0.5
+        at = torch.arange(count)
+        seen = at[:, None] >= at
+        if window is not None:
+            seen &= at > at[:, None] - window
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def assert_close(actual: Tensor, exact: Tensor, cached: torch.dtype = torch.float32) -> None:
+    # A cached value may be rounded the other way where float32 and float64 fall on two sides of a boundary.
+    tolerance = 2e-5 if actual.dtype == cached == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.double(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("page_size", [1, 8, 16, 64])
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cached", [torch.float32, torch.bfloat16])
+def test_prefill_in_chunks_then_decode(page_size: int, activations: torch.dtype, cached: torch.dtype) -> None:
+    model = Model(page_size=page_size, activations=activations, cached=cached, length=100)
+    cache = model.cache()
+    sequences = [model.tokens(n) for n in (30, 100, 64, 1)]
+    exact = [model.exact(tokens) for tokens in sequences]
+    done = [0, 0, 0, 0]
+    while any(done[row] < len(sequences[row]) for row in range(4)):
+        chunks = [random.choice([0, 1, 7, 40, 80]) for _ in range(4)]
+        parts = [tokens[at : at + chunk] for tokens, at, chunk in zip(sequences, done, chunks, strict=True)]
+        order = random.sample(range(4), 4)
+        outs = model.step(cache, [done[row] for row in order], [parts[row] for row in order], order)
+        for row, out in zip(order, outs, strict=True):
+            assert_close(out, exact[row][done[row] : done[row] + len(out)], cached)
+            done[row] += len(out)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(9, 3), (4, 4), (8, 1), (32, 1)])
+@pytest.mark.parametrize("dim", [8, 24, 64, 80, 256])
+def test_heads(query_heads: int, kv_heads: int, dim: int) -> None:
+    model = Model(query_heads, kv_heads, dim, length=90)
+    tokens = model.tokens(90)
+    cache = model.cache()
+    first, second = model.step(cache, [0], [tokens[:70]], [2])[0], model.step(cache, [70], [tokens[70:]], [2])[0]
+    assert_close(torch.cat([first, second]), model.exact(tokens))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("rotated", [8, 24, 64])
+def test_partial_rotary(rotated: int) -> None:
+    model = Model(dim=64, rotated=rotated, length=40)
+    tokens = model.tokens(40)
+    assert_close(model.step(model.cache(), [0], [tokens], [1])[0], model.exact(tokens))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("window", [1, 7, 64, 100, 1000])
+def test_window(window: int) -> None:
+    model = Model(length=200)
+    tokens = model.tokens(200)
+    cache = model.cache()
+    bounds = (0, 150), (150, 151), (151, 200)
+    parts = [model.step(cache, [start], [tokens[start:end]], [0], window)[0] for start, end in bounds]
+    assert_close(torch.cat(parts), model.exact(tokens, window))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16])
+def test_same_bits_in_any_step(backend: str, activations: torch.dtype, window: int | None) -> None:
+    """Alone and whole; in chunks; among others; token by token; on other pages; with other threads."""
+    torch.set_num_threads(1)
+    length = 200 if backend != "torch" else 80
+    model = Model(9, 3, 64, page_size=16, activations=activations, length=length)
+    tokens = model.tokens(length)
+    (whole,) = model.step(model.cache(), [0], [tokens], [0], window)
+
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        cuts = sorted(random.sample(range(1, length), 3))
+        bounds = list(zip([0, *cuts], [*cuts, length], strict=True))
+        cache = model.cache()
+        pieces = []
+        for start, end in bounds:
+            others = [model.tokens(random.choice([0, 1, 30])) for _ in range(3)]
+            at = random.randrange(4)
+            parts, starts, slots = [*others], [0, 0, 0], [1, 2, 3]
+            parts.insert(at, tokens[start:end])
+            starts.insert(at, start)
+            slots.insert(at, 0)
+            pieces.append(model.step(cache, starts, parts, slots, window)[at])
+        assert torch.equal(torch.cat(pieces), whole), f"chunks {bounds} with {count} threads"
+
+        single = Model(9, 3, 64, page_size=random.choice([1, 8, 64]), activations=activations, length=length)
+        cache = single.cache()
+        single.step(cache, [0], [tokens[: length - 20]], [1], window)
+        ones = [single.step(cache, [at], [tokens[at : at + 1]], [1], window)[0] for at in range(length - 20, length)]
+        assert torch.equal(torch.cat(ones), whole[length - 20 :]), f"page size {single.page_size}, {count} threads"
+
+
+@pytest.mark.usefixtures("backend")
+def test_a_step_again_gives_the_same_bits_and_cache() -> None:
+    model = Model(length=100)
+    tokens = model.tokens(100)
+    cache = model.cache()
+    first = model.step(cache, [0], [tokens], [0])[0]
+    kept = cache.clone()
+    assert torch.equal(model.step(cache, [0], [tokens], [0])[0], first)
+    assert torch.equal(cache.nan_to_num(7), kept.nan_to_num(7))
+
+
+def test_avx2_and_avx512_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels.cpu.instruction_sets() != ["avx512", "avx2"]:
+        pytest.skip("this processor has not both")
+    model = Model(9, 3, 80, length=150)
+    tokens = model.tokens(150)
+    outs = []
+    for name in ("avx512", "avx2"):
+        monkeypatch.setenv("LLM_RUNTIME_KERNELS", name)
+        kernels.cpu.choice.cache_clear()
+        kernels.cpu.library.cache_clear()
+        outs.append(model.step(model.cache(), [0], [tokens], [0])[0])
+    monkeypatch.undo()
+    kernels.cpu.choice.cache_clear()
+    kernels.cpu.library.cache_clear()
+    assert torch.equal(*outs)
+
+
+@pytest.mark.usefixtures("backend")
+def test_step_of_no_tokens() -> None:
+    model = Model()
+    assert model.step(model.cache(), [5, 0], [model.tokens(0), model.tokens(0)], [1, 2])[0].shape == (0, 6, 32)
+
+
+@pytest.mark.usefixtures("backend")
+def test_fast_torch_path_agrees() -> None:
+    model = Model(length=120)
+    tokens = model.tokens(120)
+    heads = [model.query_heads * 32, model.kv_heads * 32, model.kv_heads * 32]
+    meta = AttentionMeta.build([0, 0], [120, 0], model.table, [3, 1])
+    q, k, v = (x.unflatten(-1, (-1, 32)) for x in tokens.split(heads, dim=-1))
+    for window in (None, 33):
+        out = kernels.attention(q, k, v, model.cache(), meta, model.cos, model.sin, 32**-0.5, window)
+        assert_close(out, model.exact(tokens, window))
+
+
+@pytest.mark.usefixtures("backend")
+def test_rejects_what_does_not_fit() -> None:
+    model = Model(length=16)
+    q, kv = torch.randn(4, 6, 32), torch.randn(4, 2, 32)
+    cache, scale = model.cache(), 1.0
+
+    def run(meta: AttentionMeta, q: Tensor = q, k: Tensor = kv, window: int | None = None) -> None:
+        kernels.attention(q, k, k, cache, meta, model.cos, model.sin, scale, window)
+
+    good = AttentionMeta.build([0], [4], model.table)
+    with pytest.raises(ValueError, match="exceeds"):
+        run(AttentionMeta.build([13], [4], model.table))
+    with pytest.raises(ValueError, match="a step of 3"):
+        run(AttentionMeta.build([0], [3], model.table))
+    with pytest.raises(ValueError, match="share"):
+        run(good, q=torch.randn(4, 5, 32))
+    with pytest.raises(ValueError, match="differ"):
+        run(good, k=torch.randn(4, 3, 32))
+    with pytest.raises(ValueError, match="window"):
+        run(good, window=0)
+    with pytest.raises(IndexError):
+        run(AttentionMeta.build([0], [4], torch.full_like(model.table, 10**6)))
+    for starts, lengths, slots in (([-1], [1], [0]), ([0], [1], [99]), ([0], [1, 2], [0])):
+        with pytest.raises(ValueError):
+            AttentionMeta.build(starts, lengths, model.table, slots)

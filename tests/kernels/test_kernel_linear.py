@@ -1,0 +1,70 @@
+"""Linear layers: close to float64, and a row's result the same to the bit whatever the other rows are."""
+
+import random
+
+import pytest
+import torch
+
+import kernels
+
+SHAPES = [(1, 1), (17, 33), (64, 64), (576, 960), (129, 200), (1536, 70)]
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_against_float64(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    for rows in (0, 1, 5, 13, 97):
+        x = torch.randn(rows, inputs).to(dtype)
+        for added in (None, bias):
+            exact = x.double() @ weight.double().T + (0 if added is None else added.double())
+            tolerance = 1e-6 * inputs**0.5 + 1e-6 if dtype == torch.float32 else 1e-5 * inputs**0.5
+            rounding = 1e-5 if dtype == torch.float32 else 1e-2
+            for given, deterministic in ((weight, True), (kernels.pack_weight(weight), True), (weight, False)):
+                out = kernels.linear(x, given, added, deterministic=deterministic)
+                assert out.dtype == dtype
+                torch.testing.assert_close(out.double(), exact, atol=tolerance * 5, rtol=rounding)
+
+
+@pytest.mark.usefixtures("backend", "threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_same_bits_in_any_batch(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(outputs, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    packed = kernels.pack_weight(weight)
+    x = torch.randn(150, inputs).to(dtype)
+    torch.set_num_threads(1)
+    whole = kernels.linear(x, packed, bias, deterministic=True)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for given in (packed, weight):
+            for _ in range(4):
+                start = random.randrange(150)
+                end = min(150, start + random.choice([1, 2, 3, 16, 100]))
+                part = kernels.linear(x[start:end], given, bias, deterministic=True)
+                assert torch.equal(part, whole[start:end]), f"rows {start} to {end}, {count} threads"
+        shuffled = torch.randperm(150)
+        assert torch.equal(kernels.linear(x[shuffled], packed, bias), whole[shuffled])
+
+
+@pytest.mark.usefixtures("backend")
+def test_strided_rows_and_shared_panels() -> None:
+    x, weight = torch.randn(9, 300)[:, 100:200], torch.randn(130, 100)
+    arena = torch.full((3 * 100 * 64 + 5,), torch.nan)
+    packed = kernels.pack_weight(weight, arena[5:].view(3, 100, 64))
+    assert packed.panels.data_ptr() == arena[5:].data_ptr()
+    assert not arena[5:].isnan().any()
+    expected = kernels.linear(x.contiguous(), kernels.pack_weight(weight))
+    assert torch.equal(kernels.linear(x, packed), expected)
+    again = kernels.PackedWeight(packed.panels.clone(), 130)  # as from another process
+    assert torch.equal(kernels.linear(x, again), expected)
+
+
+@pytest.mark.usefixtures("backend")
+def test_rejects_what_does_not_fit() -> None:
+    weight = torch.randn(8, 4)
+    with pytest.raises(ValueError, match="does not fit"):
+        kernels.linear(torch.randn(2, 5), kernels.pack_weight(weight))
+    with pytest.raises(ValueError, match="bias"):
+        kernels.linear(torch.randn(2, 4), weight, torch.randn(7), deterministic=True)

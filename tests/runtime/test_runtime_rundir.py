@@ -1,0 +1,190 @@
+"""Run directories and the control socket."""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from runtime.control import ControlServer, Done, Down, Kill, NodeReport, Question, Reply, Status, ask, command
+from runtime.errors import UserError
+from runtime.rundir import NodeInfo, RunDirectory, base_directory, find_node, is_running
+from supervisors import NodeStatus
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RUNTIME_DIR", str(tmp_path / "r"))
+    return tmp_path / "r"
+
+
+def node(name: str) -> RunDirectory:
+    run_dir = RunDirectory(name, "main.scheduler")
+    run_dir.write_info(NodeInfo(name, os.getpid(), "http://x", "t.toml", 0.0))
+    return run_dir
+
+
+def test_where_run_directories_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIR", "/a/b")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert base_directory() == Path("/a/b")
+    monkeypatch.delenv("RUNTIME_DIR")
+    assert base_directory() == Path("/run/user/7/llm-runtime")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert base_directory() == Path(f"/tmp/llm-runtime-{os.getuid()}")
+
+
+def test_it_is_private_and_goes_without_a_trace(base: Path) -> None:
+    run_dir = node("n")
+    assert {path.name for path in run_dir.path.iterdir()} == {
+        "lock",
+        "node.json",
+        "sockets",
+        "logs",
+        "incarnations",
+        "crashes",
+    }
+    assert {path.stat().st_mode & 0o777 for path in (base, run_dir.path, run_dir.path / "sockets")} == {0o700}
+    assert is_running(run_dir.path)
+    assert find_node("n") == find_node(None) == run_dir.path
+    run_dir.remove(keep_logs=False)
+    assert not base.exists()
+
+
+def test_logs_of_a_crashed_node_stay_and_can_be_found(base: Path) -> None:
+    run_dir = node("n")
+    run_dir.root_log.write_text("why\n")
+    run_dir.remove(keep_logs=True)
+    assert {path.name for path in run_dir.path.iterdir()} == {"node.json", "logs", "crashes"}
+    with pytest.raises(UserError, match="no node is running"):
+        find_node(None)
+    assert find_node(None, dead_too=True) == find_node("n", dead_too=True) == run_dir.path
+    again = node("n")
+    assert not again.root_log.exists()
+    again.remove(keep_logs=False)
+
+
+def test_a_living_node_keeps_its_directory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
+    first, second = node("a"), node("b")
+    with pytest.raises(UserError, match="the node a is running already: stop it with `runtime down --node a`"):
+        RunDirectory("a", "x")
+    with pytest.raises(UserError, match=r"choose one with --node a\|b"):
+        find_node(None)
+    with pytest.raises(UserError, match="no node c is running; running: a, b"):
+        find_node("c")
+    first.remove(keep_logs=False)
+    assert find_node(None) == second.path
+    second.remove(keep_logs=False)
+
+
+def test_what_a_killed_node_left_is_cleaned(base: Path) -> None:
+    code = (
+        "import os, signal; from runtime.rundir import *; d = RunDirectory('n', 'x');"
+        "d.write_info(NodeInfo('n', 1, '', '', 0.0)); (d.path / 'sockets/stale').touch();"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False)
+    assert died.returncode == -9
+    assert (base / "n/sockets/stale").exists()
+    assert not is_running(base / "n")
+    run_dir = node("n")
+    assert not (base / "n/sockets/stale").exists()
+    run_dir.remove(keep_logs=False)
+
+
+def test_a_directory_that_others_can_write_to_is_refused(base: Path) -> None:
+    base.mkdir()
+    base.chmod(0o777)
+    with pytest.raises(UserError, match="can be written by others: run `chmod 700"):
+        RunDirectory("n", "x")
+    base.rmdir()
+    base.symlink_to("/tmp")
+    with pytest.raises(UserError, match="belongs to another user or can be written"):
+        RunDirectory("n", "x")
+
+
+def test_a_path_too_long_for_a_socket_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RUNTIME_DIR", f"/tmp/{'x' * 90}")
+    with pytest.raises(UserError, match="set RUNTIME_DIR to a shorter directory"):
+        RunDirectory("n", "main.scheduler")
+
+
+class Server:
+    """A control server in a thread, which answers as a node would."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.questions: list[Question] = []
+        self._server = ControlServer(run_dir, self._answer)
+        self._stop, self._wake = os.pipe()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _answer(self, question: Question, reply: Reply) -> None:
+        self.questions.append(question)
+        match question:
+            case Status():
+                reply(NodeReport("n", "running", "http://x", NodeStatus(name="root", kind="supervisor")))
+            case Kill(actor="nobody"):
+                reply(Done("there is no actor 'nobody'"))
+            case Kill(actor="silent"):
+                pass
+            case _:
+                reply(Done())
+
+    def _run(self) -> None:
+        while self._stop not in select.select([self._server.fd, self._stop], [], [])[0]:
+            self._server.serve()
+        self._server.close()
+
+    def close(self) -> None:
+        os.write(self._wake, b"x")
+        self._thread.join(10)
+        os.close(self._stop)
+        os.close(self._wake)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.close()
+
+
+def test_questions_and_answers(server: Server, tmp_path: Path) -> None:
+    report = ask(tmp_path, Status())
+    assert isinstance(report, NodeReport)
+    assert (report.node, report.tree.name) == ("n", "root")
+    command(tmp_path, Down())
+    with pytest.raises(UserError, match="there is no actor 'nobody'"):
+        command(tmp_path, Kill("nobody", 9))
+    assert server.questions == [Status(), Down(), Kill("nobody", 9)]
+    assert (tmp_path / "control").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_node_that_does_not_answer(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not answer; look at `runtime logs root"):
+        command(tmp_path, Kill("silent", 9), timeout_s=0.1)
+
+
+def test_junk_is_dropped(server: Server, tmp_path: Path) -> None:
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.connect(f"ipc://{tmp_path}/control")
+    for junk in (b"", b"\xc1", b"\x81\xa4type\xa6Reboot", b"\x93\x01\x02\x03", b"x" * 1_000_000):
+        socket.send(junk)
+    socket.send_multipart([b"a", b"b", b"c"])
+    socket.send(b"\x83\xa4type\xa4Kill\xa5actor\xa1a\xa6signal\xcd\x03\xe8")  # signal 1000
+    assert isinstance(ask(tmp_path, Status()), NodeReport)
+    socket.close(0)
+    context.term()
+    assert server.questions == [Status()]

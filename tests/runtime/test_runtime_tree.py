@@ -1,0 +1,247 @@
+"""From a topology and a model to the supervision tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.actor import ActorArgs
+from actors.bootstrap import BootstrapConfig
+from actors.checkpoint import ModelConfig
+from actors.detokenizer.actor import DetokenizerConfig
+from actors.ingress.config import IngressConfig
+from actors.rank import RankConfig, kv_format, weight_bytes
+from actors.scheduler.config import Config as SchedulerConfig
+from actors.tokenizer.actor import TokenizerConfig
+from runtime import plan as plan_module
+from runtime.models import ResolvedModel
+from runtime.plan import NodePlan, plan_node
+from runtime.topology import TopologyError, load_topology
+from runtime.tree import actor_names, arena_sizes, build_tree
+from supervisors import ChildSpec, SupervisorSpec, validate
+
+MODEL = ModelConfig(
+    architecture="LlamaForCausalLM",
+    hidden_size=96,
+    num_layers=2,
+    num_heads=6,
+    num_kv_heads=3,
+    head_dim=16,
+    intermediate_size=128,
+    vocab_size=320,
+    max_position=2048,
+    rope_theta=1e4,
+    rms_eps=1e-5,
+    tie_embeddings=True,
+    eos_token_ids=[2, 5],
+)
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Plans a topology with a small model in place of a file's."""
+    monkeypatch.setattr(plan_module, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(plan_module, "read_config", lambda _: MODEL)
+    monkeypatch.delenv("RUNTIME_API_KEY", raising=False)
+
+    def plan(*settings: str, text: str = "") -> NodePlan:
+        file = tmp_path / "small.toml"
+        file.write_text('[model]\npath = "m"\n[engine.main]\n' + text)
+        return plan_node(load_topology(file, settings))
+
+    return plan
+
+
+def find(spec: SupervisorSpec, name: str) -> ChildSpec:
+    return next(child for child in spec.descendants() if child.id == name)
+
+
+def names(spec: SupervisorSpec) -> list[Any]:
+    """Ids of the children, those of supervisors with their own as a list."""
+    return [[child.id, names(child.supervisor)] if child.supervisor else child.id for child in spec.children]
+
+
+def test_names_and_strategies(plan_of: Any, tmp_path: Path) -> None:
+    spec = build_tree(plan_of("engine.main.tp=2", "ingress.workers=2"), tmp_path)
+    validate(spec)
+    assert names(spec) == [
+        "bootstrap",
+        ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler"]],
+        "detokenizer",
+        "tokenizer",
+        ["ingress", ["ingress0", "ingress1"]],
+    ]
+    strategies = {child.id: child.supervisor.strategy for child in spec.descendants() if child.supervisor}
+    assert strategies == {"main": "one_for_one", "main.ranks": "one_for_all", "ingress": "one_for_one"}
+    workers = [child for child in spec.descendants() if child.type == "worker"]
+    assert [child.id for child in workers] == actor_names(plan_of("engine.main.tp=2", "ingress.workers=2"))
+    assert all(child.role in child.id for child in workers)
+
+
+def test_two_engines(plan_of: Any, tmp_path: Path) -> None:
+    plan = plan_of(text="[engine.second]\ntp = 3\n")
+    spec = build_tree(plan, tmp_path)
+    validate(spec)
+    assert [child.id for child in spec.children][:3] == ["bootstrap", "main", "second"]
+    args = msgspec.convert(find(spec, "ingress0").args, ActorArgs)
+    assert {"main.scheduler", "second.scheduler"} <= args.peers.keys()
+    assert {"main.pages", "second.rank2.kv", "second.rank2.weights"} <= arena_sizes(plan).keys()
+
+
+def test_everybody_knows_whom_he_sends_to(plan_of: Any, tmp_path: Path) -> None:
+    spec = build_tree(plan_of("engine.main.tp=2", "ingress.workers=2"), tmp_path)
+    peers = {
+        child.id: msgspec.convert(child.args, ActorArgs).peers for child in spec.descendants() if child.type == "worker"
+    }
+    ingresses = {"ingress0", "ingress1"}
+    assert {name: set(known) for name, known in peers.items()} == {
+        "bootstrap": {"main.scheduler"} | ingresses,
+        "main.rank0": {"main.scheduler", "main.rank1"} | ingresses,
+        "main.rank1": {"main.scheduler", "main.rank0"} | ingresses,
+        "main.scheduler": {"main.rank0", "main.rank1", "detokenizer", "bootstrap"} | ingresses,
+        "detokenizer": {"main.scheduler"} | ingresses,
+        "tokenizer": ingresses,
+        "ingress0": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler"},
+        "ingress1": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler"},
+    }
+    addresses = {child.id: child.args["address"] for child in spec.descendants() if child.type == "worker"}
+    assert all(addresses[name] == address for known in peers.values() for name, address in known.items())
+    assert set(addresses.values()) == {f"ipc://{tmp_path}/sockets/{name}" for name in addresses}
+
+
+def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    spec = build_tree(
+        plan_of(
+            "engine.main.tp=2",
+            "engine.main.kv_tokens=1000",
+            "engine.main.page_size=32",
+            "engine.main.chunk_tokens=64",
+            "engine.main.max_running=8",
+            "engine.main.policy=lpm",
+            "engine.main.run_ahead=false",
+            "engine.main.threads=3",
+            "model.dtype=bfloat16",
+            "model.deterministic=true",
+            "model.served_name=served",
+            f"model.chat_template={template}",
+            "ingress.api_key=secret",
+            "ingress.drain_s=2",
+        ),
+        tmp_path,
+    )
+    kinds = {
+        "bootstrap": BootstrapConfig,
+        "main.rank1": RankConfig,
+        "main.scheduler": SchedulerConfig,
+        "detokenizer": DetokenizerConfig,
+        "tokenizer": TokenizerConfig,
+        "ingress0": IngressConfig,
+    }
+    configs: dict[str, Any] = {
+        name: msgspec.convert(find(spec, name).args["config"], kind) for name, kind in kinds.items()
+    }
+    rank, scheduler, ingress = configs["main.rank1"], configs["main.scheduler"], configs["ingress0"]
+    rank.check()
+    assert (rank.rank, rank.tp, rank.dtype, rank.deterministic, rank.threads) == (1, 2, "bfloat16", True, 3)
+    assert (rank.num_pages, rank.page_size) == (scheduler.num_pages, scheduler.page_size) == (32, 32)
+    assert rank.max_model_len == scheduler.max_model_len == ingress.max_model_len == 1000
+    assert rank.max_slots >= scheduler.max_running == 8
+    assert rank.max_step_tokens >= scheduler.chunk_tokens + scheduler.max_running
+    assert (scheduler.policy, scheduler.run_ahead, scheduler.leader) == ("lpm", False, "main.rank0")
+    assert scheduler.model == ingress.model == "served"
+    assert ingress.served_model_names == ["served"]
+    assert (ingress.eos_token_ids, ingress.vocab_size, ingress.api_key) == ([2, 5], 320, "secret")
+    assert find(spec, "ingress0").shutdown_ms == 7000
+    assert configs["tokenizer"].chat_template == str(template)
+
+
+def test_memory_and_descriptors(plan_of: Any, tmp_path: Path) -> None:
+    plan = plan_of("engine.main.tp=2", "engine.main.kv_tokens=100")
+    sizes = arena_sizes(plan)
+    spec = build_tree(plan, tmp_path)
+    wanted = [name for child in spec.descendants() if child.type == "worker" for name in child.descriptors]
+    assert sorted(wanted) == sorted([*sizes, "listener"])
+    for rank in range(2):
+        assert find(spec, f"main.rank{rank}").descriptors == (f"main.rank{rank}.weights", f"main.rank{rank}.kv")
+        assert sizes[f"main.rank{rank}.kv"] == 7 * kv_format(MODEL, "float32", 16, 2, rank).page_bytes
+        assert sizes[f"main.rank{rank}.weights"] == weight_bytes(MODEL, "float32", 2, rank)
+    assert sizes["main.rank0.kv"] == 2 * sizes["main.rank1.kv"]  # 3 key-value heads, divided 2 and 1
+
+
+def test_a_gpu_has_its_own_memory(plan_of: Any, tmp_path: Path) -> None:
+    plan = plan_of("engine.main.device=cuda")
+    assert set(arena_sizes(plan)) == {"main.pages"}
+    rank = find(build_tree(plan, tmp_path), "main.rank0")
+    assert rank.descriptors == ()
+    assert (rank.args["config"]["device"], rank.args["config"]["dtype"]) == ("cuda", "bfloat16")
+
+
+def test_supervision_settings(plan_of: Any, tmp_path: Path) -> None:
+    spec = build_tree(
+        plan_of(
+            "supervision.intensity=7",
+            "supervision.period_s=3",
+            "supervision.heartbeat_timeout_s=1.5",
+            "supervision.start_timeout_s=9",
+            "supervision.shutdown_s=0.5",
+            "supervision.busy_limit_s=11",
+        ),
+        tmp_path,
+    )
+    supervisors = [spec, *(child.supervisor for child in spec.descendants() if child.supervisor)]
+    assert {(each.intensity, each.period_s) for each in supervisors} == {(7, 3.0)}
+    tokenizer = find(spec, "tokenizer")
+    assert (tokenizer.heartbeat_timeout_ms, tokenizer.start_timeout_ms, tokenizer.shutdown_ms) == (1500, 9000, 500)
+    assert tokenizer.args["busy_limit_s"] == 11
+    assert find(spec, "main").start_timeout_ms > find(spec, "main.ranks").start_timeout_ms > 9000
+    assert find(spec, "main").shutdown_ms is None
+
+
+def test_names_and_addresses_of_the_node(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("ingress.port=8123")
+    assert (plan.name, plan.url, plan.served_name) == ("small-8123", "http://127.0.0.1:8123", "tiny")
+    assert plan_of("ingress.host=0.0.0.0").url == "http://127.0.0.1:8000"
+    assert plan_of('ingress.host="::"').url == "http://[::1]:8000"
+    assert plan_of("ingress.host=::1").url == "http://[::1]:8000"
+    assert plan_of("node.name=mine").name == "mine"
+    monkeypatch.setenv("RUNTIME_API_KEY", "from-environment")
+    assert plan_of().api_key == "from-environment"
+    assert plan_of("ingress.api_key=from-topology").api_key == "from-topology"
+
+
+def test_the_longest_request(plan_of: Any) -> None:
+    assert plan_of().max_model_len == 2048
+    assert plan_of("engine.main.kv_tokens=512").max_model_len == 512
+    assert plan_of("model.max_model_len=100").max_model_len == 100
+
+
+def test_cores_are_divided(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module.os, "sched_getaffinity", lambda _: set(range(9)))
+    assert [engine.threads for engine in plan_of().engines] == [9]
+    assert [engine.threads for engine in plan_of("engine.main.tp=2", text="[engine.b]\n").engines] == [3, 3]
+    assert [engine.threads for engine in plan_of("engine.main.threads=5").engines] == [5]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("engine.main.tp=4", "engine.main.tp: .*3 key-value heads"),
+        ("model.max_model_len=2049", "model.max_model_len: is 2049, and the model's own limit is 2048"),
+        ("engine.main.kv_tokens=2000000000", "engine.main.kv_tokens: .* and this machine has .*; give at most [0-9]+$"),
+        ("model.chat_template=/no/such", "model.chat_template: there is no file /no/such; give a Jinja file"),
+    ],
+)
+def test_what_does_not_fit_the_model(plan_of: Any, setting: str, expected: str) -> None:
+    with pytest.raises(TopologyError, match=f"^--set {setting}: {expected}"):
+        plan_of(setting)
+
+
+def test_a_model_that_does_not_fit_into_memory(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "_memory_bytes", lambda: 100_000)
+    with pytest.raises(TopologyError, match=r"small.toml:2: model.path: needs .* choose a smaller model"):
+        plan_of("engine.main.kv_tokens=16")
