@@ -133,7 +133,8 @@ class _Root:
 
     def report(self) -> NodeReport:
         tree = self.supervisor.tree()
-        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree)
+        deterministic = self.plan.topology.model.deterministic
+        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree, deterministic)
 
     def state(self, tree: NodeStatus) -> NodeState:
         if tree.state == "stopping":

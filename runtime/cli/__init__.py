@@ -21,6 +21,7 @@ COMMANDS = {
     "logs": "show the logs and crash reports of a node",
     "restart": "stop an actor in order and start it again",
     "kill": "send a signal to an actor's process",
+    "chaos": "kill processes at random under load and check that nothing is lost",
     "down": "stop a running node",
     "bench": "measure latency and throughput",
 }
