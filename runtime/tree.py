@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.plan import EnginePlan, NodePlan
+from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
@@ -45,6 +46,16 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
 
 def _rank_names(engine: EnginePlan) -> list[str]:
     return [f"{engine.name}.rank{rank}" for rank in range(engine.settings.tp)]
+
+
+def _faults(faults: Faults) -> dict[str, float]:
+    """The settings of `transport.Faults`."""
+    return {
+        "drop_rate": faults.drop_rate or 0.0,
+        "delay_rate": faults.delay_rate or 0.0,
+        "delay_s": faults.delay_s,
+        "seed": faults.seed,
+    }
 
 
 class _Builder:
@@ -187,6 +198,7 @@ class _Builder:
         descriptors: Sequence[str] = (),
         shutdown_s: float | None = None,
     ) -> ChildSpec:
+        faults = self.plan.topology.faults
         return ChildSpec(
             id=name,
             role=role,
@@ -196,6 +208,7 @@ class _Builder:
                 "peers": {peer: self.addresses[peer] for peer in peers},
                 "config": dict(config or {}),
                 "busy_limit_s": self.supervision.busy_limit_s,
+                **({"faults": _faults(faults)} if faults.drop_rate or faults.delay_rate else {}),
             },
             descriptors=tuple(descriptors),
             shutdown=int(1000 * (shutdown_s or self.supervision.shutdown_s)),

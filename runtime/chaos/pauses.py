@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from statistics import median
 
 WINDOW_S = 2.0
@@ -15,7 +16,7 @@ WINDOW_S = 2.0
 
 def typical_gap(streams: Iterable[Sequence[float]]) -> float:
     """Median time between two pieces of a stream, in seconds; 0 if there are none."""
-    gaps = [later - earlier for times in streams for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for times in streams for earlier, later in pairwise(times)]
     return median(gaps) if gaps else 0.0
 
 
@@ -28,7 +29,7 @@ def longest_gaps(faults: Sequence[float], streams: Iterable[Sequence[float]]) ->
     """
     longest: list[float | None] = [None] * len(faults)
     for times in streams:
-        for begin, end in zip(times, times[1:], strict=False):
+        for begin, end in pairwise(times):
             index = bisect_left(faults, begin)
             if index == len(faults) or faults[index] > end:  # none within the gap
                 index = bisect_right(faults, begin) - 1

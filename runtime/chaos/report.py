@@ -45,8 +45,8 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 
 def pauses_by_role(outcome: Outcome) -> dict[str, list[float]]:
-    """The pauses of all faults by role (and signal, for a process that was stopped and not killed). Faults of a pair are
-    booked under both roles together. The first entry says how long "pauses" are when nothing is killed."""
+    """The pauses of all faults by role; processes that were stopped and not killed apart. Faults of a pair are booked
+    under both roles together. The first entry says how long "pauses" are when nothing is killed."""
     typical_s = typical_gap(outcome.undisturbed)
     found: dict[str, list[float]] = {NOBODY: _known(_between_faults(outcome, typical_s))}
     groups: list[tuple[float, str]] = []

@@ -60,13 +60,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=_seconds, default=300.0, metavar="T", help="for one request (300s)")
     parser.add_argument("--drop-rate", type=float, metavar="P", help="with FILE: part of all messages that gets lost")
-    parser.add_argument("--delay", type=_seconds, metavar="T", help="with FILE: messages are late by up to so long")
+    parser.add_argument("--delay", type=_seconds, metavar="T", help="with FILE: one message in 20 is late by up to T")
     parser.add_argument("--api-key", help="by default $RUNTIME_API_KEY")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.epilog = (
         "examples:\n"
         "  runtime chaos --every 1s --for 60s\n"
-        "  runtime chaos topology/smollm2.toml --set model.deterministic=true --kills 100 --signals KILL,SEGV --double\n"
+        "  runtime chaos topology/smollm2.toml --set model.deterministic=true --kills 100 --double\n"
         "The exit status is 0 if no request failed and no token was lost, repeated or (deterministic) changed."
     )
 
@@ -116,7 +116,7 @@ def _node(options: argparse.Namespace) -> Iterator[Path]:
     if options.drop_rate:
         settings.append(f"faults.drop_rate={options.drop_rate}")
     if options.delay:
-        settings.append(f"faults.delay_s={options.delay}")
+        settings += ["faults.delay_rate=0.05", f"faults.delay_s={options.delay}"]
     options.set = [*settings, f"faults.seed={options.seed}"] if options.drop_rate or options.delay else settings
     options.log_level = None
     name = _name_of(options)

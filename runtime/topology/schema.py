@@ -176,6 +176,20 @@ class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 5.0
 
 
+class Faults(Struct, frozen=True, forbid_unknown_fields=True):
+    """Messages between the actors that are lost or late on purpose, to test that nothing depends on them."""
+
+    drop_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=0.5)] | None, Meta(description="Part of all messages that is lost.")
+    ] = None
+    delay_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="Part of all messages before which the sender sleeps."),
+    ] = None
+    delay_s: Annotated[Seconds, Meta(description="For up to so many seconds.")] = 0.05
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Of the choice of messages.")] = 0
+
+
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole topology file."""
 
@@ -184,6 +198,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     node: Node = field(default_factory=Node)
     ingress: Ingress = field(default_factory=Ingress)
     supervision: Supervision = field(default_factory=Supervision)
+    faults: Faults = field(default_factory=Faults)
 
 
 TABLES: dict[str, type[Struct]] = {
@@ -192,6 +207,7 @@ TABLES: dict[str, type[Struct]] = {
     "ingress": Ingress,
     "engine.NAME": Engine,
     "supervision": Supervision,
+    "faults": Faults,
 }
 """Tables of a topology file by their headers, in the order of the documentation."""
 
