@@ -220,11 +220,11 @@ class Family:
                 times.append(limit[0])
         return min(times, default=None)
 
-    def check(self, now: float) -> None:
+    def check(self) -> None:
         """Kills what has not started, stopped or given a sign of life in time."""
         for child in self.children.values():
-            if child.process is not None and (limit := child.process.limit()) is not None and now >= limit[0]:
-                child.process.kill(limit[1])
+            if child.process is not None and (verdict := child.process.overdue()) is not None:
+                child.process.kill(verdict)
         self.step()
 
     def forgive(self, seconds: float) -> None:

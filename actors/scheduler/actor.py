@@ -21,6 +21,7 @@ from actors.messages import (
     EngineInfo,
     FinishReason,
     Generate,
+    Hello,
     OpenText,
     Refused,
     Register,
@@ -89,6 +90,7 @@ class Scheduler(Actor):
         self.depth = 2 if config.run_ahead else 1
         self.attached: Attached | None = None
         self.leader_incarnation: int | None = None
+        self.leader_restarts = 0
         self.heard_of_ranks = time.monotonic()
         self.outbox = Outbox()
         self.steps = 0
@@ -127,6 +129,7 @@ class Scheduler(Actor):
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.config.leader:
             if self.leader_incarnation is not None:
+                self.leader_restarts += 1
                 self._attach()
             self.leader_incarnation = incarnation
         elif peer == self.config.detokenizer:
@@ -153,6 +156,13 @@ class Scheduler(Actor):
             "steps": self.steps,
             "retractions": self.batch.retractions,
         }
+
+    @handles(Hello)
+    def hello(self, message: Hello, sender: str) -> None:
+        """A peer is ready. If nothing was heard of the ranks before, their former incarnation may have died with the
+        `Attach` that was sent to it."""
+        if sender == self.config.leader and self.attached is None and not self.leader_restarts:
+            self._attach()
 
     # -- requests ---------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from actors.messages import (
     Attach,
     Attached,
     Generate,
+    Hello,
     Message,
     Refused,
     Register,
@@ -337,3 +338,13 @@ def test_an_answer_that_does_not_fit_is_dropped(stage: Stage, result: StepResult
     stage.answer(first)
     stage.generate_all()
     assert stage.events()[-1].finish == "length"
+
+
+def test_ranks_that_were_restarted_before_they_were_heard_of_are_attached_again(stage: Stage) -> None:
+    """Scheduler and ranks die together: the `Attach` of the new scheduler may have gone to the old ranks."""
+    stage.scheduler.mailbox.close()
+    stage.restart("main.rank0")
+    stage.received["main.rank0"].clear()
+    stage.send("main.rank0", Hello())
+    stage.scheduler = stage.start(2)
+    stage.expect("main.rank0", Attach, skip=1)
