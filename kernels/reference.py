@@ -12,6 +12,7 @@ from kernels.types import PANEL, AttentionMeta, PackedWeight, SamplingTensors
 
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
+PRODUCT_DEPTH = 256
 
 WEIGHT_BITS = 40  # sampling weights are integers, 2**40 for the most likely token
 LOWEST = torch.finfo(torch.float32).min
@@ -145,10 +146,19 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, determ
         weight = unpack_weight(weight)
     if not deterministic:
         return F.linear(x, weight, bias)
-    # Products of one shape, so that the library below takes one path; rows of zeros fill the last.
-    rows = x.shape[0]
-    tiles = F.pad(x, (0, 0, 0, -rows % ROW_TILE)).split(ROW_TILE)
-    return torch.cat([F.linear(tile.contiguous(), weight, bias) for tile in tiles])[:rows] if rows else F.linear(x, weight)
+    # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep float32
+    # product among its threads: it gets shallow ones.
+    depth = PRODUCT_DEPTH if x.device.type == "cpu" and x.dtype == torch.float32 else x.shape[1]
+    strips = list(zip(x.split(depth, dim=1), weight.split(depth, dim=1), strict=True))
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[0], ROW_TILE):
+        total: Tensor | float = 0.0 if bias is None else bias
+        for rows, columns in strips:
+            part = rows[start : start + ROW_TILE]
+            tile = F.pad(part, (0, 0, 0, ROW_TILE - len(part)))
+            total = F.linear(tile, columns) + total
+        out[start : start + ROW_TILE] = total[: len(part)]
+    return out
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
