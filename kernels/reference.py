@@ -178,7 +178,7 @@ def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low halves of the product of 32-bit numbers held in int64, without overflowing it."""
     high = ((a >> 16) * b + (((a & 0xFFFF) * b) >> 16)) >> 16
-    low = (((a & 0xFFFF) * b) + (((((a >> 16) * b) & 0xFFFF)) << 16)) & 0xFFFFFFFF
+    low = (((a & 0xFFFF) * b) + ((((a >> 16) * b) & 0xFFFF) << 16)) & 0xFFFFFFFF
     return high, low
 
 

@@ -129,9 +129,7 @@ def counter_uniform(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> T
     return out
 
 
-def sample(
-    library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor
-) -> Tensor:
+def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
     tokens = torch.empty(rows, dtype=torch.int32)
     shape = logits.data_ptr(), logits.stride(0), rows, vocabulary
