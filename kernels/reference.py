@@ -152,12 +152,13 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, determ
     strips = list(zip(x.split(depth, dim=1), weight.split(depth, dim=1), strict=True))
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], ROW_TILE):
-        total: Tensor | float = 0.0 if bias is None else bias
-        for rows, columns in strips:
-            part = rows[start : start + ROW_TILE]
-            tile = F.pad(part, (0, 0, 0, ROW_TILE - len(part)))
-            total = F.linear(tile, columns) + total
-        out[start : start + ROW_TILE] = total[: len(part)]
+        end = min(start + ROW_TILE, x.shape[0])
+        tiles = (F.pad(rows[start:end], (0, 0, 0, start + ROW_TILE - end)) for rows, _ in strips)
+        products = [
+            F.linear(tile, columns, None if i else bias)
+            for i, (tile, (_, columns)) in enumerate(zip(tiles, strips, strict=True))
+        ]
+        out[start:end] = sum(products[1:], products[0])[: end - start]
     return out
 
 
