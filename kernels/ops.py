@@ -124,9 +124,7 @@ def pack_weight(weight: Tensor, out: Tensor | None = None) -> PackedWeight:
     return reference.pack_weight(weight, out)
 
 
-def linear(
-    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, deterministic: bool = False
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, deterministic: bool = False) -> Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N]. All of one dtype.
 
     With `deterministic` a row's result depends on that row alone, to the bit, whatever T is. Weights packed with
@@ -134,9 +132,7 @@ def linear(
     """
     if isinstance(weight, Tensor) and not deterministic:
         return F.linear(x, weight, bias)
-    outputs, inputs = (
-        (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape
-    )
+    outputs, inputs = (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape
     if x.dim() != 2 or x.shape[1] != inputs or (bias is not None and bias.shape != (outputs,)):
         raise ValueError(f"linear: x {tuple(x.shape)} or the bias does not fit a weight of [{outputs}, {inputs}]")
     data = weight.panels if isinstance(weight, PackedWeight) else weight
@@ -214,7 +210,9 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     """Adds values float32 [E] to logits [B, V] in place at rows, token_ids int32 [E]; -inf forbids a token."""
     if not rows.shape == token_ids.shape == values.shape:
         raise ValueError("add_bias: rows, token_ids and values must have one item an entry")
-    if (native := _library_for(logits, values, dtype=torch.float32)) and _library_for(rows, token_ids, dtype=torch.int32):
+    if (native := _library_for(logits, values, dtype=torch.float32)) and _library_for(
+        rows, token_ids, dtype=torch.int32
+    ):
         cpu.add_bias(native, logits, rows, token_ids, values)
         return
     reference.add_bias(logits, rows, token_ids, values)

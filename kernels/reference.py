@@ -12,6 +12,7 @@ from kernels.types import PANEL, AttentionMeta, PackedWeight, SamplingTensors
 
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
+PRODUCT_DEPTH = 256
 
 WEIGHT_BITS = 40  # sampling weights are integers, 2**40 for the most likely token
 LOWEST = torch.finfo(torch.float32).min
@@ -145,10 +146,20 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, determ
         weight = unpack_weight(weight)
     if not deterministic:
         return F.linear(x, weight, bias)
-    # Products of one shape, so that the library below takes one path; rows of zeros fill the last.
-    rows = x.shape[0]
-    tiles = F.pad(x, (0, 0, 0, -rows % ROW_TILE)).split(ROW_TILE)
-    return torch.cat([F.linear(tile.contiguous(), weight, bias) for tile in tiles])[:rows] if rows else F.linear(x, weight)
+    # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep float32
+    # product among its threads: it gets shallow ones.
+    depth = PRODUCT_DEPTH if x.device.type == "cpu" and x.dtype == torch.float32 else x.shape[1]
+    strips = list(zip(x.split(depth, dim=1), weight.split(depth, dim=1), strict=True))
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for start in range(0, x.shape[0], ROW_TILE):
+        end = min(start + ROW_TILE, x.shape[0])
+        tiles = (F.pad(rows[start:end], (0, 0, 0, start + ROW_TILE - end)) for rows, _ in strips)
+        products = [
+            F.linear(tile, columns, None if i else bias)
+            for i, (tile, (_, columns)) in enumerate(zip(tiles, strips, strict=True))
+        ]
+        out[start:end] = sum(products[1:], products[0])[: end - start]
+    return out
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -168,7 +179,7 @@ def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def _multiply32(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low halves of the product of 32-bit numbers held in int64, without overflowing it."""
     high = ((a >> 16) * b + (((a & 0xFFFF) * b) >> 16)) >> 16
-    low = (((a & 0xFFFF) * b) + (((((a >> 16) * b) & 0xFFFF)) << 16)) & 0xFFFFFFFF
+    low = (((a & 0xFFFF) * b) + ((((a >> 16) * b) & 0xFFFF) << 16)) & 0xFFFFFFFF
     return high, low
 
 

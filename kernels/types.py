@@ -45,7 +45,9 @@ class AttentionMeta:
         if slots is None:
             slots = range(n)
         if len(lengths) != n or len(slots) != n:
-            raise ValueError(f"starts, lengths and slots have {n}, {len(lengths)} and {len(slots)} items: give one a row")
+            raise ValueError(
+                f"starts, lengths and slots have {n}, {len(lengths)} and {len(slots)} items: give one a row"
+            )
         if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.stride(1) != 1:
             raise ValueError("page_table must be an int32 tensor [slots, max_pages] with contiguous lines")
         offsets = [0]

@@ -154,6 +154,7 @@ class _Builder:
                 "max_running": settings.max_running,
                 "max_queue": settings.max_queue,
                 "policy": settings.policy,
+                "poison_limit": settings.poison_limit,
                 "run_ahead": settings.run_ahead,
                 "prefix_cache": settings.prefix_cache,
             },

@@ -36,6 +36,7 @@ from actors.messages import (
 from actors.scheduler.batch import Batch, Row
 from actors.scheduler.config import Config
 from actors.scheduler.pages import PageLedger, PagePool
+from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
 from actors.scheduler.wire import encode_step, token_logprobs
 from transport import Arena
@@ -87,6 +88,7 @@ class Scheduler(Actor):
         self.requests: dict[str, Request] = {}
         self.finished: deque[tuple[float, str]] = deque()
         self.in_flight: deque[InFlight] = deque()
+        self.bisection = Bisection(config.poison_limit)
         self.depth = 2 if config.run_ahead else 1
         self.attached: Attached | None = None
         self.leader_incarnation: int | None = None
@@ -116,7 +118,10 @@ class Scheduler(Actor):
 
     def turn(self) -> None:
         while self.attached is not None and len(self.in_flight) < self.depth:
-            rows = self.batch.next_rows()
+            on_trial = self.bisection.on_trial
+            if on_trial is not None and self.in_flight:
+                break
+            rows = self.batch.next_rows(on_trial)
             if not rows:
                 break
             self.steps += 1
@@ -130,6 +135,7 @@ class Scheduler(Actor):
         if peer == self.config.leader:
             if self.leader_incarnation is not None:
                 self.leader_restarts += 1
+                self._ranks_died()
                 self._attach()
             self.leader_incarnation = incarnation
         elif peer == self.config.detokenizer:
@@ -238,6 +244,28 @@ class Scheduler(Actor):
 
     # -- ranks ------------------------------------------------------------------------------------------
 
+    def _ranks_died(self) -> None:
+        """A request that kills its rank every time must not keep the others from their answers."""
+        rows = self.in_flight[0].rows if self.in_flight else []
+        culprit = self.bisection.died([row.request for row in rows if row.live])
+        if self.bisection.on_trial is not None:
+            self._undo_steps_ahead()
+        if culprit is not None:
+            logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
+            text = "The engine crashed each time it computed this request, so the request was given up."
+            self.send(culprit.owner, Refused(culprit.rid, culprit.attempt, 500, text))
+            self._forget(culprit)
+
+    def _undo_steps_ahead(self) -> None:
+        """Takes unanswered steps back, so that their requests can be computed in other company."""
+        for step in self.in_flight:
+            for row in step.rows:
+                if row.flags & SAMPLE:
+                    row.request.pending -= 1
+                if row.live:
+                    row.request.scheduled = min(row.request.scheduled, row.request.computed)
+        self.in_flight.clear()
+
     def _attach(self) -> None:
         self.attached = None
         self.heard_of_ranks = time.monotonic()
@@ -293,6 +321,7 @@ class Scheduler(Actor):
         except (ValueError, KeyError, IndexError) as error:
             raise BadMessage(f"step {message.number}: {error}") from None
         self.in_flight.popleft()
+        self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
             self.batch.computed(row)
             prompt = prompts.get(index) if row.flags & PROMPT_LOGPROBS else None

@@ -49,17 +49,19 @@ class Batch:
         # admitted when it is done, and finds it in the tree.
         self._coming: Counter[bytes] = Counter()
 
-    def next_rows(self) -> list[Row]:
+    def next_rows(self, only: list[Request] | None = None) -> list[Row]:
         """The rows of the next step: one token for each decoding request, then prompt chunks within the budget.
 
         Running requests go first, then waiting ones are admitted. When pages run out, the running request that comes
-        last in urgency is retracted: it waits again and its tokens stay.
+        last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
         budget = self._config.chunk_tokens
         for request in list(self.running):
             if request.lease is None:
                 continue  # retracted for the sake of one before it
+            if only is not None and request not in only:
+                continue
             if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
                 continue
             todo = request.planned - request.scheduled
@@ -68,7 +70,8 @@ class Batch:
             if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
                 rows.append(self._row(request, request.lease, length))
                 budget -= length if is_prompt else 0
-        self._admit(rows, budget)
+        if only is None:
+            self._admit(rows, budget)
         return rows
 
     def add(self, request: Request) -> None:

@@ -25,6 +25,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         max_queue: requests that may wait; one more is refused with 429.
         policy: order of the waiting queue: first come first served, or longest prefix match first.
         run_ahead: send the next step while the rank works on one.
+        poison_limit: deaths of the ranks in a row, with a request in the unanswered step, after which it is suspected
+            of being the cause; see `Bisection`.
         prefix_cache: keep the pages of finished requests for later ones with the same prefix.
     """
 
@@ -43,5 +45,6 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     max_running: Positive = 64
     max_queue: Positive = 1024
     policy: Literal["fcfs", "lpm"] = "fcfs"
+    poison_limit: Positive = 3
     run_ahead: bool = True
     prefix_cache: bool = True

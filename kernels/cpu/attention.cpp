@@ -32,6 +32,7 @@ struct Call {
     int64_t rows, tokens, query_heads, kv_heads, dim, rotated, page_size, pages;
     int64_t window;  // 0: all keys
     int64_t threads;
+    int64_t narrow, narrow_cache;  // whether activations and the cache are bfloat16, not float32
     float scale;
 };
 
@@ -64,8 +65,8 @@ Scratch& scratch(int which) {
 template <class KV>
 class Attention {
   public:
-    Attention(const Call& call, bool narrow)
-        : c(call), narrow(narrow), group(int(call.query_heads / call.kv_heads)), width(int(padded(call.dim))),
+    explicit Attention(const Call& call)
+        : c(call), group(int(call.query_heads / call.kv_heads)), width(int(padded(call.dim))),
           most_rows(std::max(UNIT_ROWS, group)) {}
 
     int run() {
@@ -78,7 +79,7 @@ class Attention {
         partials.mixed = partials.total + partial_states;
 
         parallel((c.tokens + 7) / 8, threads, [&](int64_t i, int) {
-            for (int64_t t = i * 8; t < std::min(i * 8 + 8, c.tokens); ++t) narrow ? prepare<bf16>(t) : prepare<float>(t);
+            for (int64_t t = i * 8; t < std::min(i * 8 + 8, c.tokens); ++t) c.narrow ? prepare<bf16>(t) : prepare<float>(t);
         });
         parallel(units.size(), threads, [&](int64_t i, int thread) { work(units[i], memory + own * thread); });
         parallel(splits.size(), threads, [&](int64_t i, int) { merge(splits[i]); });
@@ -87,7 +88,6 @@ class Attention {
 
   private:
     const Call& c;
-    const bool narrow;  // activations are bfloat16
     const int group, width, most_rows;
     int threads = 1;
     std::vector<Unit> units, splits;
@@ -351,7 +351,7 @@ class Attention {
         finish(unit, state);
     }
 
-    void finish(const Unit& unit, State state) { narrow ? divide<bf16>(unit, state) : divide<float>(unit, state); }
+    void finish(const Unit& unit, State state) { c.narrow ? divide<bf16>(unit, state) : divide<float>(unit, state); }
     template <class Act>
     void divide(const Unit& unit, State state) {
         int64_t token = c.row_offsets[unit.row] + unit.first;
@@ -367,9 +367,8 @@ class Attention {
 }  // namespace
 
 // Returns 0, -1 without memory, or -2 if the page table names a page that does not exist.
-// kinds: 1 if activations are bfloat16, plus 2 if the cache is.
-EXPORT int attention(const Call* call, int kinds) try {
-    return kinds & 2 ? Attention<bf16>(*call, kinds & 1).run() : Attention<float>(*call, kinds & 1).run();
+EXPORT int attention(const Call* call) try {
+    return call->narrow_cache ? Attention<bf16>(*call).run() : Attention<float>(*call).run();
 } catch (const std::bad_alloc&) {
     return -1;
 }

@@ -161,7 +161,9 @@ def _run_together(commands: list[list[str]]) -> None:
         for process in running:
             _, errors = process.communicate(timeout=COMPILE_SECONDS)
             if process.returncode:
-                lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
+                lines = (
+                    [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
+                )
                 raise BuildError(f"{process.args[0]} failed: {lines[0]}")  # type: ignore[index]
     except OSError as error:
         raise BuildError(f"the compiler does not run: {error}") from None

@@ -22,6 +22,7 @@ struct Call {
     int64_t rows, inputs, outputs;
     int64_t packed;  // whether the weight is panels [ceil(outputs / 64), inputs, 64] or rows [outputs, inputs]
     int64_t threads;
+    int64_t narrow;  // everything is bfloat16
 };
 
 Scratch& scratch(int which) {
@@ -132,9 +133,9 @@ int linear(const Call& c) {
 
 }  // namespace
 
-// Returns 0, or -1 without memory. kind: 1 if everything is bfloat16, 0 if float32.
-EXPORT int linear(const Call* call, int kind) try {
-    return kind ? linear<bf16>(*call) : linear<float>(*call);
+// Returns 0, or -1 without memory.
+EXPORT int linear(const Call* call) try {
+    return call->narrow ? linear<bf16>(*call) : linear<float>(*call);
 } catch (const std::bad_alloc&) {
     return -1;
 }

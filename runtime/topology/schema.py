@@ -141,6 +141,15 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
             "(requests with more cached tokens overtake)."
         ),
     ] = "fcfs"
+    poison_limit: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=1000,
+            description="Deaths of the ranks in a row, with the same request in their step, after which that request is "
+            "suspected. It is found by trying parts of the batch, and fails alone.",
+        ),
+    ] = 3
     run_ahead: Annotated[
         bool, Meta(description="Sends the next step before the result of the last one has arrived.")
     ] = True

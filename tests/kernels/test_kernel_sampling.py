@@ -136,7 +136,7 @@ def test_logprobs(vocabulary: int) -> None:
     exact = torch.where(logits.isnan(), -torch.inf, logits).double().log_softmax(-1)
     for top_n in (0, 1, 5, 20):
         chosen, values, ids = kernels.logprobs(logits, tokens, top_n)
-        wanted, order = exact.sort(-1, descending=True, stable=True)
+        wanted, order = exact.sort(dim=-1, descending=True, stable=True)
         expected = exact.gather(-1, tokens.long()[:, None])[:, 0]
         torch.testing.assert_close(chosen.double(), expected, atol=1e-5, rtol=1e-6)
         torch.testing.assert_close(values.double(), wanted[:, :top_n], atol=1e-5, rtol=1e-6)

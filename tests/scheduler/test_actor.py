@@ -348,3 +348,39 @@ def test_ranks_that_were_restarted_before_they_were_heard_of_are_attached_again(
     stage.send("main.rank0", Hello())
     stage.scheduler = stage.start(2)
     stage.expect("main.rank0", Attach, skip=1)
+
+
+@pytest.mark.parametrize("poison", [0, 1, 2, 3])
+def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, poison: int) -> None:
+    rids = [f"r{number}" for number in range(4)]
+    for rid in rids:
+        stage.send("ingress0", generate(rid, prompt=3, max_tokens=5))
+    stage.until(lambda: len(stage.scheduler.batch.running) == 4)
+    answered: set[int] = set()
+    deaths = 0
+
+    def rank_lives() -> bool:
+        """Answers steps, and dies of those with the poisonous request beyond its second output token."""
+        nonlocal deaths
+        for step in [step for step in stage.steps() if step.number not in answered]:
+            poisoned = stage.scheduler.requests.get(rids[poison])
+            slot = poisoned.lease.slot if poisoned and poisoned.lease else None
+            slots, starts = np.frombuffer(step.slots, np.int32), np.frombuffer(step.starts, np.int32)
+            if any(s == slot and at >= 5 for s, at in zip(slots.tolist(), starts.tolist(), strict=True)):
+                deaths += 1
+                assert deaths < 20
+                stage.received["main.rank0"].clear()
+                stage.restart("main.rank0")
+                stage.send("main.rank0", stage.attached())
+                return False
+            answered.add(step.number)
+            stage.answer(step)
+        return not stage.scheduler.batch.running and not stage.scheduler.batch.waiting
+
+    stage.until(rank_lives)
+    refused: Refused = stage.expect("ingress0", Refused)
+    assert (refused.rid, refused.status) == (rids[poison], 500)
+    finished = [event.rid for event in stage.events() if event.finish == "length"]
+    assert sorted(finished) == sorted(set(rids) - {rids[poison]})
+    assert 3 <= deaths <= 3 + 3
+    assert stage.scheduler.pool.available == NUM_PAGES
