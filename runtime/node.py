@@ -17,6 +17,8 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from actors.checkpoint import CheckpointError
+from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Reply, Restart
 from runtime.errors import UserError
 from runtime.plan import NodePlan
@@ -87,6 +89,7 @@ class _Root:
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         _import_actors(spec, plan.topology.node.log_level)
+        _load_vocabulary(plan)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
         descriptors[LISTENER] = listener.fileno()
@@ -158,6 +161,14 @@ def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
         importlib.import_module(module)
     gc.enable()
+
+
+def _load_vocabulary(plan: NodePlan) -> None:
+    """Loads the vocabulary once for all: tokenizer and detokenizer are forked with it and start again in no time."""
+    try:
+        _ = load_vocabulary(plan.model.path).tokenizer
+    except CheckpointError:
+        pass  # the actor that needs it says what is wrong
 
 
 def _log_to(run_dir: RunDirectory) -> None:

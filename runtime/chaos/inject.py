@@ -14,6 +14,7 @@ from pathlib import Path
 
 from runtime.control import NodeReport, Status, ask
 from runtime.errors import UserError
+from runtime.rolling import restart_all
 from supervisors.status import NodeStatus
 
 DOUBLE_WITHIN_S = 0.05
@@ -51,6 +52,7 @@ class Plan:
         actors: patterns of names and roles; empty for all but the root and the ingress.
         double: each fault hits twice within 50 ms: another actor, or now and then the same one while it starts.
         schedule: in place of chance.
+        rolling: a rolling restart in place of signals.
     """
 
     every_s: float = 1.0
@@ -61,6 +63,7 @@ class Plan:
     double: bool = False
     seed: int = 0
     schedule: Sequence[Planned] = field(default_factory=list)
+    rolling: bool = False
 
 
 class Injector:
@@ -75,6 +78,8 @@ class Injector:
     async def run(self) -> None:
         """Returns when the plan is carried out. Raises UserError when the node is gone or nothing matches."""
         plan, began = self._plan, time.monotonic()
+        if plan.rolling:
+            return await self._restart_all()
         if plan.schedule:
             for planned in plan.schedule:
                 await asyncio.sleep(max(0.0, began + planned.after_s - time.monotonic()))
@@ -90,6 +95,18 @@ class Injector:
             first = await self._hit(None)
             if plan.double:
                 await self._hit_again(first)
+
+    async def _restart_all(self) -> None:
+        began = time.monotonic()
+
+        def replaced(names: str) -> None:
+            nonlocal began
+            who = names.partition(",")[0].partition(":")[0]
+            self.faults.append(Fault(began, who, who, "restart"))
+            time.sleep(self._plan.every_s)  # so that each pause can be told from the next
+            began = time.monotonic()
+
+        await asyncio.to_thread(restart_all, self._run_dir, replaced)
 
     async def _hit(self, actor: str | None) -> NodeStatus:
         """Sends a signal to one actor, drawn among all that match."""

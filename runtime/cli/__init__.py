@@ -20,7 +20,7 @@ COMMANDS = {
     "status": "show the processes of a running node",
     "top": "show the processes and figures of a running node, live",
     "logs": "show the logs and crash reports of a node",
-    "restart": "stop an actor in order and start it again",
+    "restart": "stop an actor in order and start it again, or all of them in turn",
     "kill": "send a signal to an actor's process",
     "chaos": "kill processes at random under load and check that nothing is lost",
     "down": "stop a running node",

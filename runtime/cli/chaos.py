@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule", type=Path, metavar="FILE", help="lines of SECONDS ACTOR SIGNAL, in place of chance"
     )
+    parser.add_argument("--rolling", action="store_true", help="a rolling restart, in place of signals")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
     parser.add_argument("--tokens", type=int, default=200, metavar="N", help="of each answer (%(default)s)")
@@ -81,6 +82,7 @@ def run(options: argparse.Namespace) -> int:
         double=options.double,
         seed=options.seed,
         schedule=read_schedule(options.schedule) if options.schedule else [],
+        rolling=options.rolling,
     )
     load = Load(
         streams=options.streams,
