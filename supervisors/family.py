@@ -27,6 +27,9 @@ from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
 HEARTBEAT_S = 0.5
+TRIALS = 3
+"""How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
+itself is not: it would fail again."""
 
 _log = logging.getLogger(__name__)
 
@@ -360,7 +363,8 @@ class Family:
     def _ended_unasked(self, child: Child, process: Process, reason: ExitReason) -> None:
         """A child ended by itself: start it again, let it be, or give up."""
         name = child.spec.id
-        if child.trial:
+        struck = reason.kind in ("signal", "hung") and child.delay.quick_crashes < TRIALS
+        if child.trial and not (child.trial == "give_up" and struck):
             text = f"{name} could not start: {reason.text}"
             child.came_up(text)
             if child.trial == "give_up":
@@ -397,7 +401,7 @@ class Family:
         self._wave_number = None
         for name in list(affected(self.spec.strategy, list(self.children), failed.spec.id)):
             child = self.children[name]
-            child.in_wave = group
+            child.in_wave = group or child.trial == "give_up"
             if child is not failed and child.spec.restart == "temporary":
                 child.wanted = False  # stopped with the others, never started again
                 if child.process is None:

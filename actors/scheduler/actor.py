@@ -45,8 +45,11 @@ logger = logging.getLogger(__name__)
 
 REGISTER_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 1.0
-RANK_SILENCE_S = 15.0
-"""After so long without an answer the scheduler asks the ranks to attach again; a step may well take longer."""
+RANK_SILENCE_S = 3.0
+"""After so long without an answer the scheduler asks the ranks to attach again. A step may well take longer; then it is
+answered first, and only what was sent ahead of it is sent again."""
+ATTACH_SILENCE_S = 15.0
+"""The same when it is `Attach` that is not answered."""
 KEEP_FINISHED_S = 300.0
 """How long a finished request is kept for an ingress that does not acknowledge it."""
 KEEP_PARTIAL_S = 10.0
@@ -274,7 +277,8 @@ class Scheduler(Actor):
     def _watch_ranks(self) -> None:
         """A step, its answer or an `Attach` may have been lost. The ranks answer `Attach` when their step has ended."""
         silent_s = time.monotonic() - self.heard_of_ranks
-        if (self.attached is None or self.in_flight) and silent_s > RANK_SILENCE_S:
+        limit_s = ATTACH_SILENCE_S if self.attached is None else RANK_SILENCE_S
+        if (self.attached is None or self.in_flight) and silent_s > limit_s:
             logger.warning("no answer of %s for %.0f s", self.config.leader, silent_s)
             self._attach()
 
@@ -288,8 +292,10 @@ class Scheduler(Actor):
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
         self.heard_of_ranks = time.monotonic()
-        for request in self.batch.running:
-            if request.lease is not None:
+        for request in list(self.batch.running):
+            if request.wants_prompt_logprobs and request.computed:
+                self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
+            elif request.lease is not None:
                 request.lease.opened = False
         for step in list(self.in_flight):
             for row in step.rows:
@@ -303,11 +309,13 @@ class Scheduler(Actor):
 
     @handles(StepResult)
     def step_result(self, message: StepResult, sender: str) -> None:
-        """A step has been computed. Answers to any but the oldest open step are repetitions."""
-        if not self.in_flight or self.in_flight[0].number > message.number or self.attached is None:
+        """A step has been computed. Answers to any but the oldest open step are repetitions. One counts also while
+        `Attach` waits for the end of that very step."""
+        if not self.in_flight or self.in_flight[0].number > message.number:
             return
         if self.in_flight[0].number < message.number:
-            self._attach()  # an answer has been lost
+            if self.attached is not None:
+                self._attach()  # an answer has been lost
             return
         self.heard_of_ranks = time.monotonic()
         rows = self.in_flight[0].rows

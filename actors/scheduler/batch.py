@@ -145,12 +145,13 @@ class Batch:
         """Grows a lease, retracting those that come last; False when the request had to be retracted itself."""
         while not self._grow(lease, end):
             victim = self.running[-1]
-            self._retract(victim)
+            self.retract(victim)
             if victim is request:
                 return False
         return True
 
-    def _retract(self, request: Request) -> None:
+    def retract(self, request: Request) -> None:
+        """Back to those that wait, without slot and pages."""
         self.release(request)
         self.waiting.append(request)
         self.retractions += 1
@@ -183,7 +184,7 @@ class Batch:
             lease = self._start(request, usable)
             length = min(request.planned - request.scheduled, budget)
             if not self._grow(lease, request.scheduled + length):
-                self._retract(request)
+                self.retract(request)
                 return
             rows.append(self._row(request, lease, length))
             budget -= length

@@ -21,6 +21,7 @@ class Choice:
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
+    prompt_logprobs: list[float | None] = field(default_factory=list)
     finish: str = ""
 
 
@@ -115,5 +116,6 @@ def _take_native(event: dict[str, Any], answer: Answer) -> None:
         answer.protocol = "an event takes back what the one before had said"
     choice.text, choice.tokens = text, ids
     choice.logprobs = [each[0] for each in meta.get("output_token_logprobs") or ()]
+    choice.prompt_logprobs = [each[0] for each in meta.get("input_token_logprobs") or ()]
     choice.finish = (meta["finish_reason"] or {}).get("type", "")
     answer.counted = int(meta["completion_tokens"])

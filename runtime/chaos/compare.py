@@ -81,8 +81,9 @@ def _compare(choice: Choice, wanted: Choice, label: str) -> Difference:
     elif choice.finish != wanted.finish:
         found = Difference(changed=1, text=f"{label}: finished by {choice.finish}, not {wanted.finish}")
     else:
-        pairs = list(zip(choice.logprobs, wanted.logprobs, strict=False))
-        differ = sum(a != b for a, b in pairs) + abs(len(choice.logprobs) - len(wanted.logprobs))
+        got, right = choice.prompt_logprobs + choice.logprobs, wanted.prompt_logprobs + wanted.logprobs
+        pairs = list(zip(got, right, strict=False))
+        differ = sum(a != b for a, b in pairs) + abs(len(got) - len(right))
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         found = Difference(changed=differ, text=f"{label}: {differ} logprobs differ, the first at {at}")
     return found

@@ -93,7 +93,9 @@ def _build(index: int, tokens: int, long_words: int, draw: random.Random, show_t
                 "stop strings, seeded", prompt, tokens, seeded | stop | ({"logprobs": True} if show_tokens else {})
             )
         case 6:
-            return _native("greedy, logprobs", prompt, tokens, greedy, {"return_logprob": True, "top_logprobs_num": 1})
+            words = " ".join(draw.choice(_PLACES) for _ in range(long_words // 6))
+            logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
+            return _native("greedy, logprobs of a long prompt", f"{words}. {prompt}", tokens, greedy, logprobs)
         case _:
             penalties = {"n": 2, "frequency_penalty": 0.3, "presence_penalty": 0.2}
             return _completion("n=2, penalties", prompt, tokens, seeded | penalties | plain)

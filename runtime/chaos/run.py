@@ -51,6 +51,7 @@ class Outcome:
 
     Attributes:
         deterministic: whether answers were compared with the undisturbed run's.
+        answers: of the undisturbed run.
         undisturbed, disturbed: when the pieces of each stream came.
         probes: when each of a row of calls to the tokenizer was answered.
         requests: how many were sent while processes were killed.
@@ -70,6 +71,7 @@ class Outcome:
     faults: list[Fault] = field(default_factory=list)
     restarts: dict[str, int] = field(default_factory=dict)
     retractions: int = 0
+    answers: list[Answer] = field(default_factory=list)
     undisturbed: list[list[float]] = field(default_factory=list)
     disturbed: list[list[float]] = field(default_factory=list)
     probes: list[float] = field(default_factory=list)
@@ -101,8 +103,12 @@ class _Clients:
                 raise UserError(
                     f"{request.label}: {answer.error or wrong.text}, before anything was killed: see `runtime logs`"
                 )
-            self.out.undisturbed.append(answer.arrivals)
+        self.take(answers)
+
+    def take(self, answers: list[Answer]) -> None:
+        """The answers that all others are compared with."""
         self.wanted = answers
+        self.out.undisturbed = [answer.arrivals for answer in answers]
 
     async def stream(self, first: int, over: asyncio.Event) -> None:
         """One client: request after request until told to stop."""
@@ -156,12 +162,18 @@ class _Clients:
 
 
 async def run_chaos(
-    run_dir: Path, load: Load, plan: Plan, api_key: str | None, note: Callable[[str], None] = lambda _: None
+    run_dir: Path,
+    load: Load,
+    plan: Plan,
+    api_key: str | None = None,
+    note: Callable[[str], None] = lambda _: None,
+    wanted: list[Answer] | None = None,
 ) -> Outcome:
     """Disturbs a running node and tells what its clients saw.
 
     Args:
         note: told what is being done.
+        wanted: the answers of the undisturbed run, if one with the same load was made before.
 
     Raises UserError when the node does not serve even before anything is killed.
     """
@@ -170,8 +182,12 @@ async def run_chaos(
     corpus = build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
     async with _session(api_key) as session:
         clients = _Clients(session, before.url, load, corpus, out)
-        note(f"{len(corpus)} requests undisturbed")
-        await clients.undisturbed()
+        if wanted is None:
+            note(f"{len(corpus)} requests undisturbed")
+            await clients.undisturbed()
+        else:
+            clients.take(wanted)
+        out.answers = clients.wanted
         note("the same requests again and again, with faults")
         over = asyncio.Event()
         injector = Injector(run_dir, plan)
