@@ -242,7 +242,8 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
 SAMPLE = 1
 """Row flag of a step: draw the token that follows the row's last new token."""
 PROMPT_LOGPROBS = 2
-"""Row flag of a step: report the logprobs of the row's new tokens, each but the first given the tokens before it."""
+"""Row flag of a step: report the logprobs of the row's new tokens, each given the tokens before it. A row that does not
+begin at position 0 must follow a row of the same slot that had the flag too and ended where it begins."""
 
 
 class Step(Tagged):
@@ -286,7 +287,7 @@ class StepResult(Tagged):
     """Rank 0 → scheduler: the tokens drawn in a step, one for each row flagged SAMPLE, in row order (i32).
 
     `logprobs` and `prompt_logprobs` hold an entry for each row that asked for them. For prompt logprobs the entry's
-    tokens are the row's new tokens, each given the tokens before it; the first token of the row has logprob NaN.
+    tokens are the row's new tokens, each given the tokens before it; the first token of a sequence has logprob NaN.
     """
 
     number: Index

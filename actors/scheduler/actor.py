@@ -349,7 +349,7 @@ class Scheduler(Actor):
         if request.finish is not None or self.requests.get(request.rid) is not request:
             return
         if prompt_logprobs is not None:
-            request.prompt_logprobs += prompt_logprobs[1 if row.start else 0 :]
+            request.prompt_logprobs += prompt_logprobs
         if token is not None:
             request.append(token)
             self.generated += 1

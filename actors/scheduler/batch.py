@@ -126,8 +126,6 @@ class Batch:
             request.pending += 1
         if request.wants_prompt_logprobs and start < request.prompt_len:
             flags |= PROMPT_LOGPROBS
-            if start:  # the logprob of a chunk's first token needs the one before it, so that is computed again
-                start, length = start - 1, length + 1
         request.scheduled = end
         return Row(request, lease, start, length, flags)
 

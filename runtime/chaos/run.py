@@ -23,6 +23,7 @@ SETTLE_S = 60.0
 """How long the node may take, after the last fault, until all of its processes run."""
 FILL_EVERY_S = 5.0
 _PROBE_INTERVAL_S = 0.05
+_LOOK_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Outcome:
         failures: a sentence for each request that failed.
         difference: tokens lost, repeated and changed, in all requests.
         restarts: of each process.
+        retractions: requests that gave their pages up for others, by all schedulers that ran meanwhile.
         settled: all processes run again.
     """
 
@@ -193,7 +195,8 @@ async def run_chaos(
         injector = Injector(run_dir, plan)
         began = time.monotonic()
         jobs = [asyncio.create_task(clients.stream(first, over)) for first in range(load.streams)]
-        jobs += [asyncio.create_task(clients.fill(over)), asyncio.create_task(clients.probe(over))]
+        others = (clients.fill(over), clients.probe(over), _count_retractions(run_dir, out, over))
+        jobs += [asyncio.create_task(each) for each in others]
         try:
             await injector.run()
         except UserError as error:
@@ -206,6 +209,19 @@ async def run_chaos(
         out.faults = injector.faults
     await _settle(run_dir, before.tree, out)
     return out
+
+
+async def _count_retractions(run_dir: Path, out: Outcome, over: asyncio.Event) -> None:
+    """Schedulers count them; each incarnation begins anew."""
+    counts: dict[tuple[str, int], int] = {}
+    while not over.is_set():
+        with contextlib.suppress(UserError):
+            tree = (await asyncio.to_thread(node_report, run_dir)).tree
+            for each in tree.walk():
+                if "retractions" in each.stats:
+                    counts[each.name, each.incarnation] = int(each.stats["retractions"])
+        out.retractions = sum(counts.values())
+        await asyncio.sleep(_LOOK_INTERVAL_S)
 
 
 @contextlib.asynccontextmanager
@@ -232,4 +248,3 @@ async def _settle(run_dir: Path, before: NodeStatus, out: Outcome) -> None:
         await asyncio.sleep(0.05)
     started = {each.name: each.incarnation for each in before.walk()}
     out.restarts = {each.name: each.incarnation - started.get(each.name, 0) for each in report.tree.walk()}
-    out.retractions = sum(int(each.stats.get("retractions", 0)) for each in report.tree.walk())

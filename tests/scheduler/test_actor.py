@@ -31,6 +31,7 @@ from actors.messages import (
     TextParams,
     TokenEvent,
     Tokens,
+    TopLogprobs,
     Unknown,
 )
 from actors.scheduler import Scheduler
@@ -160,7 +161,7 @@ class Stage:
 
 def generate(rid: str = "r", prompt: int = 6, max_tokens: int = 3, attempt: int = 0, **more: Any) -> Generate:
     tokens = np.arange(prompt, dtype=np.int32).tobytes()
-    params = SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=[2])
+    params = more.pop("sampling", SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=[2]))
     return Generate(rid, attempt, tokens, params, TextParams(), **more)
 
 
@@ -356,12 +357,16 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     for rid in rids:
         stage.send("ingress0", generate(rid, prompt=3, max_tokens=5))
     stage.until(lambda: len(stage.scheduler.batch.running) == 4)
+    stage.received["main.rank0"] = [m for m in stage.received["main.rank0"] if not isinstance(m, Attach)]
     answered: set[int] = set()
     deaths = 0
 
     def rank_lives() -> bool:
         """Answers steps, and dies of those with the poisonous request beyond its second output token."""
         nonlocal deaths
+        for attach in [message for message in stage.received["main.rank0"] if isinstance(message, Attach)]:
+            stage.received["main.rank0"].remove(attach)
+            stage.send("main.rank0", stage.attached())
         for step in [step for step in stage.steps() if step.number not in answered]:
             poisoned = stage.scheduler.requests.get(rids[poison])
             slot = poisoned.lease.slot if poisoned and poisoned.lease else None
@@ -371,7 +376,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
                 assert deaths < 20
                 stage.received["main.rank0"].clear()
                 stage.restart("main.rank0")
-                stage.send("main.rank0", stage.attached())
+                stage.send("main.rank0", Hello())
                 return False
             answered.add(step.number)
             stage.answer(step)
@@ -384,3 +389,46 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     assert sorted(finished) == sorted(set(rids) - {rids[poison]})
     assert 3 <= deaths <= 3 + 3
     assert stage.scheduler.pool.available == NUM_PAGES
+
+
+@pytest.mark.parametrize("stage", [{"chunk_tokens": 8}], indirect=True)
+def test_prompt_logprobs_of_a_chunked_prompt_begin_anew_with_the_ranks(stage: Stage) -> None:
+    """What a rank remembers of a chunk's last token is gone with it, so chunks that follow cannot be run."""
+    stage.send("ingress0", generate(prompt=20, sampling=SamplingParams(max_tokens=2, seed=1, prompt_logprobs=0)))
+    first = stage.expect("main.rank0", Step)
+    second = stage.expect("main.rank0", Step, skip=1)
+    assert [np.frombuffer(step.starts, np.int32).tolist() for step in (first, second)] == [[0], [8]]
+    stage.send("main.rank0", StepResult(1, b"", prompt_logprobs=[TopLogprobs(0, np.zeros(8, np.float32).tobytes())]))
+    stage.until(lambda: stage.scheduler.steps == 3)
+    stage.received["main.rank0"].clear()
+    stage.restart("main.rank0")
+    stage.send("main.rank0", Hello())
+    stage.expect("main.rank0", Attach)
+    stage.send("main.rank0", stage.attached())
+    assert np.frombuffer(stage.expect("main.rank0", Step).starts, np.int32).tolist() == [0]
+    answered: set[int] = set()
+
+    def finished() -> bool:
+        for step in [step for step in stage.steps() if step.number not in answered]:
+            answered.add(step.number)
+            count = len(step.tokens) // 4
+            prompt = [TopLogprobs(0, np.zeros(count, np.float32).tobytes())] if any(f & 2 for f in step.flags) else []
+            drawn = sum(1 for flags in step.flags if flags & SAMPLE)
+            stage.send("main.rank0", StepResult(step.number, b"\x05\0\0\0" * drawn, prompt_logprobs=prompt))
+        return bool(stage.events() and stage.events()[-1].finish)
+
+    stage.until(finished)
+    assert [len(event.prompt_logprobs or ()) for event in stage.events()] == [20, 0]
+
+
+def test_a_step_longer_than_the_silence_allowed_is_not_repeated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.scheduler.actor.RANK_SILENCE_S", 0.0)
+    stage.send("ingress0", generate(max_tokens=1))
+    step = stage.expect("main.rank0", Step)
+    stage.received["main.rank0"].clear()
+    stage.scheduler._watch_ranks()
+    stage.expect("main.rank0", Attach)
+    stage.answer(step)
+    stage.send("main.rank0", stage.attached())
+    stage.until(lambda: stage.events() and stage.events()[-1].finish == "length")
+    assert not stage.steps()
