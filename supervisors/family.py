@@ -320,7 +320,7 @@ class Family:
         process.ready_at = process.last_beat = time.monotonic()
         if not process.asked:
             child.state = "running"
-            child.in_wave, child.trial = False, ""
+            child.in_wave, child.trial = self.result is not None, ""
             child.came_up()
             self._tell(child, "ready", f"ready after {process.ready_at - process.started_at:.3f} s")
 
@@ -334,7 +334,9 @@ class Family:
         child.subtree_stopped()
         self._gone(child)
         self._tell(child, "exit", reason.text, process.pid or None)
-        if process.asked or process.ignored or self.result is not None:
+        if self._needed_until_its_turn(child, process):
+            self._start(child)
+        elif process.asked or process.ignored or self.result is not None:
             if child.wanted and not process.ignored:
                 child.state = "restarting"
             else:
@@ -359,6 +361,17 @@ class Family:
                 )
             self._ended_unasked(child, process, reason)
         self.step()
+
+    def _needed_until_its_turn(self, child: Child, process: Process) -> bool:
+        """Whether a child that died while all are stopped in order is started again, because others to its right, which
+        may need it to finish what they are at, still stop."""
+        if self.result is None or not self.result.ok or process.asked or process.ignored or self._dynamic:
+            return False
+        ids = list(self.children)
+        to_the_right = ids[ids.index(child.spec.id) + 1 :]
+        if child.spec.restart != "permanent" or all(self.children[id].process is None for id in to_the_right):
+            return False
+        return self._intensity.add(time.monotonic())
 
     def _ended_unasked(self, child: Child, process: Process, reason: ExitReason) -> None:
         """A child ended by itself: start it again, let it be, or give up."""

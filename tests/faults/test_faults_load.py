@@ -50,7 +50,7 @@ def test_stopped_rank_and_scheduler_are_found_within_the_deadline(node: Node) ->
 
 
 def test_killed_while_the_kv_pool_is_full(node: Node) -> None:
-    load = dataclasses.replace(LOAD, fill=24)
+    load = dataclasses.replace(LOAD, fill=8)
     outcome = node.disturb(
         [(1.0, "main.scheduler", "KILL"), (2.5, "main.rank0", "KILL"), (4.0, "main", "KILL")], load=load
     )
