@@ -132,13 +132,26 @@ def pack_weight(weight: Tensor, out: Tensor | None) -> PackedWeight:
     count = -(-features // PANEL)
     if out is None:
         out = weight.new_empty(count, width, PANEL)
-    padded = F.pad(weight, (0, 0, 0, count * PANEL - features))
-    out.copy_(padded.view(count, PANEL, width).transpose(1, 2))
+    rows = F.pad(weight, (0, 0, 0, count * PANEL - features)).view(count, PANEL, width)
+    if _in_pairs(out):
+        out.view(count, width // 2, PANEL, 2).copy_(rows.unflatten(2, (-1, 2)).transpose(1, 2))
+    else:
+        out.copy_(rows.transpose(1, 2))
     return PackedWeight(panels=out, out_features=features)
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    return packed.panels.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
+    panels = packed.panels
+    if _in_pairs(panels):
+        rows = panels.view(len(panels), -1, PANEL, 2).transpose(1, 2).reshape(-1, packed.in_features)
+    else:
+        rows = panels.transpose(1, 2).reshape(-1, packed.in_features)
+    return rows[: packed.out_features]
+
+
+def _in_pairs(panels: Tensor) -> bool:
+    """bfloat16 panels hold input features in pairs, [inputs / 2, 64, 2], as matrix instructions take them."""
+    return panels.dtype == torch.bfloat16 and panels.shape[1] % 2 == 0
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, deterministic: bool) -> Tensor:

@@ -139,8 +139,8 @@ PANEL = 64  # output features side by side in a packed weight
 class PackedWeight:
     """A weight matrix cut into panels of 64 output features, the input features of a panel one after the other.
 
-    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], zero beyond the last output feature, so it can
-    be stored, shared and mapped like any other; see `pack_weight`.
+    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], zero beyond the last output feature, so
+    it can be stored, shared and mapped like any other; see `pack_weight`.
     """
 
     panels: Tensor

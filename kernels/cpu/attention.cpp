@@ -98,7 +98,8 @@ class Attention {
 
     int first_key(int64_t position) const { return c.window ? int(std::max<int64_t>(0, position - c.window + 1)) : 0; }
 
-    // Calls f(index, line) with the cached keys of positions start .. end - 1, one key head's; values lie value_stride on.
+    // Calls f(index, line) with the cached keys of positions start .. end - 1, one key head's; values lie
+    // value_stride on.
     template <class F>
     void for_lines(int row, int head, int64_t start, int64_t end, F f) {
         const int32_t* table = c.page_table + c.row_slots[row] * c.table_stride;
@@ -219,9 +220,16 @@ class Attention {
             }
             int start = block * BLOCK, count = std::min(BLOCK, first_position + unit.count - start);
             const KV* lines[BLOCK];
-            for_lines(unit.row, unit.head, start, start + count, [&](int i, KV* line) { lines[i] = line; });
+            for_lines(unit.row, unit.head, start, start + count, [&](int i, KV* line) {
+                lines[i] = line;
+                prefetch(line + c.value_stride);
+            });
             transpose_keys(lines, count, keys);
             for (int i = 0; i < count; ++i) lines[i] += c.value_stride;
+            if (block + 1 < unit.end_block) {
+                int64_t end = std::min(start + 2 * BLOCK, first_position + unit.count);
+                for_lines(unit.row, unit.head, start + BLOCK, end, [&](int, KV* line) { prefetch(line); });
+            }
             if (unpack) unpack_values(lines, count, values);
             // Queries before the block see none of it.
             int unseen = std::max(0, start - first_position) * group;
@@ -239,23 +247,27 @@ class Attention {
         if (unit.partial < 0) finish(unit, state);
     }
 
-    // keys[d][j] = lines[j][d], zero from `count` on.
+    void prefetch(const KV* line) const {
+        for (int64_t at = 0; at < c.dim; at += 64 / sizeof(KV)) __builtin_prefetch(line + at);
+    }
+
+    // keys[d][j] = lines[j][d]. From `count` on it does not matter what is there, for such scores are masked, but
+    // what lay in the memory before might be denormal, and slow.
     void transpose_keys(const KV* const* lines, int count, float* keys) {
-        static const KV nothing[LANES] = {};
-        for (int j = 0; j < BLOCK; j += LANES) {
-            for (int d = 0; d < c.dim; d += LANES) {
-                if (j + LANES <= count && d + LANES <= c.dim) {
-                    transpose16(lines + j, d, keys + d * BLOCK + j, BLOCK);
-                    continue;
-                }
-                KV copies[LANES][LANES] = {};
-                const KV* rows[LANES];
-                for (int i = 0; i < LANES; ++i) {
-                    rows[i] = j + i < count ? copies[i] : nothing;
-                    if (j + i < count) std::memcpy(copies[i], lines[j + i] + d, std::min<int>(LANES, c.dim - d) * sizeof(KV));
-                }
-                transpose16(rows, 0, keys + d * BLOCK + j, BLOCK);
+        for (int j = int(padded(count)); j < BLOCK; j += LANES)
+            for (int d = 0; d < c.dim; ++d) store(keys + d * BLOCK + j, zeros());
+        for (int j = 0; j < count; j += LANES) {
+            const KV* rows[LANES];
+            for (int i = 0; i < LANES; ++i) rows[i] = lines[std::min(j + i, count - 1)];
+            int d = 0;
+            for (; d + LANES <= c.dim; d += LANES) transpose16(rows, d, keys + d * BLOCK + j, BLOCK);
+            if (d == c.dim) continue;
+            KV ends[LANES][LANES] = {};
+            for (int i = 0; i < LANES; ++i) {
+                std::memcpy(ends[i], rows[i] + d, (c.dim - d) * sizeof(KV));
+                rows[i] = ends[i];
             }
+            transpose16(rows, 0, keys + d * BLOCK + j, BLOCK);
         }
     }
 
@@ -265,8 +277,8 @@ class Attention {
                 store(values + j * width + d, load_part(lines[j] + d, std::min<int>(LANES, c.dim - d)));
     }
 
-    // Scores of ROWS queries against a block, then weights e**(score - block's peak); merges peaks and totals into the state, and
-    // returns the factors that the state's and the block's mixed values are to be merged with.
+    // Scores of ROWS queries against a block, then weights e**(score - block's peak); merges peaks and totals into
+    // the state, and returns the factors that the state's and the block's mixed values are to be merged with.
     template <int ROWS>
     void score(const Unit& unit, int row, int start, const float* keys, float* weights, State state, float* old_scale,
                float* new_scale) {

@@ -12,8 +12,8 @@
 
 namespace {
 
-// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so that it is
-// awake through one, and short enough to leave the core to others between steps.
+// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so
+// that it is awake through one, and short enough to leave the core to others between steps.
 constexpr int64_t SPIN_CYCLES = 200000;
 
 struct Job {

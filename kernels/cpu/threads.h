@@ -1,8 +1,8 @@
 // A team of threads, and the memory they work in.
 //
-// Why not OpenMP: its regions end when every thread has come to the end, so where other processes want the cores too, one thread
-// that is not running holds up all, and the others spin meanwhile. Here work is dealt out piece by piece, and only those who
-// have taken a piece are waited for: a helper that comes late finds nothing to do.
+// Why not OpenMP: its regions end when every thread has come to the end, so where other processes want the cores
+// too, one thread that is not running holds up all, and the others spin meanwhile. Here work is dealt out piece by
+// piece, and only those who have taken a piece are waited for: a helper that comes late finds nothing to do.
 #pragma once
 
 #include <atomic>
