@@ -97,10 +97,11 @@ def _check_attention(
 ) -> None:
     """Raises ValueError if the tensors do not fit each other or the step."""
     tokens, query_heads, dim = q.shape
-    pages, two, page_size, kv_heads, cache_dim = cache.shape
+    _, two, page_size, kv_heads, cache_dim = cache.shape
     if k.shape != (tokens, kv_heads, dim) or v.shape != k.shape or cache_dim != dim or two != 2:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache {tuple(cache.shape)} differ"
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache "
+            f"{tuple(cache.shape)} do not fit each other"
         )
     if query_heads % kv_heads:
         raise ValueError(f"attention: {query_heads} query heads cannot share {kv_heads} key heads equally")

@@ -79,7 +79,8 @@ class Attention {
         partials.mixed = partials.total + partial_states;
 
         parallel((c.tokens + 7) / 8, threads, [&](int64_t i, int) {
-            for (int64_t t = i * 8; t < std::min(i * 8 + 8, c.tokens); ++t) c.narrow ? prepare<bf16>(t) : prepare<float>(t);
+            for (int64_t token = i * 8; token < std::min(i * 8 + 8, c.tokens); ++token)
+                c.narrow ? prepare<bf16>(token) : prepare<float>(token);
         });
         parallel(units.size(), threads, [&](int64_t i, int thread) { work(units[i], memory + own * thread); });
         parallel(splits.size(), threads, [&](int64_t i, int) { merge(splits[i]); });
@@ -143,13 +144,14 @@ class Attention {
         int row = int(std::upper_bound(c.row_offsets, c.row_offsets + c.rows + 1, token) - c.row_offsets) - 1;
         int64_t position = c.row_starts[row] + token - c.row_offsets[row];
         const float *cos = c.cos + position * (c.rotated / 2), *sin = c.sin + position * (c.rotated / 2);
+        const Act *q = (const Act*)c.q + token * c.q_stride, *k = (const Act*)c.k + token * c.k_stride;
+        const Act* v = (const Act*)c.v + token * c.v_stride;
         for (int h = 0; h < c.query_heads; ++h)
-            rotate((const Act*)c.q + token * c.q_stride + h * c.dim, queries + (token * c.query_heads + h) * width, cos, sin,
-                   c.scale);
+            rotate(q + h * c.dim, queries + (token * c.query_heads + h) * width, cos, sin, c.scale);
         for_lines(row, 0, position, position + 1, [&](int, KV* line) {
             for (int h = 0; h < c.kv_heads; ++h, line += c.dim) {
-                rotate((const Act*)c.k + token * c.k_stride + h * c.dim, line, cos, sin, 1.0f);
-                copy((const Act*)c.v + token * c.v_stride + h * c.dim, line + c.value_stride, int(c.dim), 1.0f);
+                rotate(k + h * c.dim, line, cos, sin, 1.0f);
+                copy(v + h * c.dim, line + c.value_stride, int(c.dim), 1.0f);
             }
         });
     }
@@ -201,6 +203,12 @@ class Attention {
 
     State partial(int64_t index) const {
         return {partials.peak + index, partials.total + index, partials.mixed + index * width};
+    }
+
+    // Where a query of a unit lies among all queries and heads of the step.
+    int64_t query_index(const Unit& unit, int row) const {
+        int64_t token = c.row_offsets[unit.row] + unit.first + row / group;
+        return token * c.query_heads + unit.head * group + row % group;
     }
 
     void work(const Unit& unit, float* memory) {
@@ -284,9 +292,7 @@ class Attention {
                float* new_scale) {
         constexpr int VECTORS = TILE_VECTORS<ROWS>;
         const float* q[ROWS];
-        int64_t token = c.row_offsets[unit.row] + unit.first;
-        for (int r = 0; r < ROWS; ++r)
-            q[r] = queries + ((token + (row + r) / group) * c.query_heads + unit.head * group + (row + r) % group) * width;
+        for (int r = 0; r < ROWS; ++r) q[r] = queries + query_index(unit, row + r) * width;
         for (int j = 0; j < BLOCK; j += VECTORS * LANES) {
             V16 sums[ROWS][VECTORS];
             product<ROWS, VECTORS>(q, [&](int d) { return keys + d * BLOCK + j; }, int(c.dim), sums);
@@ -323,16 +329,19 @@ class Attention {
 
     // Merges the weighted values of a block into `mixed`.
     template <int ROWS, class Values>
-    void mix(const float* weights, Values values, int count, const float* old_scale, const float* new_scale, float* mixed) {
+    void mix(const float* weights, Values values, int count, const float* old_scale, const float* new_scale,
+             float* mixed) {
         constexpr int MOST = TILE_VECTORS<ROWS>;
         int d = 0;
-        for (; d + MOST * LANES <= width; d += MOST * LANES) mix_strip<ROWS, MOST>(weights, values, d, count, old_scale, new_scale, mixed);
+        for (; d + MOST * LANES <= width; d += MOST * LANES)
+            mix_strip<ROWS, MOST>(weights, values, d, count, old_scale, new_scale, mixed);
         if constexpr (MOST > 1)
-            for (; d < width; d += LANES) mix_strip<ROWS, 1>(weights, values, d, count, old_scale, new_scale, mixed);
+            for (; d < width; d += LANES)
+                mix_strip<ROWS, 1>(weights, values, d, count, old_scale, new_scale, mixed);
     }
     template <int ROWS, int VECTORS, class Values>
-    INLINE void mix_strip(const float* weights, Values values, int d, int count, const float* old_scale, const float* new_scale,
-                          float* mixed) {
+    INLINE void mix_strip(const float* weights, Values values, int d, int count, const float* old_scale,
+                          const float* new_scale, float* mixed) {
         const float* rows[ROWS];
         for (int r = 0; r < ROWS; ++r) rows[r] = weights + r * BLOCK;
         V16 sums[ROWS][VECTORS];
@@ -352,7 +361,8 @@ class Attention {
             State next = partial(unit.partial + int64_t(block) * rows);
             for (int r = 0; r < rows; ++r) {
                 float old_scale[LANES], new_scale[LANES];
-                merge_scales(broadcast(state.peak[r]), broadcast(next.peak[r]), state.peak + r, old_scale, new_scale, 1);
+                V16 peak = broadcast(state.peak[r]), next_peak = broadcast(next.peak[r]);
+                merge_scales(peak, next_peak, state.peak + r, old_scale, new_scale, 1);
                 state.total[r] = std::fma(state.total[r], old_scale[0], next.total[r] * new_scale[0]);
                 for (int d = 0; d < width; d += LANES) {
                     float* at = state.mixed + r * width + d;
@@ -366,9 +376,8 @@ class Attention {
     void finish(const Unit& unit, State state) { c.narrow ? divide<bf16>(unit, state) : divide<float>(unit, state); }
     template <class Act>
     void divide(const Unit& unit, State state) {
-        int64_t token = c.row_offsets[unit.row] + unit.first;
         for (int r = 0; r < unit.count * group; ++r) {
-            Act* out = (Act*)c.out + ((token + r / group) * c.query_heads + unit.head * group + r % group) * c.dim;
+            Act* out = (Act*)c.out + query_index(unit, r) * c.dim;
             V16 total = broadcast(state.total[r]);
             for (int d = 0; d < c.dim; d += LANES)
                 store_part(out + d, load(state.mixed + r * width + d) / total, std::min<int>(LANES, c.dim - d));

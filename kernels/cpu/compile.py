@@ -172,13 +172,13 @@ def _run_together(commands: list[list[str]]) -> None:
                     errors="replace",
                 )
             )
-        for process in running:
+        for command, process in zip(commands, running, strict=True):
             _, errors = process.communicate(timeout=COMPILE_SECONDS)
             if process.returncode:
                 lines = (
                     [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
                 )
-                raise BuildError(f"{process.args[0]} failed: {lines[0]}")  # type: ignore[index]
+                raise BuildError(f"{command[0]} failed: {lines[0]}")
     except OSError as error:
         raise BuildError(f"the compiler does not run: {error}") from None
     except subprocess.TimeoutExpired:

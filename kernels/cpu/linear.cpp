@@ -275,7 +275,8 @@ void linear_amx(const Call& c) {
         std::memset(to + used, 0, (depth - used) * sizeof(bf16));
     });
     int64_t chunk_rows = c.chunk_rows(AMX_CHUNK_ROWS, 2 * AMX_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
-    size_t panel_size = (c.packed ? AMX_DEPTH : depth) * PANEL, own = panel_size * sizeof(bf16) + 2 * AMX_ROWS * PANEL * 4;
+    size_t panel_size = (c.packed ? AMX_DEPTH : depth) * PANEL;
+    size_t own = panel_size * sizeof(bf16) + 2 * AMX_ROWS * PANEL * sizeof(float);
     char* memory = scratch(1).take<char>(own * c.threads);
     parallel(c.panels() * chunks, int(c.threads), [&](int64_t unit, int thread) {
         bf16* space = (bf16*)(memory + own * thread);

@@ -220,7 +220,8 @@ class Sampler {
         int64_t kept = total;
         if (p.top_p < 1) {
             double bound = double(p.top_p) * double(total);
-            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight)) kept = std::min(kept, weight);
+            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight))
+                kept = std::min(kept, weight);
             else if (!complete) return -1;
         }
         if (p.log_min_p > -INFINITE) {

@@ -22,7 +22,8 @@ void parallel(int64_t count, int threads, F f) {
         for (int64_t i = 0; i < count; ++i) f(i, 0);
         return;
     }
-    run_pieces(count, threads, [](void* context, int64_t i, int thread) { (*static_cast<F*>(context))(i, thread); }, &f);
+    auto piece = [](void* context, int64_t i, int thread) { (*static_cast<F*>(context))(i, thread); };
+    run_pieces(count, threads, piece, &f);
 }
 
 // Memory that is kept from call to call and grows when it must, aligned to cache lines.

@@ -229,7 +229,7 @@ def test_rejects_what_does_not_fit() -> None:
         run(AttentionMeta.build([0], [3], model.table))
     with pytest.raises(ValueError, match="share"):
         run(good, q=torch.randn(4, 5, 32))
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="do not fit each other"):
         run(good, k=torch.randn(4, 3, 32))
     with pytest.raises(ValueError, match="window"):
         run(good, window=0)
