@@ -213,7 +213,7 @@ class Attach(Tagged):
 class Attached(Tagged):
     """Rank 0 → scheduler: what the group runs, and that it is at rest.
 
-    `fingerprint` names model, dtype and page format.
+    `fingerprint` names model, dtype and page format. `kv_epoch` changes when the contents of the KV pages were lost.
     """
 
     num_pages: Index
@@ -222,6 +222,7 @@ class Attached(Tagged):
     vocab_size: Index
     max_model_len: Index
     fingerprint: str
+    kv_epoch: Index = 0
 
 
 class OpenSlot(Struct, array_like=True, frozen=True, gc=False):

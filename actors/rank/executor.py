@@ -286,16 +286,15 @@ class Executor:
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logprobs of tokens int32 [k] after states [k, H], and of the most probable; on rank 0."""
-        asked = max(top, 1)
         values = torch.empty(len(targets), device=self.device)
-        top_values = torch.empty(len(targets), asked, device=self.device)
-        top_ids = torch.empty(len(targets), asked, dtype=torch.int32, device=self.device)
+        top_values = torch.empty(len(targets), top, device=self.device)
+        top_ids = torch.empty(len(targets), top, dtype=torch.int32, device=self.device)
         for at in range(0, len(targets), PROMPT_ROWS):
             part = slice(at, at + PROMPT_ROWS)
             logits = self._logits(hidden[part])
             if self.group.rank == 0:
-                values[part], top_values[part], top_ids[part] = kernels.logprobs(logits, targets[part], asked)
-        return values, top_values[:, :top], top_ids[:, :top]
+                values[part], top_values[part], top_ids[part] = kernels.logprobs(logits, targets[part], top)
+        return values, top_values, top_ids
 
     def _index(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)

@@ -86,7 +86,8 @@ class Scheduler(Actor):
                 f"{config.num_pages * config.page_size} tokens: raise kv_tokens or lower max_model_len"
             )
         arena = Arena(context.descriptors[f"{config.engine}.pages"])
-        self.pool = PagePool(PageLedger(arena, config.num_pages, config.page_size), config.prefix_cache)
+        self.ledger = PageLedger(arena, config.num_pages, config.page_size)
+        self.pool = PagePool(self.ledger, config.prefix_cache)
         self.batch = Batch(config, self.pool)
         self.requests: dict[str, Request] = {}
         self.finished: deque[tuple[float, str]] = deque()
@@ -292,6 +293,8 @@ class Scheduler(Actor):
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
         self.heard_of_ranks = time.monotonic()
+        if not self.ledger.match_epoch(message.kv_epoch):
+            self._start_over()
         for request in list(self.batch.running):
             if request.wants_prompt_logprobs and request.computed:
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
@@ -306,6 +309,17 @@ class Scheduler(Actor):
                 self.send(config.leader, encode_step(step.number, step.rows))
             else:
                 self.in_flight.remove(step)
+
+    def _start_over(self) -> None:
+        """The KV pages are empty: everything is computed again."""
+        self.in_flight.clear()
+        self.pool = PagePool(self.ledger, self.config.prefix_cache)
+        self.batch = Batch(self.config, self.pool)
+        for request in self.requests.values():
+            if request.finish is None:
+                request.rewind()
+                request.pending = 0
+                self.batch.add(request)
 
     @handles(StepResult)
     def step_result(self, message: StepResult, sender: str) -> None:

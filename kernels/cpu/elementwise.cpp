@@ -76,8 +76,8 @@ template <class T>
 void norm_rows(const NormCall& c) {
     for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
         int64_t at = row * c.width;
-        rms_norm((const T*)c.x + at, c.residual ? (T*)c.residual + at : nullptr, (const T*)c.weight, (T*)c.out + at, c.width,
-                 c.eps);
+        T* residual = c.residual ? (T*)c.residual + at : nullptr;
+        rms_norm((const T*)c.x + at, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
     });
 }
 

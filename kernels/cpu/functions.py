@@ -77,7 +77,10 @@ def attention(
 ) -> Tensor:
     tokens, query_heads, dim = q.shape
     pages, _, page_size, kv_heads, _ = cache.shape
-    page_stride, value_stride = cache.stride()[:2]
+    page_stride, value_stride, *_ = cache.stride()
+    q, q_stride = _heads_together(q)
+    k, k_stride = _heads_together(k)
+    v, v_stride = _heads_together(v)
     out = q.new_empty(tokens, query_heads, dim)
     result = library.attention(
         _ATTENTION.pack(
@@ -92,9 +95,9 @@ def attention(
             meta.row_starts.data_ptr(),
             meta.row_slots.data_ptr(),
             meta.page_table.data_ptr(),
-            q.stride(0),
-            k.stride(0),
-            v.stride(0),
+            q_stride,
+            k_stride,
+            v_stride,
             page_stride,
             value_stride,
             meta.page_table.stride(0),
@@ -115,6 +118,15 @@ def attention(
     )
     _check(result, "the page table names a page that the cache does not have")
     return out
+
+
+def _heads_together(x: Tensor) -> tuple[Tensor, int]:
+    """x [T, H, D] with the heads of a token side by side, and the elements from token to token."""
+    stride, *inner = x.stride()
+    if inner != [x.shape[2], 1]:
+        x = x.contiguous()
+        stride = x.stride(0)
+    return x, stride
 
 
 def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
@@ -149,9 +161,7 @@ def counter_uniform(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> T
     return out
 
 
-def sample(
-    library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor
-) -> Tensor:
+def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
     tokens = torch.empty(logits.shape[0], dtype=torch.int32, device="cpu")
     if params.all_greedy:
         library.argmax(_ARGMAX.pack(*_logits(logits), tokens.data_ptr(), torch.get_num_threads()))

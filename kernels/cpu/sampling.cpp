@@ -1,9 +1,10 @@
 // Sampling, penalties and log probabilities, row by row.
 //
-// Sampling weights are integers (2**40 for the most likely token), made by correctly rounded float32 operations in the order of
-// the torch reference, so that sums have no order and both draw the same token. Tokens are needed in falling order of their
-// logits only around four places: the ends of top-k, top-p and min-p, and the token drawn. So likely tokens are collected
-// and dealt into buckets by their distance from the best, and only the buckets at those places are sorted.
+// Sampling weights are integers (2**40 for the most likely token), made by correctly rounded float32 operations in
+// the order of the torch reference, so that sums have no order and both draw the same token. Tokens are needed in
+// falling order of their logits only around four places: the ends of top-k, top-p and min-p, and the token drawn.
+// So likely tokens are collected and dealt into buckets by their distance from the best, and only the buckets at
+// those places are sorted.
 
 #include <algorithm>
 #include <cmath>
@@ -17,8 +18,8 @@ namespace {
 
 constexpr float HIGHEST = std::numeric_limits<float>::max();
 constexpr float WEIGHT_ONE = float(int64_t(1) << 40);
-// Tokens are collected up to these distances from the best, one after the other, until the token drawn is among them: the first
-// mostly decides, and beyond the last weights are 0.
+// Tokens are collected up to these distances from the best, one after the other, until the token drawn is among
+// them: the first mostly decides, and beyond the last weights are 0.
 constexpr float LIMITS[] = {-5.0f, -10.0f, -28.0f};
 constexpr int BUCKETS = 1024;
 
@@ -182,8 +183,8 @@ class Sampler {
 
     int bucket_of(float x) const { return int(x * ((BUCKETS - 1) / limit_)); }
 
-    // Walks the tokens in falling order until stop(count, weight), of what came before and the next token together, is true;
-    // returns that token and the weight up to and with it, or null.
+    // Walks the tokens in falling order until stop(count, weight), of what came before and the next token together,
+    // is true; returns that token and the weight up to and with it, or null.
     template <class Stop>
     const Token* walk(Stop stop, int64_t& weight) {
         int64_t count = 0;
@@ -210,8 +211,8 @@ class Sampler {
     // The token drawn, or -1 if the tokens collected do not decide it.
     int choose(const Parameters& p) {
         bool complete = limit_ == LIMITS[std::size(LIMITS) - 1];  // no other token has a weight
-        // Each filter keeps the tokens up to some place in falling order: the least of the three weights up to there is what
-        // all of them keep.
+        // Each filter keeps the tokens up to some place in falling order: the least of the three weights up to
+        // there is what all of them keep.
         int64_t total, weight;
         if (p.top_k > 0 && walk([&](int64_t count, int64_t) { return count >= p.top_k; }, weight)) total = weight;
         else if (p.top_k > 0 && !complete) return -1;
@@ -219,7 +220,8 @@ class Sampler {
         int64_t kept = total;
         if (p.top_p < 1) {
             double bound = double(p.top_p) * double(total);
-            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight)) kept = std::min(kept, weight);
+            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight))
+                kept = std::min(kept, weight);
             else if (!complete) return -1;
         }
         if (p.log_min_p > -INFINITE) {
@@ -265,7 +267,8 @@ void top(const float* logits, int count, int wanted, float* values, int32_t* ids
 
 }  // namespace
 
-// All rows lie `stride` elements apart. Functions return 0, or -1 without memory, or -2 if a row or token does not exist.
+// All rows lie `stride` elements apart. Functions return 0, or -1 without memory, or -2 if a row or token does not
+// exist.
 
 namespace {
 

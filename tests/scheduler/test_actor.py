@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from actors.messages import (
     SAMPLE,
@@ -154,7 +155,9 @@ class Stage:
                 if step.number not in answered:
                     answered.add(step.number)
                     self.answer(step)
-            return not self.scheduler.batch.running and not self.scheduler.batch.waiting
+            arrived = {event.rid for event in self.events() if event.finish is not None}
+            finished = {rid for rid, request in self.scheduler.requests.items() if request.finish is not None}
+            return not self.scheduler.batch.running and not self.scheduler.batch.waiting and finished <= arrived
 
         self.until(quiet)
 
@@ -216,6 +219,21 @@ def test_a_restarted_rank_gets_slots_pages_and_unanswered_steps_again(stage: Sta
     assert again[0].pages
     assert np.frombuffer(again[0].tokens, np.int32).tolist() == [7], "what has been answered is sent as it is"
     assert np.frombuffer(again[1].tokens, np.int32).tolist() == [-1]
+
+
+def test_when_the_kv_pages_are_lost_everything_is_computed_again(stage: Stage) -> None:
+    stage.send("ingress0", generate(prompt=12, max_tokens=9))
+    stage.answer(stage.expect("main.rank0", Step), token=7)
+    stage.expect("main.rank0", Step, skip=2)
+    before = len(stage.steps())
+    stage.restart("main.rank0")
+    stage.send("main.rank0", structs.replace(stage.attached(), kv_epoch=2))
+    again = stage.until(lambda: stage.steps()[before:])[0]
+    assert np.frombuffer(again.starts, np.int32).tolist() == [0]
+    assert np.frombuffer(again.tokens, np.int32).tolist() == [*range(12), 7]
+    stage.generate_all()
+    assert [(e.index, e.tokens) for e in stage.events()][:2] == [(0, [7]), (1, [5])]
+    assert stage.events()[-1].finish == "length"
 
 
 def test_a_lost_answer_makes_the_ranks_attach_again(stage: Stage) -> None:
