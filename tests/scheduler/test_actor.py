@@ -214,11 +214,31 @@ def test_a_restarted_rank_gets_slots_pages_and_unanswered_steps_again(stage: Sta
     stage.send("main.rank0", stage.attached())
     stage.until(lambda: len(stage.steps()) >= len(before) + 2)
     again = stage.steps()[len(before) :]
-    assert [step.number for step in again] == [2, 3]
+    assert [step.starts for step in again] == [step.starts for step in before[1:]], "the same positions"
     assert again[0].opens
     assert again[0].pages
     assert np.frombuffer(again[0].tokens, np.int32).tolist() == [7], "what has been answered is sent as it is"
     assert np.frombuffer(again[1].tokens, np.int32).tolist() == [-1]
+
+
+@pytest.mark.parametrize("stage", [{"max_model_len": 120, "chunk_tokens": 100}], indirect=True)
+def test_steps_are_short_after_the_ranks_died_until_some_are_answered(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks die more often than a long prefill takes, it would never be answered."""
+    monkeypatch.setattr("actors.scheduler.actor.SLOW_START_TOKENS", 10)
+    stage.send("ingress0", generate(prompt=100, max_tokens=1))
+    assert len(stage.expect("main.rank0", Step).tokens) == 4 * 100
+    stage.received["main.rank0"].clear()
+    stage.restart("main.rank0")
+    stage.send("main.rank0", Hello())
+    stage.expect("main.rank0", Attach)
+    stage.send("main.rank0", stage.attached())
+    stage.generate_all()
+    sizes = [len(step.tokens) // 4 for step in stage.steps()]
+    assert sizes[:2] == [10, 10]
+    assert max(sizes) > 10
+    assert sum(sizes) == 100
 
 
 def test_when_the_kv_pages_are_lost_everything_is_computed_again(stage: Stage) -> None:
@@ -378,13 +398,19 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     stage.received["main.rank0"] = [m for m in stage.received["main.rank0"] if not isinstance(m, Attach)]
     answered: set[int] = set()
     deaths = 0
+    dead = False
 
     def rank_lives() -> bool:
         """Answers steps, and dies of those with the poisonous request beyond its second output token."""
         nonlocal deaths
-        for attach in [message for message in stage.received["main.rank0"] if isinstance(message, Attach)]:
-            stage.received["main.rank0"].remove(attach)
+        nonlocal dead
+        received = stage.received["main.rank0"]
+        if (at := next((at for at, message in enumerate(received) if isinstance(message, Attach)), None)) is not None:
+            del received[: at + 1]
+            dead = False
             stage.send("main.rank0", stage.attached())
+        if dead:
+            return False  # what was sent before `Attach` is forgotten
         for step in [step for step in stage.steps() if step.number not in answered]:
             poisoned = stage.scheduler.requests.get(rids[poison])
             slot = poisoned.lease.slot if poisoned and poisoned.lease else None
@@ -395,6 +421,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
                 stage.received["main.rank0"].clear()
                 stage.restart("main.rank0")
                 stage.send("main.rank0", Hello())
+                dead = True
                 return False
             answered.add(step.number)
             stage.answer(step)
