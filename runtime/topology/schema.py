@@ -146,8 +146,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=1,
             le=1000,
-            description="Deaths of the ranks in a row, with the same request in their step, after which that request is "
-            "suspected. It is found by trying parts of the batch, and fails alone.",
+            description="Deaths of the ranks in a row, with the same request in their step, after which that request "
+            "is suspected. It is found by trying parts of the batch, and fails alone.",
         ),
     ] = 3
     run_ahead: Annotated[
