@@ -143,13 +143,14 @@ def test_top_prints_a_frame(node: Node) -> None:
 
 
 def test_chaos_prints_what_clients_saw(node: Node) -> None:
-    load = ("--streams", "4", "--tokens", "12", "--long-prompt", "30")
+    load = ("--controls", "1", "--streams", "4", "--tokens", "12", "--long-prompt", "30")
     ran = command(node, "chaos", "--kills", "2", "--actors", "rank,detok*", "--every", "1s", "--json", *load)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     figures = json.loads(ran.stdout)
     assert (figures["ok"], figures["compared"], figures["failed"], figures["faults"]) == (True, True, 0, 2)
     assert {kill["actor"] for kill in figures["kills"]} <= {"main.rank0", "detokenizer"}
     assert figures["requests"] >= 4
+    assert figures["pauses"]["nobody (for comparison)"]["count"] == 1
     ran = command(node, "chaos", "--actors", "nobody", "--for", "2s", *load)
     assert ran.returncode == 1
     assert "no running actor matches nobody" in ran.stdout
@@ -160,7 +161,7 @@ def test_chaos_prints_what_clients_saw(node: Node) -> None:
 
 def test_a_rolling_restart_replaces_every_process_and_fails_no_request(node: Node) -> None:
     before = {each.name: each.pid for each in node.tree().walk()}
-    ran = command(node, "chaos", "--rolling", "--tokens", "24", "--long-prompt", "30", "--json")
+    ran = command(node, "chaos", "--rolling", "--controls", "0", "--tokens", "24", "--long-prompt", "30", "--json")
     figures = json.loads(ran.stdout)
     assert ran.returncode == 0, figures["failures"]
     after = {each.name: each.pid for each in node.tree().walk()}
