@@ -115,7 +115,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
     ] = "cpu"
     threads: Annotated[
-        Count | None,
+        Annotated[int, Meta(ge=1, le=1024)] | None,
         Meta(description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks."),
     ] = None
     kv_tokens: Annotated[
@@ -146,8 +146,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=1,
             le=1000,
-            description="Deaths of the ranks in a row, with the same request in their step, after which that request is "
-            "suspected. It is found by trying parts of the batch, and fails alone.",
+            description="Deaths of the ranks in a row, with the same request in their step, after which that request "
+            "is suspected. It is found by trying parts of the batch, and fails alone.",
         ),
     ] = 3
     run_ahead: Annotated[
