@@ -84,6 +84,7 @@ class _Root:
         self.tell = tell
         self.listener = listener
         spec = build_tree(plan, run_dir.path)
+        self.roles = {child.id: child.role for child in spec.descendants()}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
@@ -125,7 +126,9 @@ class _Root:
 
         match question:
             case Restart(actor=actor):
-                self.supervisor.restart_child(actor, done=done)
+                # A stop would let an ingress finish or break off its answers. Its end without one hands the open
+                # connections over to its next incarnation.
+                self.supervisor.restart_child(actor, graceful=self.roles.get(actor) != "ingress", done=done)
             case Kill(actor=actor, signal=number):
                 self.supervisor.signal_child(actor, number, done=done)
             case Down():

@@ -50,6 +50,8 @@ RANK_SILENCE_S = 3.0
 answered first, and only what was sent ahead of it is sent again."""
 ATTACH_SILENCE_S = 15.0
 """The same when it is `Attach` that is not answered."""
+SLOW_START_TOKENS = 64
+"""New prompt tokens of the first step after a restart of the ranks or of this actor; each answer doubles it."""
 KEEP_FINISHED_S = 300.0
 """How long a finished request is kept for an ingress that does not acknowledge it."""
 KEEP_PARTIAL_S = 10.0
@@ -99,6 +101,8 @@ class Scheduler(Actor):
         self.leader_restarts = 0
         self.heard_of_ranks = time.monotonic()
         self.outbox = Outbox()
+        if self.incarnation > 1:
+            self._start_slowly()
         self.steps = 0
         self.arrivals = 0
         self.generated = 0
@@ -250,19 +254,24 @@ class Scheduler(Actor):
     # -- ranks ------------------------------------------------------------------------------------------
 
     def _ranks_died(self) -> None:
-        """A request that kills its rank every time must not keep the others from their answers."""
+        """A request that kills its rank every time must not keep the others from their answers, nor must a prompt that
+        takes longer than the ranks live: what was not answered is planned anew, in small steps."""
         rows = self.in_flight[0].rows if self.in_flight else []
         culprit = self.bisection.died([row.request for row in rows if row.live])
-        if self.bisection.on_trial is not None:
-            self._undo_steps_ahead()
+        self._undo_steps_ahead()
+        self._start_slowly()
         if culprit is not None:
             logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
             text = "The engine crashed each time it computed this request, so the request was given up."
             self.send(culprit.owner, Refused(culprit.rid, culprit.attempt, 500, text))
             self._forget(culprit)
 
+    def _start_slowly(self) -> None:
+        """Short steps until some have been answered: where processes die often, long ones would never be."""
+        self.batch.chunk_tokens = min(SLOW_START_TOKENS, self.config.chunk_tokens)
+
     def _undo_steps_ahead(self) -> None:
-        """Takes unanswered steps back, so that their requests can be computed in other company."""
+        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts."""
         for step in self.in_flight:
             for row in step.rows:
                 if row.flags & SAMPLE:
@@ -344,6 +353,7 @@ class Scheduler(Actor):
         except (ValueError, KeyError, IndexError) as error:
             raise BadMessage(f"step {message.number}: {error}") from None
         self.in_flight.popleft()
+        self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
             self.batch.computed(row)

@@ -36,12 +36,16 @@ class Batch:
 
     A page freed here may be given away in the very next step although earlier steps still use it: ranks run steps in
     the order in which they were sent.
+
+    Attributes:
+        chunk_tokens: prompt tokens of the next step, all requests together.
     """
 
     def __init__(self, config: Config, pool: PagePool) -> None:
         self._config = config
         self._pool = pool
         self._slots = list(range(config.max_running))[::-1]
+        self.chunk_tokens = config.chunk_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.retractions = 0
@@ -56,7 +60,7 @@ class Batch:
         last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
-        budget = self._config.chunk_tokens
+        budget = self.chunk_tokens
         for request in list(self.running):
             if request.lease is None:
                 continue  # retracted for the sake of one before it

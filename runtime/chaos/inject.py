@@ -53,6 +53,7 @@ class Plan:
         double: each fault hits twice within 50 ms: another actor, or now and then the same one while it starts.
         schedule: in place of chance.
         rolling: a rolling restart in place of signals.
+        controls: so many faults that are none come first: the gaps after them are those of the load itself.
     """
 
     every_s: float = 1.0
@@ -64,20 +65,31 @@ class Plan:
     seed: int = 0
     schedule: Sequence[Planned] = field(default_factory=list)
     rolling: bool = False
+    controls: int = 0
 
 
 class Injector:
-    """Carries out a plan on the node of a run directory. The signals that it sent are in `faults`, in order."""
+    """Carries out a plan on the node of a run directory.
+
+    Attributes:
+        faults: the signals that were sent, in order.
+        controls: when nothing was done on purpose.
+    """
 
     def __init__(self, run_dir: Path, plan: Plan) -> None:
         self.faults: list[Fault] = []
+        self.controls: list[float] = []
         self._run_dir = run_dir
         self._plan = plan
         self._draw = random.Random(plan.seed)
 
     async def run(self) -> None:
         """Returns when the plan is carried out. Raises UserError when the node is gone or nothing matches."""
-        plan, began = self._plan, time.monotonic()
+        plan = self._plan
+        for _ in range(plan.controls):
+            await asyncio.sleep(plan.every_s)
+            self.controls.append(time.monotonic())
+        began = time.monotonic()
         if plan.rolling:
             return await self._restart_all()
         if plan.schedule:

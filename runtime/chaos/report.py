@@ -13,7 +13,7 @@ from runtime.bench.figures import percentile
 from runtime.chaos.pauses import pauses, typical_gap
 from runtime.chaos.run import Outcome
 
-NOBODY = "nobody (undisturbed)"
+NOBODY = "nobody (for comparison)"
 _ANSWERS_PROBES = "tokenizer"
 """The role whose pauses are seen by calls to /tokenize."""
 
@@ -46,9 +46,9 @@ def figures(outcome: Outcome) -> dict[str, Any]:
 
 def pauses_by_role(outcome: Outcome) -> dict[str, list[float]]:
     """The pauses of all faults by role; processes that were stopped and not killed apart. Faults of a pair are booked
-    under both roles together. The first entry says how long "pauses" are when nothing is killed."""
+    under both roles together. The first entry says how long "pauses" are under the same load when nothing is killed."""
     typical_s = typical_gap(outcome.undisturbed)
-    found: dict[str, list[float]] = {NOBODY: _known(_between_faults(outcome, typical_s))}
+    found = {NOBODY: _known(pauses(outcome.controls, outcome.disturbed, typical_s))}
     groups: list[tuple[float, str]] = []
     for fault in outcome.faults:
         who = fault.role + (" (stopped)" if fault.signal == "STOP" else "")
@@ -65,16 +65,6 @@ def pauses_by_role(outcome: Outcome) -> dict[str, list[float]]:
         if pause is not None:
             roles[who].append(pause)
     return found | dict(sorted(roles.items()))
-
-
-def _between_faults(outcome: Outcome, typical_s: float) -> Sequence[float | None]:
-    """What would be measured if a fault without effect had happened each second of the undisturbed run."""
-    times = [time for stream in outcome.undisturbed for time in stream]
-    if not times:
-        return []
-    first, last = min(times), max(times)
-    moments = [first + second for second in range(1, int(last - first))]
-    return pauses(moments, outcome.undisturbed, typical_s)
 
 
 def _known(values: Sequence[float | None]) -> list[float]:

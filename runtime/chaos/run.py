@@ -58,6 +58,7 @@ class Outcome:
         requests: how many were sent while processes were killed.
         failures: a sentence for each request that failed.
         difference: tokens lost, repeated and changed, in all requests.
+        controls: moments before the first fault, for comparison.
         restarts: of each process.
         retractions: requests that gave their pages up for others, by all schedulers that ran meanwhile.
         settled: all processes run again.
@@ -71,6 +72,7 @@ class Outcome:
     difference: Difference = field(default_factory=Difference)
     differing: int = 0
     faults: list[Fault] = field(default_factory=list)
+    controls: list[float] = field(default_factory=list)
     restarts: dict[str, int] = field(default_factory=dict)
     retractions: int = 0
     answers: list[Answer] = field(default_factory=list)
@@ -206,7 +208,7 @@ async def run_chaos(
             note("the last answers")
             await asyncio.gather(*jobs)
         out.duration_s = time.monotonic() - began
-        out.faults = injector.faults
+        out.faults, out.controls = injector.faults, injector.controls
     await _settle(run_dir, before.tree, out)
     return out
 

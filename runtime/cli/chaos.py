@@ -49,6 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schedule", type=Path, metavar="FILE", help="lines of SECONDS ACTOR SIGNAL, in place of chance"
     )
+    parser.add_argument(
+        "--controls",
+        type=int,
+        default=10,
+        metavar="N",
+        help="rounds without a fault first, for comparison (%(default)s)",
+    )
     parser.add_argument("--rolling", action="store_true", help="a rolling restart, in place of signals")
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="requests at a time (%(default)s)")
@@ -83,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
         schedule=read_schedule(options.schedule) if options.schedule else [],
         rolling=options.rolling,
+        controls=options.controls,
     )
     load = Load(
         streams=options.streams,

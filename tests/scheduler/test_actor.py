@@ -214,11 +214,31 @@ def test_a_restarted_rank_gets_slots_pages_and_unanswered_steps_again(stage: Sta
     stage.send("main.rank0", stage.attached())
     stage.until(lambda: len(stage.steps()) >= len(before) + 2)
     again = stage.steps()[len(before) :]
-    assert [step.number for step in again] == [2, 3]
+    assert [step.starts for step in again] == [step.starts for step in before[1:]], "the same positions"
     assert again[0].opens
     assert again[0].pages
     assert np.frombuffer(again[0].tokens, np.int32).tolist() == [7], "what has been answered is sent as it is"
     assert np.frombuffer(again[1].tokens, np.int32).tolist() == [-1]
+
+
+@pytest.mark.parametrize("stage", [{"max_model_len": 120, "chunk_tokens": 100}], indirect=True)
+def test_steps_are_short_after_the_ranks_died_until_some_are_answered(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks die more often than a long prefill takes, it would never be answered."""
+    monkeypatch.setattr("actors.scheduler.actor.SLOW_START_TOKENS", 10)
+    stage.send("ingress0", generate(prompt=100, max_tokens=1))
+    assert len(stage.expect("main.rank0", Step).tokens) == 4 * 100
+    stage.received["main.rank0"].clear()
+    stage.restart("main.rank0")
+    stage.send("main.rank0", Hello())
+    stage.expect("main.rank0", Attach)
+    stage.send("main.rank0", stage.attached())
+    stage.generate_all()
+    sizes = [len(step.tokens) // 4 for step in stage.steps()]
+    assert sizes[:2] == [10, 10]
+    assert max(sizes) > 10
+    assert sum(sizes) == 100
 
 
 def test_when_the_kv_pages_are_lost_everything_is_computed_again(stage: Stage) -> None:
