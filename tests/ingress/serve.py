@@ -39,6 +39,12 @@ class Link:
     def idle(self) -> None:
         pass
 
+    def park(self, name: str, fd: int, meta: bytes = b"") -> None:
+        raise AssertionError("there is no journal")
+
+    def unpark(self, name: str) -> None:
+        raise AssertionError("there is no journal")
+
 
 class Context:
     """What the supervisor gives to the actor."""
@@ -48,6 +54,7 @@ class Context:
         self.incarnation: int = arguments["incarnation"]
         self.args: dict[str, Any] = arguments["args"]
         self.descriptors: Mapping[str, int] = arguments["descriptors"]
+        self.parked: Mapping[str, tuple[int, bytes]] = {}
         self.run_dir = Path(arguments["run_dir"])
         self.link = Link(arguments["shutdown"])
 
