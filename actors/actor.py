@@ -19,6 +19,8 @@ from transport import Codec, Mailbox
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+_CODEC = Codec(Message)
+"""Made once, before processes are forked: examining the types takes longer than starting one."""
 
 
 class Link(Protocol):
@@ -122,7 +124,7 @@ class Actor:
         self.link = context.link
         self.args = msgspec.convert(context.args, ActorArgs)
         self.mailbox: Mailbox[Message] = Mailbox(
-            self.name, self.incarnation, self.args.address, self.args.peers, Codec(Message), self.peer_started
+            self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
         )
         self.bad_messages = 0
         self._timers: list[tuple[float, int, Callable[[], None], float | None]] = []

@@ -167,6 +167,7 @@ class Ingress(Actor):
         figures = self.metrics.figures()
         figures["requests_in_progress"] = float(len(self.service.in_progress))
         figures["requests_live"] = float(len(self.ledger.live))
+        figures["connections_open"] = float(len(self._server.server_state.connections))
         figures["tokenizations_pending"] = float(len(self.tokenization))
         return figures
 

@@ -143,12 +143,16 @@ class Connection(HttpToolsProtocol):
         await self._application(scope, receive, send_recorded)
 
     async def _repeat(self, send: Send, message: Message) -> None:
-        """Brings the protocol to where it was after a message that was sent."""
+        """Brings the protocol to where it was after a message that was sent, without waiting for the client."""
+        paused = self.flow.write_paused
+        self.flow.resume_writing()
         self.transport.muted = True
         try:
             await send(message)
         finally:
             self.transport.muted = False
+            if paused:
+                self.flow.pause_writing()
 
     def _forget_answered(self) -> None:
         """Empties the journal when everything that was asked has been answered."""
