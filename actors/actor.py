@@ -19,7 +19,7 @@ from transport import Codec, Mailbox
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
-_CODEC = Codec(Message)
+_CODEC: Codec[Message] = Codec(Message)
 """Made once, before processes are forked: examining the types takes longer than starting one."""
 
 

@@ -50,10 +50,17 @@ _LAST = 2  # the answer ends here
 _DONE = 4  # belongs to nothing that is still journalled
 _CLOSES = 8  # the connection ends with them
 
-_HEADER = struct.Struct("=BBHI")  # kind, flags, index, length of what follows (of _SENT: after its position)
-_POSITION = struct.Struct("=QQ")
-_START = 8
+_HEADER = struct.Struct("=BBHI")  # kind, flags, index, length of what follows
 _HEAD = _HEADER.size
+_SENT_HEADER = struct.Struct(
+    "=BBHIIQ"
+)  # kind, flags, 0, length of the bytes, pieces covered, where they end in all that is sent
+_SENT_HEAD = _SENT_HEADER.size
+_LENGTH = struct.Struct("=I")
+_LENGTH_AT = 4
+_BASE_BODY = struct.Struct("=QQQ")  # serial number, bytes read, bytes sent
+_BASE_SIZE = _HEAD + _BASE_BODY.size
+_START = 8
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_identity = msgspec.msgpack.Decoder(Identity).decode
@@ -74,20 +81,25 @@ class Journal:
         descriptor: the memory file.
         slot_bytes: size of a slot, a multiple of the page size.
         limit_bytes: how much memory all slots may take together.
+
+    Attributes:
+        used_bytes: what they take, in whole grains.
     """
 
     def __init__(self, descriptor: int, slot_bytes: int, limit_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        self.available = limit_bytes
-        self._limit = limit_bytes
+        self.used_bytes = 0
+        self._limit_bytes = limit_bytes
         self._descriptor = descriptor
         self._free = list(range(os.fstat(descriptor).st_size // slot_bytes))[::-1]
         self._maps: dict[int, mmap.mmap] = {}
 
-    @property
-    def used_bytes(self) -> int:
-        """Memory that the slots take, in whole grains."""
-        return self._limit - self.available
+    def take(self, count: int) -> bool:
+        """Counts memory as used, if there is so much left; a negative count gives it back."""
+        if self.used_bytes + count > self._limit_bytes:
+            return False
+        self.used_bytes += count
+        return True
 
     def open(self, serial: int) -> Slot | None:
         """A slot for a new connection, None when all are taken."""
@@ -130,8 +142,9 @@ class Slot:
         self._limit = 0
         self._serial = 0
         self._in = self._out = 0
-        self._payload = 0
-        """Where the bytes of the last record begin, if they are for the client; else 0."""
+        self._pending = 0
+        """Where the bytes of the last record begin, if they are for the client and the kernel has not taken them; else
+        0."""
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -140,19 +153,17 @@ class Slot:
         self._serial = serial
         self._in = self._out = 0
         self._start = self._end = _START
-        if self._reserve(_START + _HEAD + 3 * 8):
+        if self._reserve(_START + _BASE_SIZE):
             self._rewrite(_START, b"")
 
     def forget(self, pending: bytes) -> None:
         """All requests so far have been answered; only `pending`, the end of the last answer, is still to be sent."""
-        if self.full:
-            return
-        log_bytes = _HEAD + 24 + _HEAD + 16 + len(pending)
+        log_bytes = _BASE_SIZE + _SENT_HEAD + len(pending)
         if self._reserve(self._end + log_bytes):
             self._rewrite(self._end, pending)
             if self._start >= _START + log_bytes:
                 self._rewrite(_START, pending)
-            self._give_back(max(_KEPT_BYTES, -(-self._end // GRAIN_BYTES) * GRAIN_BYTES))
+            self._shrink(max(_KEPT_BYTES, -(-self._end // GRAIN_BYTES) * GRAIN_BYTES))
 
     def inlet(self) -> memoryview | None:
         """Where to read the client's next bytes into, None if the slot is full. Unless nothing is read, `read` must
@@ -162,15 +173,15 @@ class Slot:
         process that is killed before it has called `read` are found by the kernel's count.
         """
         at = self._end + _HEAD
-        if self.full or not self._reserve(at + READ_BYTES):
+        if not self._reserve(at + READ_BYTES):
             return None
         return self._view[at : at + READ_BYTES]
 
     def read(self, count: int) -> None:
         """So many bytes have been read into the inlet."""
+        self._pending = 0
         _HEADER.pack_into(self._view, self._end, _READ, 0, 0, count)
         self._in += count
-        self._payload = 0
         self._commit(self._end + _HEAD + count)
 
     def sent(self, data: bytes, covered: int, *, last: bool, aside: bool, closes: bool) -> None:
@@ -182,22 +193,28 @@ class Slot:
             aside: they are not of an answer.
             closes: the connection ends with them.
         """
-        end = self._end + _HEAD + 16 + len(data)
-        if self.full or not self._reserve(end):
+        at, size = self._end, len(data)
+        payload = at + _SENT_HEAD
+        end = payload + size
+        if end > self._limit and not self._reserve(end):
             return
-        self._out += len(data)
-        payload = self._put_sent(self._end, data, covered, _LAST * last | _ASIDE * aside | _CLOSES * closes)
-        self._payload = payload
-        self._commit(end)
+        self._pending = 0
+        self._out += size
+        flags = _LAST * last | _ASIDE * aside | _CLOSES * closes
+        _SENT_HEADER.pack_into(self._view, at, _SENT, flags, 0, size, covered, self._out)
+        self._view[payload:end] = data
+        self._pending = payload
+        self._end = end
+        self._word[0] = self._start << 32 | end
 
     def taken(self) -> None:
         """The kernel has taken all that was sent: its bytes are needed no longer."""
-        at = self._payload
-        if at:
-            self._payload = 0
-            self._commit(at)  # cuts the record's bytes off, which a reader bears; then it is put right
-            kind, flags, index, _ = _HEADER.unpack_from(self._view, at - 16 - _HEAD)
-            _HEADER.pack_into(self._view, at - 16 - _HEAD, kind, flags, index, 0)
+        end = self._pending
+        if end:
+            self._pending = 0
+            self._end = end
+            self._word[0] = self._start << 32 | end  # cuts the bytes off, which a reader bears; then it is put right
+            _LENGTH.pack_into(self._view, end - _SENT_HEAD + _LENGTH_AT, 0)
 
     def identity(self, identity: Identity) -> None:
         """What was drawn for the request that is being answered."""
@@ -221,8 +238,9 @@ class Slot:
 
     def release(self) -> None:
         """The connection has ended; the slot may be given to another one."""
-        self._give_back(GRAIN_BYTES)
-        self._charge(0)
+        self._shrink(GRAIN_BYTES)
+        self._journal.take(-self._limit)
+        self._limit = 0
         self.full = True
         self._word.release()
         self._view.release()
@@ -231,30 +249,25 @@ class Slot:
     def _append(self, kind: int, data: bytes, index: int = 0) -> None:
         at = self._end
         end = at + _HEAD + len(data)
-        if self.full or not self._reserve(end):
+        if end > self._limit and not self._reserve(end):
             return
+        self._pending = 0
         _HEADER.pack_into(self._view, at, kind, 0, index, len(data))
         self._view[at + _HEAD : end] = data
-        self._payload = 0
-        self._commit(end)
-
-    def _put_sent(self, at: int, data: bytes, covered: int, flags: int) -> int:
-        size = len(data)
-        payload = at + _HEAD + 16
-        _HEADER.pack_into(self._view, at, _SENT, flags, 0, size)
-        _POSITION.pack_into(self._view, at + _HEAD, self._out, covered)
-        self._view[payload : payload + size] = data
-        return payload
+        self._end = end
+        self._word[0] = self._start << 32 | end
 
     def _rewrite(self, at: int, pending: bytes) -> None:
         """A new log beside the present one takes its place."""
         view = self._view
-        _HEADER.pack_into(view, at, _BASE, 0, 0, 24)
-        struct.pack_into("=QQQ", view, at + _HEAD, self._serial, self._in, self._out - len(pending))
-        end = at + _HEAD + 24
+        _HEADER.pack_into(view, at, _BASE, 0, 0, _BASE_BODY.size)
+        _BASE_BODY.pack_into(view, at + _HEAD, self._serial, self._in, self._out - len(pending))
+        end = at + _BASE_SIZE
         if pending:
-            end = self._put_sent(end, pending, 0, _DONE) + len(pending)
-        self._payload = 0
+            _SENT_HEADER.pack_into(view, end, _SENT, _DONE, 0, len(pending), 0, self._out)
+            end += _SENT_HEAD + len(pending)
+            view[end - len(pending) : end] = pending
+        self._pending = 0
         self._start = at
         self._commit(end)
 
@@ -263,30 +276,26 @@ class Slot:
         self._word[0] = self._start << 32 | end
 
     def _reserve(self, end: int) -> bool:
-        """Makes room up to a position; where there is none, the log ends for good."""
+        """Makes room up to a position; where there is none, the log ends for good and its memory is given back."""
         if end <= self._limit:
             return True
-        grains = -(-end // GRAIN_BYTES) * GRAIN_BYTES
-        if end > self._journal.slot_bytes or not self._charge(grains):
-            self._end = self._start  # of no use any more
-            self.full = True
-            self._payload = 0
-            self.on_full()
+        if self.full:
             return False
-        return True
+        limit = -(-end // GRAIN_BYTES) * GRAIN_BYTES
+        if limit <= self._journal.slot_bytes and self._journal.take(limit - self._limit):
+            self._limit = limit
+            return True
+        self._shrink(0)
+        self.full = True
+        self._pending = 0
+        self.on_full()
+        return False
 
-    def _charge(self, limit: int) -> bool:
-        needed = limit - self._limit
-        if needed > self._journal.available:
-            return False
-        self._journal.available -= needed
-        self._limit = limit
-        return True
-
-    def _give_back(self, keep: int) -> None:
-        if self._limit > keep:
-            self._map.madvise(mmap.MADV_REMOVE, keep, self._limit - keep)
-            self._charge(keep)
+    def _shrink(self, limit: int) -> None:
+        if self._limit > limit:
+            self._map.madvise(mmap.MADV_REMOVE, limit, self._limit - limit)
+            self._journal.take(limit - self._limit)
+            self._limit = limit
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -328,10 +337,10 @@ class Slot:
 
     def _belongs_to(self, serial: int) -> bool:
         start, end = self._start, self._end
-        if not _START <= start <= end - _HEAD - 24 <= self._journal.slot_bytes:
+        if not _START <= start <= end - _BASE_SIZE <= self._journal.slot_bytes:
             return False
         kind, _, _, _ = _HEADER.unpack_from(self._view, start)
-        found, self._in, self._out = struct.unpack_from("=QQQ", self._view, start + _HEAD)
+        found, self._in, self._out = _BASE_BODY.unpack_from(self._view, start + _HEAD)
         return bool(kind == _BASE and found == serial)
 
     def _replay(self, taken: int) -> tuple[Recovered, bytearray]:
@@ -347,7 +356,7 @@ class Slot:
                 recovered.received += data
                 self._in += len(data)
             elif kind == _SENT:
-                self._out, covered = _POSITION.unpack_from(self._view, at)
+                _, _, _, _, covered, self._out = _SENT_HEADER.unpack_from(self._view, at)
                 begin = max(taken, self._out - len(data))
                 if begin < self._out:
                     unsent += data[len(data) - (self._out - begin) :]
@@ -371,20 +380,18 @@ class Slot:
         return recovered, unsent
 
     def _records(self) -> Iterator[tuple[int, int, int, int, memoryview]]:
-        """Kind, flags, index, where the fixed part begins, and data of each record after the first."""
-        view, at = self._view, self._start + _HEAD + 24
+        """Kind, flags, index, place and data of each record after the first."""
+        view, at = self._view, self._start + _BASE_SIZE
         while at < self._end:
             kind, flags, index, size = _HEADER.unpack_from(view, at)
-            begin = fixed = at + _HEAD
-            if kind == _SENT:
-                begin += _POSITION.size
-                if begin == self._end and size:  # killed in `taken`
-                    _HEADER.pack_into(view, at, kind, flags, index, 0)
-                    size = 0
-            at = begin + size
-            if not _READ <= kind <= _RESUMED or at > self._end:
+            begin = at + (_SENT_HEAD if kind == _SENT else _HEAD)
+            if kind == _SENT and begin == self._end and size:  # killed in `taken`
+                _LENGTH.pack_into(view, at + _LENGTH_AT, 0)
+                size = 0
+            if not _READ <= kind <= _RESUMED or begin + size > self._end:
                 raise ValueError("its journal is damaged")
-            yield kind, flags, index, fixed, view[begin:at]
+            yield kind, flags, index, at, view[begin : begin + size]
+            at = begin + size
 
 
 @dataclass
