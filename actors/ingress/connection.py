@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Past, Recovered, Slot
@@ -44,6 +44,7 @@ class Connection(HttpToolsProtocol):
         self._answered = recovered.answered
         self._past = recovered.past
         self._in_request = False
+        self._running: RequestResponseCycle
         self.stalled_since = 0.0
         self._header_timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
@@ -106,6 +107,10 @@ class Connection(HttpToolsProtocol):
         self.stalled_since = 0.0
         super().resume_writing()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Runs the application on a request, and makes each message of the answer one record of the journal; the
         headers go with the first part of the body."""
@@ -116,6 +121,7 @@ class Connection(HttpToolsProtocol):
             await self._repeat(send, {"type": "http.response.body"})
             self._forget_answered()
             return
+        cycle = self._running
         past, self._past = self._past, Past()
         work = scope["state"]["work"] = Work(self._slot, past)
         if work.begun:
@@ -128,6 +134,13 @@ class Connection(HttpToolsProtocol):
                 start = message
                 return
             last = not message.get("more_body", False)
+            if start is None and not last and cycle.chunked_encoding:
+                # A chunk of a stream: what `send` would do, in half the time.
+                if self.flow.write_paused:
+                    await self.flow.drain()
+                body = message["body"]
+                transport.write_record(b"%x\r\n%b\r\n" % (len(body), body), work.covered)
+                return
             transport.begin_record()
             try:
                 if start is not None:
@@ -135,8 +148,7 @@ class Connection(HttpToolsProtocol):
                     await send(head)
                 await send(message)
             finally:
-                transport.covered = work.covered
-                transport.end_record(last)
+                transport.end_record(work.covered, last)
             if last:
                 self._forget_answered()
 

@@ -29,7 +29,6 @@ class SocketTransport(asyncio.Transport):
         ended: called when the socket has been closed.
 
     Attributes:
-        covered: pieces of tokens that the answer holds with what is written next; see `Slot.sent`.
         muted: what is written was written by an earlier incarnation; it is dropped.
         asides: that many writes outside of `record` are to be dropped for the same reason.
     """
@@ -42,7 +41,6 @@ class SocketTransport(asyncio.Transport):
         ended: Callable[[], None],
     ) -> None:
         super().__init__({"socket": connection})
-        self.covered = 0
         self.muted = False
         self.asides = 0
         self._loop = loop
@@ -110,20 +108,30 @@ class SocketTransport(asyncio.Transport):
         elif self.asides:
             self.asides -= 1
         elif not self._closing:
-            self._send(bytes(data), last=False, aside=True)
+            self._send(bytes(data), 0, last=False, aside=True)
 
     def begin_record(self) -> None:
         """What is written until `end_record` is journalled and sent as one."""
         self._record = []
 
-    def end_record(self, last: bool) -> None:
-        """Sends what was written since `begin_record`; `last`: it ends an answer."""
+    def end_record(self, covered: int, last: bool) -> None:
+        """Sends what was written since `begin_record`.
+
+        Args:
+            covered: see `Slot.sent`.
+            last: it ends an answer.
+        """
         record, self._record = self._record, None
         data = b"".join(record or ())
         if data and not self._lost:
-            self._send(data, last, aside=False)
+            self._send(data, covered, last, aside=False)
         if self._closing and not self._buffer:
             self._finish_soon(None)
+
+    def write_record(self, data: bytes, covered: int) -> None:
+        """The same for bytes that are there already and do not end an answer."""
+        if not self._lost:
+            self._send(data, covered, last=False, aside=False)
 
     def get_write_buffer_size(self) -> int:
         return len(self._buffer)
@@ -133,9 +141,9 @@ class SocketTransport(asyncio.Transport):
         """What the kernel has not taken yet."""
         return bytes(self._buffer)
 
-    def _send(self, data: bytes, last: bool, aside: bool) -> None:
+    def _send(self, data: bytes, covered: int, last: bool, aside: bool) -> None:
         if self._slot is not None:
-            self._slot.sent(data, self.covered, last=last, aside=aside, closes=self._closing)
+            self._slot.sent(data, covered, last=last, aside=aside, closes=self._closing)
         self._give(data)
 
     def _give(self, data: bytes) -> None:
