@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -32,7 +31,7 @@ MIN_TEMPERATURE = 1e-4
 def sampling_params(
     config: IngressConfig,
     *,
-    seed: int | None,
+    seed: int,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -51,9 +50,9 @@ def sampling_params(
 ) -> SamplingParams:
     """What the engine is told; None stands for a parameter that the client has not given.
 
-    A request without a seed gets one here, so that a token drawn again is the same token. `max_tokens` is set later,
-    when the prompt's length is known; `limit_names` are the client's names of the two limits. Raises ApiError for
-    values that contradict each other or the model.
+    A request without a seed has one drawn for it, so that a token drawn again is the same token. `max_tokens` is set
+    later, when the prompt's length is known; `limit_names` are the client's names of the two limits. Raises ApiError
+    for values that contradict each other or the model.
     """
     at_least, at_most = limit_names
     for param, ids in (("stop_token_ids", stop_token_ids or ()), ("logit_bias", logit_bias or ())):
@@ -75,7 +74,7 @@ def sampling_params(
     temperature = 1.0 if temperature is None else temperature
     return SamplingParams(
         max_tokens=0,
-        seed=(int.from_bytes(os.urandom(8), "little") if seed is None else seed) & (2**63 - 1),
+        seed=seed & (2**63 - 1),
         temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
         top_p=1.0 if top_p is None else top_p,
         top_k=max(0, top_k or 0),

@@ -142,12 +142,17 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             raise invalid("extra_key and cache_salt are two names for one thing: send one of them.", "cache_salt")
 
     def sampling(
-        self, config: IngressConfig, max_tokens: int | None, logprobs: int = -1, prompt_logprobs: int = -1
+        self,
+        config: IngressConfig,
+        drawn_seed: int,
+        max_tokens: int | None,
+        logprobs: int = -1,
+        prompt_logprobs: int = -1,
     ) -> SamplingParams:
         """What the engine is told; see `sampling_params`."""
         return sampling_params(
             config,
-            seed=self.seed,
+            seed=drawn_seed if self.seed is None else self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
