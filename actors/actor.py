@@ -20,6 +20,8 @@ from transport import Codec, Faults, FaultyMailbox, Mailbox
 logger = logging.getLogger(__name__)
 
 STATS_INTERVAL_S = 1.0
+_CODEC: Codec[Message] = Codec(Message)
+"""Made once, before processes are forked: examining the types takes longer than starting one."""
 
 
 class Link(Protocol):
@@ -35,6 +37,8 @@ class Link(Protocol):
     def failed(self, reason: str) -> None: ...
     def doing(self, what: str, limit_s: float | None = None) -> None: ...
     def idle(self) -> None: ...
+    def park(self, name: str, fd: int, meta: bytes = b"") -> None: ...
+    def unpark(self, name: str) -> None: ...
 
 
 class Context(Protocol):
@@ -48,6 +52,8 @@ class Context(Protocol):
     def args(self) -> dict[str, Any]: ...
     @property
     def descriptors(self) -> Mapping[str, int]: ...
+    @property
+    def parked(self) -> Mapping[str, tuple[int, bytes]]: ...
     @property
     def run_dir(self) -> Path: ...
     @property
@@ -122,7 +128,7 @@ class Actor:
         self.args = msgspec.convert(context.args, ActorArgs)
         kind = Mailbox if self.args.faults is None else partial(FaultyMailbox, self.args.faults)
         self.mailbox: Mailbox[Message] = kind(
-            self.name, self.incarnation, self.args.address, self.args.peers, Codec(Message), self.peer_started
+            self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
         )
         self.bad_messages = 0
         self._timers: list[tuple[float, int, Callable[[], None], float | None]] = []
@@ -199,7 +205,7 @@ class Actor:
         link, limit = self.link, self.args.busy_limit_s
         while not link.shutdown_requested:
             timeout_ms = self._milliseconds_to_next_timer()
-            if timeout_ms:
+            if timeout_ms != 0:
                 link.idle()
                 poller.poll(timeout_ms)
             link.doing("messages", limit)

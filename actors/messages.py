@@ -130,12 +130,14 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
 class TextParams(Struct, array_like=True, frozen=True, gc=False):
     """How the tokens of one request become text.
 
-    `no_stop_trim` leaves the matched stop string or stop token in the text.
+    `no_stop_trim` leaves the matched stop string or stop token in the text. Stop strings are looked for in the text of
+    the tokens from number `min_tokens` on.
     """
 
     stop: list[str] = []
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
 
 
 class Generate(Tagged):

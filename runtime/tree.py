@@ -6,19 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from actors.ingress.journal import slot_bytes
 from runtime.plan import EnginePlan, NodePlan
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
+MAX_JOURNALLED = 4096
+"""Connections of one ingress worker that outlive it, at most: what a supervisor keeps of one child."""
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""
 
 
 def arena_sizes(plan: NodePlan) -> dict[str, int]:
     """Bytes of each memory file of a node, by descriptor name."""
-    sizes: dict[str, int] = {}
+    ingress = plan.topology.ingress
+    slots = min(2 * ingress.max_concurrent, MAX_JOURNALLED)
+    sizes = {_journal(name): slots * slot_bytes(ingress.max_body_bytes) for name in _ingress_names(plan)}
     for engine in plan.engines:
         sizes[f"{engine.name}.pages"] = engine.ledger_bytes
         if engine.settings.device == "cpu":
@@ -31,7 +36,7 @@ def arena_sizes(plan: NodePlan) -> dict[str, int]:
 def actor_names(plan: NodePlan) -> list[str]:
     """Names of all workers of a node."""
     engines = [name for engine in plan.engines for name in (*_rank_names(engine), f"{engine.name}.scheduler")]
-    ingresses = [f"ingress{number}" for number in range(plan.topology.ingress.workers)]
+    ingresses = _ingress_names(plan)
     return ["bootstrap", *engines, "detokenizer", "tokenizer", *ingresses]
 
 
@@ -42,6 +47,14 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     tokenizer, ingress (a supervisor of the HTTP workers).
     """
     return _Builder(plan, run_dir).root()
+
+
+def _ingress_names(plan: NodePlan) -> list[str]:
+    return [f"ingress{number}" for number in range(plan.topology.ingress.workers)]
+
+
+def _journal(ingress: str) -> str:
+    return f"{ingress}.journal"
 
 
 def _rank_names(engine: EnginePlan) -> list[str]:
@@ -64,7 +77,7 @@ class _Builder:
         self.run_dir = run_dir
         self.supervision = plan.topology.supervision
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
-        self.ingresses = [f"ingress{number}" for number in range(plan.topology.ingress.workers)]
+        self.ingresses = _ingress_names(plan)
         self.schedulers = [f"{engine.name}.scheduler" for engine in plan.engines]
 
     def root(self) -> SupervisorSpec:
@@ -170,8 +183,14 @@ class _Builder:
             name,
             "ingress",
             "actors.ingress:Ingress",
-            peers=["tokenizer", "bootstrap", "detokenizer", *self.schedulers],
-            descriptors=[LISTENER],
+            peers=[
+                "tokenizer",
+                "bootstrap",
+                "detokenizer",
+                *self.schedulers,
+                *(peer for peer in self.ingresses if peer != name),
+            ],
+            descriptors=[LISTENER, _journal(name)],
             shutdown_s=settings.drain_s + _STOP_MARGIN_S,
             config={
                 "model": plan.served_name,

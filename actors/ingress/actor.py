@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
-from collections.abc import Iterator
 
 import msgspec
 import uvicorn
@@ -17,11 +15,12 @@ import zmq
 from actors.actor import Actor, Context, StartFailure, handles
 from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
-from actors.ingress.connection import Connection
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
+from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.server import Server
 from actors.ingress.service import Service
 from actors.ingress.tokenization import Tokenization
 from actors.messages import (
@@ -39,18 +38,12 @@ logger = logging.getLogger(__name__)
 
 LISTENER = "listener"
 """Name of the inherited descriptor: a listening socket that all ingress workers share."""
+JOURNAL = "journal"
+"""Name, after the worker's own and a dot, of the inherited descriptor of its journal."""
 TICK_S = 0.25
 KEEP_ALIVE_S = 75
 END_S = 2
 """After the drain deadline, for streams to send their last event."""
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to the supervisor's link."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class Ingress(Actor):
@@ -70,8 +63,7 @@ class Ingress(Actor):
         self.service = Service(
             self.config, self.name, self.ledger, self.tokenization, self.metrics, self.actors, self.all_stats
         )
-        self._server: _Server
-        self._listener: socket.socket
+        self._server: Server
         self._crash: asyncio.Future[None]
 
     # -- life -----------------------------------------------------------------------------------------------------
@@ -80,24 +72,29 @@ class Ingress(Actor):
         descriptor = self.context.descriptors.get(LISTENER)
         if descriptor is None:
             raise StartFailure(f"{self.name} needs a listening socket: pass it as the descriptor '{LISTENER}'")
-        self._listener = socket.socket(fileno=descriptor)
-        if not self._listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener = socket.socket(fileno=descriptor)
+        if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             raise StartFailure(f"the descriptor '{LISTENER}' of {self.name} is not a listening socket")
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        self._server = _Server(
-            uvicorn.Config(
-                create_app(self.service),
-                http=Connection,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_keep_alive=KEEP_ALIVE_S,
-                timeout_graceful_shutdown=int(self.config.drain_s) + END_S,
-            )
+        config = uvicorn.Config(
+            create_app(self.service),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(self.config.drain_s) + END_S,
         )
+        self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
+
+    def _journal(self) -> Journal | None:
+        """The memory file in which open connections are journalled, if there is one."""
+        descriptor = self.context.descriptors.get(f"{self.name}.{JOURNAL}")
+        if descriptor is None:
+            return None
+        return Journal(descriptor, slot_bytes(self.config.max_body_bytes), self.config.journal_bytes)
 
     def loop(self) -> None:
         """Serves HTTP and messages until shutdown is requested and running answers have ended."""
@@ -117,7 +114,7 @@ class Ingress(Actor):
         loop.add_reader(mailbox_fd, self._guarded_drain)
         loop.add_reader(self.link.shutdown_fd, self._shut_down)
         ticker = loop.create_task(self._tick())
-        server = loop.create_task(self._server.serve(sockets=[self._listener]))
+        server = loop.create_task(self._server.serve())
         try:
             done, _ = await asyncio.wait({server, ticker, self._crash}, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
@@ -149,9 +146,7 @@ class Ingress(Actor):
             self.ledger.watch()
             self.tokenization.watch()
             self.ledger.flush()
-            for connection in list(self._server.server_state.connections):
-                assert isinstance(connection, Connection)
-                connection.abort_if_stalled(self.config.client_stall_s)
+            self._server.abort_stalled(self.config.client_stall_s)
             await asyncio.sleep(TICK_S)
 
     def _shut_down(self) -> None:
@@ -172,6 +167,7 @@ class Ingress(Actor):
         figures = self.metrics.figures()
         figures["requests_in_progress"] = float(len(self.service.in_progress))
         figures["requests_live"] = float(len(self.ledger.live))
+        figures["connections_open"] = float(len(self._server.server_state.connections))
         figures["tokenizations_pending"] = float(len(self.tokenization))
         return figures
 

@@ -25,15 +25,25 @@ from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize
 
 T = TypeVar("T")
 
+# Made before the worker's process is forked, so that it starts at once.
+_CHAT = msgspec.json.Decoder(ChatRequest)
+_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_GENERATE = msgspec.json.Decoder(GenerateRequest)
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
 
 class Post(Generic[T]):
     """An endpoint that takes a JSON document."""
 
     def __init__(
-        self, service: Service, document: type[T], handle: Callable[[Service, T, Exchange], Awaitable[None]]
+        self,
+        service: Service,
+        decoder: msgspec.json.Decoder[T],
+        handle: Callable[[Service, T, Exchange], Awaitable[None]],
     ) -> None:
         self._service = service
-        self._decoder = msgspec.json.Decoder(document)
+        self._decoder = decoder
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,13 +84,13 @@ def create_app(service: Service) -> Starlette:
     """The application of one ingress worker."""
     return Starlette(
         routes=[
-            Route("/v1/chat/completions", Post(service, ChatRequest, chat_completions), methods=["POST"]),
-            Route("/v1/completions", Post(service, CompletionRequest, completions), methods=["POST"]),
+            Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
+            Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),
             Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
-            Route("/generate", Post(service, GenerateRequest, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, TokenizeRequest, tokenize), methods=["POST"]),
-            Route("/detokenize", Post(service, DetokenizeRequest, detokenize), methods=["POST"]),
+            Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
+            Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
+            Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
             Route("/health", Get(service, health, public=True), methods=["GET"]),
             Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),

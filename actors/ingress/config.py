@@ -29,6 +29,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         max_stop_strings: how many stop strings a request may have.
         max_n: how many answers to one prompt a client may ask for.
         max_concurrent: requests in progress in this worker; more are refused with status 503.
+        journal_bytes: memory that the journal of open connections may take; those beyond it do not survive this worker.
         tokenizer: name of the actor that tokenizes.
     """
 
@@ -46,4 +47,5 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_stop_strings: Count = 64
     max_n: Count = 128
     max_concurrent: Count = 1024
+    journal_bytes: Count = 512 * 2**20
     tokenizer: str = "tokenizer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from actors.ingress.errors import ApiError, from_decoding, internal
+from actors.ingress.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,15 @@ class Exchange:
     """One HTTP request and its answer.
 
     Attributes:
-        arrived_at: when the request arrived, `time.monotonic`.
+        work: what is journalled of the request.
         status: of the answer, once it has begun.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
-        self.arrived_at = time.monotonic()
-        self.status = 0
+        self.work: Work = scope["state"]["work"]
+        self._sent = self.work.begun
+        self.status = 200 if self._sent else 0
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -106,7 +107,13 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
-        """Sends one or more complete server-sent events; waits while the client reads slowly."""
+        """Sends one or more complete server-sent events; waits while the client reads slowly.
+
+        The first ones of a stream that an earlier incarnation has begun are those that it has sent.
+        """
+        if self._sent:
+            self._sent = False
+            return
         if not self.status:
             self.status = 200
             await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})

@@ -10,6 +10,8 @@ from msgspec import structs
 
 from actors.ingress.errors import ApiError
 from actors.ingress.ledger import Entry, Ledger
+from actors.ingress.pieces import Piece
+from actors.ingress.work import Work
 from actors.messages import SamplingParams, TextParams
 
 MAX_SEED = 2**63 - 1
@@ -19,8 +21,11 @@ class Generation:
     """The choices of one HTTP request, in the order prompt by prompt. Leaving the `with` block aborts those that
     have not finished.
 
+    What an earlier incarnation of this worker has received comes first: the choices then go to an engine with it.
+
     Args:
-        rid: the request's identity; choices are known to engines as `rid/0`, `rid/1` …, a single one as `rid`.
+        work: the request's identity and what is known of it; choices are known to engines as `rid/0`, `rid/1` …, a
+            single one as `rid`.
         prompts: token ids (i32) of each prompt, and how many tokens its answers may have.
         n: answers to each prompt; the i-th one draws with the seed plus i.
         eager: whether `progress` gives what has arrived, or waits until everything has.
@@ -29,18 +34,19 @@ class Generation:
     def __init__(
         self,
         ledger: Ledger,
-        rid: str,
+        work: Work,
         prompts: Sequence[tuple[bytes, int]],
         sampling: SamplingParams,
         text: TextParams,
         *,
-        arrived_at: float,
-        deadline: float,
+        timeout_s: float,
         n: int = 1,
         priority: int = 0,
         extra_key: str = "",
         eager: bool = False,
     ) -> None:
+        identity = work.identity
+        rid, arrived_at = identity.rid, identity.arrived_at
         single = len(prompts) * n == 1
         self.entries = [
             Entry(
@@ -51,7 +57,7 @@ class Generation:
                 text,
                 self,
                 arrived_at,
-                deadline,
+                arrived_at + timeout_s,
                 priority,
                 extra_key,
             )
@@ -59,6 +65,7 @@ class Generation:
             for j in range(n)
         ]
         self._ledger = ledger
+        self._work = work
         self._eager = eager
         self._n = n
         self._unfinished = len(self.entries)
@@ -67,8 +74,8 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
 
     def __enter__(self) -> Generation:
-        for entry in self.entries:
-            self._ledger.submit(entry)
+        if not self._work.old:
+            self._submit()
         return self
 
     def __exit__(
@@ -99,7 +106,12 @@ class Generation:
         return sum(len(entry.output) for entry in self.entries)
 
     async def progress(self) -> list[Entry]:
-        """Waits for news; gives the choices that have any. Raises ApiError when one of them fails."""
+        """Waits for news; gives the choices that have any. Raises ApiError when one of them fails.
+
+        Of what is known from an earlier incarnation, all that was put into the answer comes at once, and at first.
+        """
+        if self._work.old:
+            self._recall()
         if not self._ready and self._failure is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -109,9 +121,32 @@ class Generation:
         if self._failure is not None:
             raise self._failure
         ready, self._ready = list(self._ready), {}
+        self._work.cover()
         return ready
 
+    def _recall(self) -> None:
+        for index, piece in self._work.old.pop(0):
+            entry = self.entries[index]
+            entry.append(piece)
+            self.progressed(entry)
+        if not self._work.old:
+            self._submit()
+
+    def _submit(self) -> None:
+        for entry in self.entries:
+            if entry.finish is None:
+                entry.attempt = self._work.next_attempt(entry.index)
+                self._ledger.submit(entry)
+
     # -- called by the ledger -------------------------------------------------------------------------------------
+
+    def received(self, entry: Entry, piece: Piece) -> None:
+        """See `Listener`."""
+        self._work.received(entry.index, piece)
+
+    def attempted(self, entry: Entry) -> None:
+        """See `Listener`."""
+        self._work.attempted(entry.index, entry.attempt)
 
     def progressed(self, entry: Entry) -> None:
         """See `Listener`."""

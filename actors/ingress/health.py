@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service, new_rid
+from actors.ingress.service import Service
 from actors.messages import SamplingParams, TextParams
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
@@ -29,7 +29,7 @@ async def health_generate(service: Service, exchange: Exchange) -> None:
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
-            with service.generate(exchange, new_rid(), [(prompt, 1)], sampling, TextParams()) as generation:
+            with service.generate(exchange, [(prompt, 1)], sampling, TextParams()) as generation:
                 await generation.progress()
     except TimeoutError:
         raise ApiError(503, f"No engine made a token within {HEALTH_GENERATE_TIMEOUT_S:g} seconds.") from None

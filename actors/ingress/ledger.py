@@ -17,6 +17,7 @@ from msgspec import structs
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.metrics import IngressMetrics
+from actors.ingress.pieces import Piece
 from actors.messages import (
     Abort,
     Acknowledge,
@@ -44,6 +45,12 @@ REFUSED_AGAIN_S = 0.5
 
 class Listener(Protocol):
     """Who waits for a request's progress."""
+
+    def received(self, entry: Entry, piece: Piece) -> None:
+        """A piece is about to be added to the entry."""
+
+    def attempted(self, entry: Entry) -> None:
+        """The entry is about to be handed to a scheduler again, under a new number."""
 
     def progressed(self, entry: Entry) -> None:
         """Tokens or text have arrived, or the request has finished."""
@@ -138,14 +145,18 @@ class Entry:
         """Length of the prompt in tokens."""
         return len(self.prompt) // 4
 
-    def append(self, tokens: list[int], text: str, logprobs: list[TextLogprob] | None) -> None:
+    def append(self, piece: Piece) -> None:
         """Adds what comes next."""
-        self.output.extend(tokens)
-        if text:
-            self._texts.append(text)
-            self.characters += len(text)
-        if logprobs:
-            self._logprobs.extend(logprobs)
+        self.output.extend(piece.tokens)
+        if piece.text:
+            self._texts.append(piece.text)
+            self.characters += len(piece.text)
+        if piece.logprobs:
+            self._logprobs.extend(piece.logprobs)
+        if piece.prompt_logprobs is not None:
+            self.prompt_logprobs = piece.prompt_logprobs
+        self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
+        self.finish, self.stop_reason = piece.finish, piece.stop_reason
 
     def take(self) -> tuple[str, array[int], list[TextLogprob]]:
         """Text, tokens and logprobs that have arrived since the last call."""
@@ -289,33 +300,36 @@ class Ledger:
             if logprobs:
                 logprobs = logprobs[known_tokens:]
             tokens, text = tokens[known_tokens:], text[known_characters:]
-        if event.prompt_logprobs is not None and entry.prompt_logprobs is None:
-            entry.prompt_logprobs = event.prompt_logprobs
-        elif not tokens and not text and finish is None:
+        prompt_logprobs = event.prompt_logprobs if entry.prompt_logprobs is None else None
+        if not tokens and not text and finish is None and prompt_logprobs is None:
             self._counters["repeats"] += 1
+            return
+        if finish == "abort":
+            self._aborted(entry, now)
             return
         if tokens:
             self._observe_tokens(entry, len(tokens), now)
-        entry.append(tokens, text, logprobs)
-        entry.cached_tokens = max(entry.cached_tokens, event.cached_tokens)
+        stop_reason = event.stop_reason if finish is not None else None
+        piece = Piece(tokens, text, logprobs, finish, stop_reason, event.cached_tokens, prompt_logprobs)
+        entry.listener.received(entry, piece)
+        entry.append(piece)
         entry.stall_s = self._stall_s
         entry.stalls_at = now + self._stall_s
         if finish is not None:
-            self._finish(entry, finish, event.stop_reason, now)
-        else:
-            entry.listener.progressed(entry)
+            self._finish(entry, now)
+        entry.listener.progressed(entry)
 
-    def _finish(self, entry: Entry, finish: FinishReason, stop_reason: str | int | None, now: float) -> None:
-        if finish == "abort":  # by the engine itself: nobody here wants the request any less
-            timed_out = entry.deadline and now >= entry.deadline - 1.0
-            self._fail(
-                entry,
-                ApiError(408, "The request took too long and was given up.", code="timeout")
-                if timed_out
-                else ApiError(503, "The engine gave the request up. Please send it again.", retry_after_s=1.0),
-            )
-            return
-        entry.finish, entry.stop_reason = finish, stop_reason
+    def _aborted(self, entry: Entry, now: float) -> None:
+        """The engine itself has ended the request: nobody here wants it any less."""
+        timed_out = entry.deadline and now >= entry.deadline - 1.0
+        self._fail(
+            entry,
+            ApiError(408, "The request took too long and was given up.", code="timeout")
+            if timed_out
+            else ApiError(503, "The engine gave the request up. Please send it again.", retry_after_s=1.0),
+        )
+
+    def _finish(self, entry: Entry, now: float) -> None:
         del self.live[entry.rid]
         assert entry.scheduler is not None  # only a scheduler that has the request makes tokens for it
         self._finished.setdefault(entry.scheduler, []).append(entry.rid)
@@ -323,7 +337,6 @@ class Ledger:
         self._counters["num_requests"] += 1
         self._counters["prompt_tokens"] += entry.prompt_tokens
         self._counters["cached_tokens"] += entry.cached_tokens
-        entry.listener.progressed(entry)
 
     def _fail(self, entry: Entry, error: ApiError) -> None:
         del self.live[entry.rid]
@@ -333,6 +346,7 @@ class Ledger:
     def _again(self, entry: Entry, elsewhere: bool = False) -> None:
         """Hands a request on under a new number, so that nothing of the old attempt is taken for the new one's."""
         entry.attempt += 1
+        entry.listener.attempted(entry)
         self._counters["recoveries"] += 1
         if elsewhere:
             entry.scheduler = None

@@ -44,6 +44,9 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "recoveries": ("runtime", "Requests handed to an engine again after it was restarted, lost or had forgotten them."),
     "resends": ("runtime", "Times that missing tokens were asked for."),
     "attempts": ("runtime", "Times that a request was handed to an engine."),
+    "connections_resumed": ("runtime", "Connections that an earlier incarnation has left and that went on."),
+    "connections_lost": ("runtime", "Connections that an earlier incarnation has left and that could not go on."),
+    "connections_unprotected": ("runtime", "Connections that end if this worker dies, as its journal has no room."),
     "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
 }
 SCHEDULER_GAUGES = ("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput")

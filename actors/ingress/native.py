@@ -30,7 +30,7 @@ from actors.ingress.sampling import (
     sampling_params,
     text_params,
 )
-from actors.ingress.service import Prompt, Service, new_rid
+from actors.ingress.service import Prompt, Service
 from actors.messages import TextLogprob, TextPrompt
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -152,11 +152,12 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     prompts, batch = _prompts(request)
     n = params.n or 1
     service.check_choices(len(prompts), n)
-    identities = _identities(request.rid, len(prompts), n)
+    drawn = exchange.work.identity
+    identities = _identities(request.rid, drawn.rid, len(prompts), n)
     top = request.top_logprobs_num if request.return_logprob else -1
     sampling = sampling_params(
         service.config,
-        seed=params.sampling_seed,
+        seed=drawn.seed if params.sampling_seed is None else params.sampling_seed,
         temperature=params.temperature,
         top_p=params.top_p,
         top_k=params.top_k,
@@ -173,9 +174,11 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         prompt_logprobs=top if request.logprob_start_len >= 0 else -1,
         limit_names=("min_new_tokens", "max_new_tokens"),
     )
-    text = text_params(service.config, params.stop, params.skip_special_tokens, params.no_stop_trim)
+    text = text_params(
+        service.config, params.stop, params.skip_special_tokens, params.no_stop_trim, params.min_new_tokens
+    )
 
-    tokens = await service.tokenize(prompts)
+    tokens = await service.tokenize(exchange, prompts)
     where = "text" if request.text is not None else "input_ids"
     limits = [
         service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where, "max_new_tokens")
@@ -183,7 +186,6 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     ]
     with service.generate(
         exchange,
-        new_rid(),
         list(zip(tokens, limits, strict=True)),
         sampling,
         text,
@@ -194,7 +196,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     ) as generation:
         single = not batch and n == 1
         answers = [
-            _Answer(request, entry, identity, exchange.arrived_at)
+            _Answer(request, entry, identity, drawn.arrived_at)
             for entry, identity in zip(generation.entries, identities, strict=True)
         ]
         if not request.stream:
@@ -233,10 +235,10 @@ def _prompts(request: GenerateRequest) -> tuple[list[Prompt], bool]:
     return [each for each in ids if isinstance(each, list)], True
 
 
-def _identities(rid: str | list[str] | None, prompts: int, n: int) -> list[str]:
+def _identities(rid: str | list[str] | None, drawn: str, prompts: int, n: int) -> list[str]:
     """What `meta_info.id` says for each choice: the client's own ids if it has sent any."""
     if rid is None:
-        return [new_rid() for _ in range(prompts * n)]
+        return [drawn] if prompts * n == 1 else [f"{drawn}-{i}" for i in range(prompts * n)]
     names = [rid] if isinstance(rid, str) else rid
     if len(names) != prompts:
         raise invalid(f"There are {prompts} prompts but {len(names)} ids in 'rid'.", "rid", "invalid_value")

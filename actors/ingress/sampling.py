@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -16,7 +15,7 @@ TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepetitionPenalty = Annotated[float, Meta(gt=0, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=2)]
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 SeedField = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
@@ -32,7 +31,7 @@ MIN_TEMPERATURE = 1e-4
 def sampling_params(
     config: IngressConfig,
     *,
-    seed: int | None,
+    seed: int,
     temperature: float | None,
     top_p: float | None,
     top_k: int | None,
@@ -51,9 +50,9 @@ def sampling_params(
 ) -> SamplingParams:
     """What the engine is told; None stands for a parameter that the client has not given.
 
-    A request without a seed gets one here, so that a token drawn again is the same token. `max_tokens` is set later,
-    when the prompt's length is known; `limit_names` are the client's names of the two limits. Raises ApiError for
-    values that contradict each other or the model.
+    A request without a seed has one drawn for it, so that a token drawn again is the same token. `max_tokens` is set
+    later, when the prompt's length is known; `limit_names` are the client's names of the two limits. Raises ApiError
+    for values that contradict each other or the model.
     """
     at_least, at_most = limit_names
     for param, ids in (("stop_token_ids", stop_token_ids or ()), ("logit_bias", logit_bias or ())):
@@ -75,7 +74,7 @@ def sampling_params(
     temperature = 1.0 if temperature is None else temperature
     return SamplingParams(
         max_tokens=0,
-        seed=(int.from_bytes(os.urandom(8), "little") if seed is None else seed) & (2**63 - 1),
+        seed=seed & (2**63 - 1),
         temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
         top_p=1.0 if top_p is None else top_p,
         top_k=max(0, top_k or 0),
@@ -96,6 +95,7 @@ def text_params(
     stop: str | list[str] | None,
     skip_special_tokens: bool | None,
     no_stop_trim: bool | None,
+    min_tokens: int | None,
 ) -> TextParams:
     """How tokens become text. Raises ApiError for bad stop strings."""
     strings = [stop] if isinstance(stop, str) else stop or []
@@ -112,4 +112,4 @@ def text_params(
                 "stop",
                 "invalid_value",
             )
-    return TextParams(strings, skip_special_tokens is not False, bool(no_stop_trim))
+    return TextParams(strings, skip_special_tokens is not False, bool(no_stop_trim), min_tokens or 0)

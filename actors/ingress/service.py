@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import os
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from actors.ingress.exchange import ClientGone, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.pieces import new_rid
 from actors.ingress.tokenization import Tokenization
 from actors.messages import ChatPrompt, Detokenize, Detokenized, SamplingParams, TextParams, TextPrompt, Tokenize
 
@@ -78,8 +78,9 @@ class Service:
             raise ApiError(503, "The server has too many requests in progress.", code="overloaded", retry_after_s=1.0)
         loop = asyncio.get_running_loop()
         timeout_s = self.config.request_timeout_s
+        left_s = timeout_s - (time.monotonic() - exchange.work.identity.arrived_at)
         too_late = ApiError(408, f"The request took longer than {timeout_s:g} seconds.", code="timeout")
-        timer = loop.call_later(timeout_s, exchange.interrupt, too_late)
+        timer = loop.call_later(left_s, exchange.interrupt, too_late)
         watcher = loop.create_task(_watch_connection(exchange))
         self.in_progress.add(exchange)
         try:
@@ -100,14 +101,17 @@ class Service:
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
-    async def tokenize(self, prompts: Sequence[Prompt]) -> list[bytes]:
-        """Token ids (i32) of prompts. Raises ApiError for one that cannot be encoded or is no prompt."""
+    async def tokenize(self, exchange: Exchange, prompts: Sequence[Prompt]) -> list[bytes]:
+        """Token ids (i32) of a request's prompts. Raises ApiError for one that cannot be encoded or is no prompt."""
+        if exchange.work.prompts is not None:
+            return exchange.work.prompts
         answers = await asyncio.gather(*map(self._tokenize, prompts), return_exceptions=True)
         tokens: list[bytes] = []
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
             tokens.append(answer)
+        exchange.work.prompts = tokens
         return tokens
 
     async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> Detokenized:
@@ -150,7 +154,6 @@ class Service:
     def generate(
         self,
         exchange: Exchange,
-        rid: str,
         prompts: Sequence[tuple[bytes, int]],
         sampling: SamplingParams,
         text: TextParams,
@@ -163,12 +166,11 @@ class Service:
         """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
         return Generation(
             self.ledger,
-            rid,
+            exchange.work,
             prompts,
             sampling,
             text,
-            arrived_at=exchange.arrived_at,
-            deadline=exchange.arrived_at + self.config.request_timeout_s,
+            timeout_s=self.config.request_timeout_s,
             n=n,
             priority=priority,
             extra_key=extra_key,
@@ -189,11 +191,6 @@ class Service:
             self.check_token_ids(prompt, "prompt")
             return array("i", prompt).tobytes()
         return await self.tokenization.tokens(Tokenize(new_rid(), prompt))
-
-
-def new_rid() -> str:
-    """An identity that no other request has."""
-    return os.urandom(12).hex()
 
 
 async def _watch_connection(exchange: Exchange) -> None:

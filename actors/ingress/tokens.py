@@ -50,7 +50,7 @@ async def tokenize(service: Service, request: TokenizeRequest, exchange: Exchang
             request.add_generation_prompt,
             request.continue_final_message,
         )
-    (packed,) = await service.tokenize([prompt])
+    (packed,) = await service.tokenize(exchange, [prompt])
     tokens = array("i", packed)
     document: dict[str, Any] = {
         "count": len(tokens),

@@ -245,7 +245,8 @@ class Scheduler(Actor):
                 f"together they must be at most {self.config.max_model_len}."
             )
             return Refused(message.rid, message.attempt, 400, text)
-        if message.attempt == 0 and len(self.batch.waiting) >= self.config.max_queue:
+        free_slots = self.config.max_running - len(self.batch.running)
+        if message.attempt == 0 and len(self.batch.waiting) >= self.config.max_queue + free_slots:
             text = f"The queue is full: {self.config.max_queue} requests are waiting. Try again later."
             return Refused(message.rid, message.attempt, 429, text, retry_after_s=1.0)
         return None

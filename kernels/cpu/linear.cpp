@@ -19,7 +19,6 @@ namespace {
 constexpr int PANEL = 64;  // output features of a packed panel
 constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
-constexpr int FEW_UNITS = 12;    // for a thread: panels are halved, so that threads end together
 constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
 
 struct Call {
@@ -71,20 +70,14 @@ void transpose_panel(const T* weight, int64_t stride, int count, int depth, floa
     }
 }
 
-// Which outputs of a panel a unit of work computes: all, or where there are few panels for the threads, a half.
-struct Strip {
-    int first, end;
-};
-
-// sums[row][n] (+)= x[row][0 .. depth - 1] times a panel's block, for all rows and the strip's n. line(k): the block's
-// k-th line.
-template <int MOST_VECTORS, class Line>
-void add_strip(const float* x, int64_t x_stride, int rows, Line line, Strip strip, int depth, bool first, float* sums) {
+// sums[row][0 .. 63] (+)= x[row][0 .. depth - 1] times a panel's block, for all rows. line(k): the block's k-th line.
+template <class Line>
+void add_block(const float* x, int64_t x_stride, int rows, Line line, int depth, bool first, float* sums) {
     for_tiles(rows, [&]<int ROWS>(int row) {
-        constexpr int VECTORS = std::min(TILE_VECTORS<ROWS>, MOST_VECTORS);
+        constexpr int VECTORS = TILE_VECTORS<ROWS>;
         const float* a[ROWS];
         for (int r = 0; r < ROWS; ++r) a[r] = x + (row + r) * x_stride;
-        for (int n = strip.first; n < strip.end; n += VECTORS * LANES) {
+        for (int n = 0; n < PANEL; n += VECTORS * LANES) {
             V16 block[ROWS][VECTORS];
             product<ROWS, VECTORS>(a, [&](int k) { return line(k) + n; }, depth, block);
             for (int r = 0; r < ROWS; ++r)
@@ -96,35 +89,29 @@ void add_strip(const float* x, int64_t x_stride, int rows, Line line, Strip stri
     });
 }
 
-template <class Line>
-void add_block(const float* x, int64_t x_stride, int rows, Line line, Strip strip, int depth, bool first, float* sums) {
-    if (strip.end - strip.first == PANEL) add_strip<4>(x, x_stride, rows, line, strip, depth, first, sums);
-    else add_strip<2>(x, x_stride, rows, line, strip, depth, first, sums);
-}
-
 template <class T>
 void add_packed_block(const Call& c, int64_t panel, int64_t k, int depth, const float* x, int64_t x_stride, int rows,
-                      Strip strip, float* block, float* sums) {
+                      float* block, float* sums) {
     auto wide = [&](int i) { return block + i * PANEL; };
     const T* packed = (const T*)c.weight + (panel * c.inputs + k) * PANEL;
     if (sizeof(T) == 4 || c.inputs % 2) {
-        add_block(x, x_stride, rows, [&](int i) { return packed + i * PANEL; }, strip, depth, k == 0, sums);
+        add_block(x, x_stride, rows, [&](int i) { return packed + i * PANEL; }, depth, k == 0, sums);
     } else if constexpr (sizeof(T) == 2) {
         auto line = [&](int i) { return PairedLine{packed + i / 2 * 2 * PANEL, i % 2}; };
         if (rows < WIDEN_FROM) {
-            add_block(x, x_stride, rows, line, strip, depth, k == 0, sums);
+            add_block(x, x_stride, rows, line, depth, k == 0, sums);
             return;
         }
         for (int i = 0; i < depth; ++i)
-            for (int n = strip.first; n < strip.end; n += LANES) store(wide(i) + n, load(line(i) + n));
-        add_block(x, x_stride, rows, wide, strip, depth, k == 0, sums);
+            for (int n = 0; n < PANEL; n += LANES) store(wide(i) + n, load(line(i) + n));
+        add_block(x, x_stride, rows, wide, depth, k == 0, sums);
     }
 }
 
 template <class T>
-void finish_row(const Call& c, int64_t row, int64_t panel, Strip strip, const float* sums) {
-    int count = std::min(c.panel_outputs(panel), strip.end);
-    for (int n = strip.first; n < count; n += LANES) {
+void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
+    int count = c.panel_outputs(panel);
+    for (int n = 0; n < count; n += LANES) {
         int64_t output = panel * PANEL + n;
         int part = std::min(LANES, count - n);
         V16 bias = c.bias ? load_part((const T*)c.bias + output, part) : zeros();
@@ -149,26 +136,21 @@ void linear(const Call& c) {
     int64_t chunk_rows = c.chunk_rows(CHUNK_ROWS, TILE_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
     size_t own = DEPTH * PANEL + chunk_rows * PANEL;
     float* memory = scratch(1).take<float>(own * c.threads);
-    int64_t units = c.panels() * chunks;
-    int strips = c.packed && c.threads > 1 && units < FEW_UNITS * c.threads ? 2 : 1;
-    parallel(units * strips, int(c.threads), [&](int64_t unit, int thread) {
+    parallel(c.panels() * chunks, int(c.threads), [&](int64_t unit, int thread) {
         float *block = memory + own * thread, *sums = block + DEPTH * PANEL;
-        int width = PANEL / strips, at = int(unit % strips) * width;
-        Strip strip{at, at + width};
-        unit /= strips;
         int64_t panel = unit / chunks, first_row = unit % chunks * chunk_rows;
         int rows = int(std::min(chunk_rows, c.rows - first_row)), count = c.panel_outputs(panel);
         for (int64_t k = 0; k < c.inputs; k += DEPTH) {
             int depth = int(std::min<int64_t>(DEPTH, c.inputs - k));
             const float* a = x + first_row * x_stride + k;
             if (c.packed) {
-                add_packed_block<T>(c, panel, k, depth, a, x_stride, rows, strip, block, sums);
+                add_packed_block<T>(c, panel, k, depth, a, x_stride, rows, block, sums);
             } else {
                 transpose_panel((const T*)c.weight + panel * PANEL * c.inputs + k, c.inputs, count, depth, block);
-                add_block(a, x_stride, rows, [&](int i) { return block + i * PANEL; }, strip, depth, k == 0, sums);
+                add_block(a, x_stride, rows, [&](int i) { return block + i * PANEL; }, depth, k == 0, sums);
             }
         }
-        for (int row = 0; row < rows; ++row) finish_row<T>(c, first_row + row, panel, strip, sums + row * PANEL);
+        for (int row = 0; row < rows; ++row) finish_row<T>(c, first_row + row, panel, sums + row * PANEL);
     });
 }
 
@@ -323,7 +305,7 @@ void linear_amx(const Call& c) {
                 amx_square(a, stride, b, c.inputs, end, sums);
                 amx_square(a, stride, b + PANEL, c.inputs, end + PANEL, sums + 2 * LANES);
             }
-            for (int i = 0; i < rows; ++i) finish_row<bf16>(c, row + i, panel, {0, PANEL}, sums + i * PANEL);
+            for (int i = 0; i < rows; ++i) finish_row<bf16>(c, row + i, panel, sums + i * PANEL);
         }
     });
 }

@@ -115,7 +115,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
     ] = "cpu"
     threads: Annotated[
-        Count | None,
+        Annotated[int, Meta(ge=1, le=1024)] | None,
         Meta(description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks."),
     ] = None
     kv_tokens: Annotated[

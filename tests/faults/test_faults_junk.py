@@ -29,7 +29,7 @@ COUNTERS = ("malformed", "oversized", "stale", "bad", "unknown_sender")
 
 
 def junk(draw: random.Random, sender: str) -> Iterator[bytes]:
-    """Frames of five kinds, in turn: truncated, random, of no type, with wrong fields, and of an old incarnation of
+    """Frames of five kinds in turn: truncated, random, of no type, with wrong fields, and of an old incarnation of
     `sender`, which the actor has heard of before."""
     codec: Codec[messages.Message] = Codec(messages.Message)
     pack = msgspec.msgpack.encode

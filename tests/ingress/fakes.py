@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
+from msgspec import msgpack, structs
 
 from actors.messages import (
     Abort,
@@ -81,7 +81,18 @@ class Plan:
     stop_reason: str | int | None
 
 
+_plans: dict[tuple[bytes, bytes, int | None], Plan] = {}
+
+
 def plan(generate: Generate, eos_at: int | None = None) -> Plan:
+    """What `whole_answer` gives, made once for each request."""
+    key = generate.prompt, msgpack.encode((generate.sampling, generate.text)), eos_at
+    if key not in _plans:
+        _plans[key] = whole_answer(generate, eos_at)
+    return _plans[key]
+
+
+def whole_answer(generate: Generate, eos_at: int | None = None) -> Plan:
     """The answer to a request, which ends with an end-of-sequence token at index `eos_at` if that is given."""
     sampling = generate.sampling
     tokens: list[int] = []

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from actors.ingress import Ingress
+from actors.ingress.journal import slot_bytes
+from transport import Arena
 
 
 class Link:
@@ -39,6 +41,12 @@ class Link:
     def idle(self) -> None:
         pass
 
+    def park(self, name: str, fd: int, meta: bytes = b"") -> None:
+        pass
+
+    def unpark(self, name: str) -> None:
+        pass
+
 
 class Context:
     """What the supervisor gives to the actor."""
@@ -47,7 +55,12 @@ class Context:
         self.id: str = arguments["id"]
         self.incarnation: int = arguments["incarnation"]
         self.args: dict[str, Any] = arguments["args"]
-        self.descriptors: Mapping[str, int] = arguments["descriptors"]
+        journal = f"{self.id}.journal"
+        self.descriptors: Mapping[str, int] = {
+            **arguments["descriptors"],
+            journal: Arena.create(journal, 64 * slot_bytes(8 * 2**20)),
+        }
+        self.parked: Mapping[str, tuple[int, bytes]] = {}
         self.run_dir = Path(arguments["run_dir"])
         self.link = Link(arguments["shutdown"])
 

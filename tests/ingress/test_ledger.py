@@ -12,6 +12,7 @@ from actors.ingress.engines import GRACE_S, Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import IngressMetrics
+from actors.ingress.pieces import Piece
 from actors.messages import (
     Abort,
     Acknowledge,
@@ -37,6 +38,14 @@ class Client:
         self.tokens: list[int] = []
         self.logprobs = 0
         self.errors: list[ApiError] = []
+        self.pieces: list[Piece] = []
+        self.attempts: list[int] = []
+
+    def received(self, entry: Entry, piece: Piece) -> None:
+        self.pieces.append(piece)
+
+    def attempted(self, entry: Entry) -> None:
+        self.attempts.append(entry.attempt)
 
     def progressed(self, entry: Entry) -> None:
         text, tokens, logprobs = entry.take()

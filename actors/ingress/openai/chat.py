@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.protocol import ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
 from actors.ingress.sampling import Tokens
-from actors.ingress.service import Service, new_rid
+from actors.ingress.service import Service
 from actors.messages import ChatPrompt, TextLogprob
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -65,20 +64,19 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
     top = (request.top_logprobs or 0) if request.logprobs else -1
-    sampling = request.sampling(service.config, asked, logprobs=top)
+    sampling = request.sampling(service.config, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
 
     conversation = chat_prompt(
         request.messages, request.chat_template_kwargs, request.add_generation_prompt, request.continue_final_message
     )
-    (prompt,) = await service.tokenize([conversation])
+    (prompt,) = await service.tokenize(exchange, [conversation])
     max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages", asked_param)
 
-    rid = new_rid()
+    drawn = exchange.work.identity
     eager = bool(request.stream)
     with service.generate(
         exchange,
-        rid,
         [(prompt, max_tokens)],
         sampling,
         text,
@@ -87,7 +85,7 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         extra_key=request.prefix_key,
         eager=eager,
     ) as generation:
-        identity, created = f"chatcmpl-{rid}", int(time.time())
+        identity, created = f"chatcmpl-{drawn.rid}", drawn.created
         if eager:
             frame = ChunkFrame("chat.completion.chunk", identity, created, model, request.stream_options)
             await _stream(exchange, generation, frame, top)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import CompletionLogprobs
 from actors.ingress.openai.protocol import ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
-from actors.ingress.service import Prompt, Service, new_rid
+from actors.ingress.service import Prompt, Service
 from actors.messages import TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
@@ -60,22 +59,21 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
         raise unsupported("best_of", "best_of other than n")
     prompts = _prompts(request)
     service.check_choices(len(prompts), n)
+    drawn = exchange.work.identity
     top = -1 if request.logprobs is None else request.logprobs
-    sampling = request.sampling(service.config, request.max_tokens, top, top if request.echo else -1)
+    sampling = request.sampling(service.config, drawn.seed, request.max_tokens, top, top if request.echo else -1)
     text = request.text_params(service.config)
 
-    tokens = await service.tokenize(prompts)
+    tokens = await service.tokenize(exchange, prompts)
     limits = [
         service.check_length(len(each) // 4, request.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
         for each in tokens
     ]
     echoes = [await _text_of(service, prompt) for prompt in prompts] if request.echo else [None] * len(prompts)
 
-    rid = new_rid()
     eager = bool(request.stream)
     with service.generate(
         exchange,
-        rid,
         list(zip(tokens, limits, strict=True)),
         sampling,
         text,
@@ -84,7 +82,7 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
         extra_key=request.prefix_key,
         eager=eager,
     ) as generation:
-        identity, created = f"cmpl-{rid}", int(time.time())
+        identity, created = f"cmpl-{drawn.rid}", drawn.created
         choices = [_Choice(entry, echoes[entry.index // n], top) for entry in generation.entries]
         if eager:
             frame = ChunkFrame("text_completion", identity, created, model, request.stream_options)

@@ -142,12 +142,17 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             raise invalid("extra_key and cache_salt are two names for one thing: send one of them.", "cache_salt")
 
     def sampling(
-        self, config: IngressConfig, max_tokens: int | None, logprobs: int = -1, prompt_logprobs: int = -1
+        self,
+        config: IngressConfig,
+        drawn_seed: int,
+        max_tokens: int | None,
+        logprobs: int = -1,
+        prompt_logprobs: int = -1,
     ) -> SamplingParams:
         """What the engine is told; see `sampling_params`."""
         return sampling_params(
             config,
-            seed=self.seed,
+            seed=drawn_seed if self.seed is None else self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -167,7 +172,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     def text_params(self, config: IngressConfig) -> TextParams:
         """How tokens become text; see `sampling.text_params`."""
         keep_stop = self.no_stop_trim or self.include_stop_str_in_output
-        return text_params(config, self.stop, self.skip_special_tokens, keep_stop)
+        return text_params(config, self.stop, self.skip_special_tokens, keep_stop, self.min_tokens)
 
     @property
     def prefix_key(self) -> str:

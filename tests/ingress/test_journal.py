@@ -1,0 +1,217 @@
+"""The journal of open connections: whatever a killed process leaves is a log that makes sense."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from actors.ingress.journal import GRAIN_BYTES, MAX_RESUMED, Journal, Slot, slot_bytes
+from actors.ingress.pieces import Identity, Piece
+from actors.ingress.positions import positions
+from transport import Arena
+
+SLOT = slot_bytes(2**16)
+SERIAL = 7
+
+
+@pytest.fixture
+def arena() -> Iterator[int]:
+    """The descriptor of a memory file with room for four slots."""
+    descriptor = Arena.create("journal", 4 * SLOT)
+    yield descriptor
+    os.close(descriptor)
+
+
+def journal(arena: int, limit_bytes: int = 4 * SLOT) -> Journal:
+    return Journal(arena, SLOT, limit_bytes)
+
+
+def opened(arena: int) -> Slot:
+    slot = journal(arena).open(SERIAL)
+    assert slot is not None
+    return slot
+
+
+def piece(number: int) -> Piece:
+    return Piece([number], f"t{number}", None, None, None, 0, None)
+
+
+def connected() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a TCP connection, the server's first."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return listener.accept()[0], client
+
+
+def test_what_is_written_is_recovered(arena: int) -> None:
+    slot = opened(arena)
+    inlet = slot.inlet()
+    assert inlet is not None
+    inlet[:5] = b"hello"
+    slot.read(5)
+    identity = Identity("r", 1.5, 2, 3)
+    slot.identity(identity)
+    slot.prompts([b"1234"])
+    for number in range(3):
+        slot.piece(number % 2, piece(number))
+    slot.sent(b"head+first", 2, last=False, aside=False, closes=False)
+    slot.attempt(1, 4)
+    recovered = journal(arena).reopen(0).recover(SERIAL, 5, 6)
+    assert recovered.received == b"hello"
+    assert recovered.unsent == b"irst"
+    assert not recovered.answered
+    past = recovered.past
+    assert (past.identity, past.prompts, past.attempts) == (identity, [b"1234"], {1: 4})
+    assert past.pieces == [(number % 2, piece(number)) for number in range(3)]
+    assert (past.begun, past.covered) == (True, 2)
+
+
+def test_an_answered_request_is_forgotten_but_not_what_is_unsent(arena: int) -> None:
+    slot = opened(arena)
+    assert slot.inlet()
+    slot.read(100)
+    slot.piece(0, piece(1))
+    slot.sent(b"x" * 50, 1, last=True, aside=False, closes=False)
+    assert journal(arena).reopen(0).recover(SERIAL, 100, 10).answered == 1
+    slot = journal(arena).reopen(0)
+    slot.recover(SERIAL, 100, 10)
+    slot.forget(b"x" * 40)
+    recovered = journal(arena).reopen(0).recover(SERIAL, 100, 20)
+    assert (recovered.received, recovered.answered, recovered.unsent) == (b"", 0, b"x" * 30)
+    assert recovered.idle
+    assert not recovered.past.pieces
+
+
+def test_bytes_that_were_read_and_not_journalled(arena: int) -> None:
+    slot = opened(arena)
+    inlet = slot.inlet()
+    assert inlet is not None
+    inlet[:3] = b"abc"  # killed before `read`
+    assert journal(arena).reopen(0).recover(SERIAL, 3, 0).received == b"abc"
+    assert journal(arena).reopen(0).recover(SERIAL, 3, 0).received == b"abc"
+
+
+def test_a_log_that_does_not_fit_the_connection(arena: int) -> None:
+    slot = opened(arena)
+    slot.sent(b"abc", 0, last=False, aside=False, closes=False)
+    for serial, read, taken in ((SERIAL + 1, 0, 3), (SERIAL, 10**6, 3), (SERIAL, 0, 4)):
+        with pytest.raises(ValueError):
+            journal(arena).reopen(0).recover(serial, read, taken)
+    with pytest.raises(ValueError):
+        journal(arena).reopen(99)
+
+
+def test_a_connection_without_progress_is_given_up(arena: int) -> None:
+    opened(arena)
+    for _ in range(MAX_RESUMED):
+        journal(arena).reopen(0).recover(SERIAL, 0, 0)
+    with pytest.raises(ValueError, match="without any progress"):
+        journal(arena).reopen(0).recover(SERIAL, 0, 0)
+
+
+def test_damaged_logs_are_refused_or_read(arena: int) -> None:
+    chance = random.Random(1)
+    for _ in range(300):
+        slot = opened(arena)
+        for number in range(10):
+            slot.piece(0, piece(number))
+        slot.sent(b"x" * 100, 5, last=False, aside=False, closes=False)
+        for _ in range(3):
+            os.pwrite(arena, struct.pack("=I", chance.getrandbits(32)), chance.randrange(0, 300))
+        try:
+            journal(arena).reopen(0).recover(SERIAL, 0, 100)
+        except ValueError:
+            pass
+
+
+def test_memory_is_bounded_and_given_back(arena: int) -> None:
+    full: list[int] = []
+    whole = journal(arena, 6 * GRAIN_BYTES)
+    slots = [whole.open(serial) for serial in range(2)]
+    for number, slot in enumerate(slots):
+        assert slot is not None
+        slot.on_full = lambda number=number: full.append(number)
+    first, second = slots
+    assert first is not None
+    assert second is not None
+    first.sent(b"x" * 4 * GRAIN_BYTES, 0, last=False, aside=False, closes=False)
+    assert full == []
+    second.sent(b"x" * 2 * GRAIN_BYTES, 0, last=False, aside=False, closes=False)
+    assert full == [1]
+    assert second.full
+    second.piece(0, piece(0))
+    assert full == [1]
+    for slot in (first, second):
+        slot.release()
+    assert whole.used_bytes == 0
+    assert os.fstat(arena).st_blocks * 512 <= 4 * GRAIN_BYTES
+
+
+def test_killed_at_any_moment(arena: int) -> None:
+    """A process that reads, journals and sends without end is killed, and the next one goes on at the same byte."""
+    server, client = connected()
+    server.setblocking(False)
+    client.settimeout(10)
+    assert journal(arena).open(SERIAL) is not None
+    chance = random.Random(1)
+    sent, received, pieces = 0, b"", 0
+    with server, client:
+        for _ in range(40):
+            ready, theirs = os.pipe()
+            child = os.fork()
+            if child == 0:
+                _echo_for_ever(arena, server, theirs)
+            os.close(theirs)
+            os.read(ready, 1)
+            for _ in range(chance.randrange(1, 30)):
+                client.sendall(b"%08d" % sent)
+                sent += 1
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            os.close(ready)
+            recovered = journal(arena).reopen(0).recover(SERIAL, *positions(server))
+            numbers = [each.tokens[0] for _, each in recovered.past.pieces]
+            assert numbers == list(range(len(numbers)))
+            assert len(numbers) >= pieces
+            pieces = len(numbers)
+            assert bytes(recovered.received) == b"".join(b"%08d" % i for i in range(sent))[: len(recovered.received)]
+        while len(received) < positions(server)[1]:
+            received += client.recv(2**16)
+        whole = received + recovered.unsent
+        assert whole == b"".join(b"%08d" % i for i in range(len(whole) // 8))
+        assert whole
+
+
+def _echo_for_ever(arena: int, server: socket.socket, ready: int) -> None:
+    """Answers each eight bytes with eight bytes, which are numbered."""
+    try:
+        slot = journal(arena).reopen(0)
+        recovered = slot.recover(SERIAL, *positions(server))
+        count = len(recovered.past.pieces)
+        answered = (positions(server)[1] + len(recovered.unsent)) // 8
+        server.setblocking(True)
+        server.sendall(recovered.unsent)
+        os.write(ready, b"x")
+        total = len(recovered.received)
+        while True:
+            while answered < total // 8:
+                slot.piece(0, piece(count))
+                count += 1
+                data = b"%08d" % answered
+                answered += 1
+                slot.sent(data, count, last=False, aside=False, closes=False)
+                server.sendall(data)
+                slot.taken()
+            inlet = slot.inlet()
+            assert inlet is not None
+            got = server.recv_into(inlet)
+            slot.read(got)
+            total += got
+    finally:
+        os._exit(1)
