@@ -33,7 +33,7 @@ SETTINGS = (
     "supervision.heartbeat_timeout_s=1.5",
     "supervision.intensity=1000",
 )
-LOAD = Load(streams=8, tokens=24, long_words=240, timeout_s=90.0)
+LOAD = Load(streams=8, tokens=16, long_words=180, timeout_s=90.0)
 
 
 def eventually(look: Callable[[], Any], what: str = "it") -> Any:
@@ -68,7 +68,7 @@ class Node:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.wanted: list[Answer] | None = None
+        self.wanted: dict[Load, list[Answer]] = {}
 
     # What can be seen
 
@@ -123,10 +123,12 @@ class Node:
     def disturb(
         self, schedule: Sequence[tuple[float, str, str]] = (), plan: Plan | None = None, load: Load = LOAD
     ) -> Outcome:
-        """A chaos run. The undisturbed answers are those of the node's first one."""
+        """A chaos run. The undisturbed answers are those of the node's first one with the same load."""
         planned = [Planned(after_s, actor, signal.Signals[f"SIG{name}"]) for after_s, actor, name in schedule]
-        outcome = asyncio.run(run_chaos(self.run_dir, load, plan or Plan(schedule=planned), wanted=self.wanted))
-        self.wanted = outcome.answers
+        outcome = asyncio.run(
+            run_chaos(self.run_dir, load, plan or Plan(schedule=planned), wanted=self.wanted.get(load))
+        )
+        self.wanted[load] = outcome.answers
         assert outcome.deterministic
         return outcome
 
