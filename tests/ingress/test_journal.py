@@ -49,6 +49,24 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return listener.accept()[0], client
 
 
+def test_positions() -> None:
+    server, client = connected()
+    with server, client:
+        assert positions(server) == (0, 0)
+        client.sendall(b"x" * 100)
+        server.sendall(b"y" * 50)
+        server.recv(60)
+        assert positions(server) == (60, 50)
+        client.recv(50)
+        client.shutdown(socket.SHUT_WR)
+        assert len(server.recv(1000)) == 40
+        assert server.recv(1000) == b""
+        assert positions(server) == (100, 50)
+        server.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionAbortedError):
+            positions(server)
+
+
 def test_what_is_written_is_recovered(arena: int) -> None:
     slot = opened(arena)
     inlet = slot.inlet()
