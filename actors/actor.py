@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +15,7 @@ import msgspec
 import zmq
 
 from actors.messages import ActorStats, Hello, Message
-from transport import Codec, Mailbox
+from transport import Codec, Faults, FaultyMailbox, Mailbox
 
 logger = logging.getLogger(__name__)
 
@@ -75,12 +76,14 @@ class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         peers: addresses of the actors that it may send to.
         config: the role's own settings, validated by the role.
         busy_limit_s: how long one message, timer or turn may take before the actor counts as hung.
+        faults: what is done to the messages that it sends, in tests.
     """
 
     address: str
     peers: dict[str, str]
     config: dict[str, Any] = {}
     busy_limit_s: float = 60.0
+    faults: Faults | None = None
 
 
 Handler = Callable[[Any, Any, str], None]
@@ -123,7 +126,8 @@ class Actor:
         self.incarnation = context.incarnation
         self.link = context.link
         self.args = msgspec.convert(context.args, ActorArgs)
-        self.mailbox: Mailbox[Message] = Mailbox(
+        kind = Mailbox if self.args.faults is None else partial(FaultyMailbox, self.args.faults)
+        self.mailbox: Mailbox[Message] = kind(
             self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
         )
         self.bad_messages = 0
@@ -201,7 +205,7 @@ class Actor:
         link, limit = self.link, self.args.busy_limit_s
         while not link.shutdown_requested:
             timeout_ms = self._milliseconds_to_next_timer()
-            if timeout_ms:
+            if timeout_ms != 0:
                 link.idle()
                 poller.poll(timeout_ms)
             link.doing("messages", limit)

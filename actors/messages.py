@@ -130,12 +130,14 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
 class TextParams(Struct, array_like=True, frozen=True, gc=False):
     """How the tokens of one request become text.
 
-    `no_stop_trim` leaves the matched stop string or stop token in the text.
+    `no_stop_trim` leaves the matched stop string or stop token in the text. Stop strings are looked for in the text of
+    the tokens from number `min_tokens` on.
     """
 
     stop: list[str] = []
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
 
 
 class Generate(Tagged):
@@ -213,7 +215,7 @@ class Attach(Tagged):
 class Attached(Tagged):
     """Rank 0 → scheduler: what the group runs, and that it is at rest.
 
-    `fingerprint` names model, dtype and page format.
+    `fingerprint` names model, dtype and page format. `kv_epoch` changes when the contents of the KV pages were lost.
     """
 
     num_pages: Index
@@ -222,6 +224,7 @@ class Attached(Tagged):
     vocab_size: Index
     max_model_len: Index
     fingerprint: str
+    kv_epoch: Index = 0
 
 
 class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
@@ -242,7 +245,8 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
 SAMPLE = 1
 """Row flag of a step: draw the token that follows the row's last new token."""
 PROMPT_LOGPROBS = 2
-"""Row flag of a step: report the logprobs of the row's new tokens, each but the first given the tokens before it."""
+"""Row flag of a step: report the logprobs of the row's new tokens, each given the tokens before it. A row that does not
+begin at position 0 must follow a row of the same slot that had the flag too and ended where it begins."""
 
 
 class Step(Tagged):
@@ -286,7 +290,7 @@ class StepResult(Tagged):
     """Rank 0 → scheduler: the tokens drawn in a step, one for each row flagged SAMPLE, in row order (i32).
 
     `logprobs` and `prompt_logprobs` hold an entry for each row that asked for them. For prompt logprobs the entry's
-    tokens are the row's new tokens, each given the tokens before it; the first token of the row has logprob NaN.
+    tokens are the row's new tokens, each given the tokens before it; the first token of a sequence has logprob NaN.
     """
 
     number: Index

@@ -1,7 +1,7 @@
 """Times the CPU kernels against plain torch on SmolLM2-135M's shapes: `python -m benchmarks.kernels [name …]`.
 
-Prints a line per operation and shape: microseconds here and in torch (median of repeats), how many times faster, and the rate in GFLOP/s or
-GB/s that ours reaches.
+Prints a line per operation and shape: microseconds here and in torch (median of repeats), how many times faster,
+and the rate in GFLOP/s or GB/s that ours reaches.
 """
 
 import sys
@@ -41,7 +41,8 @@ def microseconds(call: Callable[[], object], seconds: float = 0.25) -> float:
 
 
 def attention(rows: int, context: int, new: int, dtype: torch.dtype) -> Case:
-    """One layer of 30, taken in turns so that no cache holds the keys: `rows` sequences with `new` tokens each, up to `context`."""
+    """One layer of 30, taken in turns so that no cache holds the keys: `rows` sequences with `new` tokens each, up
+    to `context`."""
     layers = 30
     pages = -(-context // PAGE)
     arena = torch.randn(rows * pages, layers, 2, PAGE, KV_HEADS, DIM).to(dtype)

@@ -1,7 +1,7 @@
 """Tensor functions of the runtime: attention over paged caches, norms, activations, linear layers, sampling.
 
-Every function has a plain torch reference and is the same to its caller whatever runs below. Importing this package runs no
-torch operation and starts no thread.
+Every function has a plain torch reference and is the same to its caller whatever runs below. Importing this package
+runs no torch operation and starts no thread.
 """
 
 from kernels import cpu

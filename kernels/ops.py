@@ -1,8 +1,9 @@
 """The operations, each one function whatever runs below it.
 
-On the CPU they run in the C++ library of `kernels.cpu`, built on first use; without a compiler, on other devices and for
-data types the library does not know, in the plain torch of `kernels.reference`. Sizes: `T` new tokens of a step, `n` rows
-(sequences) of a step, `B` rows to sample, `V` tokens in the vocabulary. Tensors are contiguous unless said otherwise.
+On the CPU they run in the C++ library of `kernels.cpu`, built on first use; without a compiler, on other devices
+and for data types the library does not know, in the plain torch of `kernels.reference`. Sizes: `T` new tokens of a
+step, `n` rows (sequences) of a step, `B` rows to sample, `V` tokens in the vocabulary. Tensors are contiguous
+unless said otherwise.
 """
 
 import ctypes
@@ -12,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import reference
-from kernels.cpu import functions as cpu
 from kernels.cpu import choice, library
+from kernels.cpu import functions as cpu
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
-
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
 
 def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
-    """The C++ library, if it takes these tensors: contiguous, on the CPU, all of `dtype` (of one float type if None)."""
+    """The C++ library, if it takes these tensors: contiguous, on the CPU, all of `dtype` (of one float type if
+    None)."""
     if dtype is None:
         dtype = tensors[0].dtype
         if dtype not in _FLOATS:
@@ -35,9 +36,10 @@ def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.C
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Root mean square norm, with the addition before it: returns (normalized, residual).
 
-    x: [T, H] float32 or bfloat16; weight: [H] of the same dtype. If `residual` [T, H] is given, x is added to it in place
-    and the sum is normalized; otherwise x itself is normalized and returned as the residual. Sums are float32, and the
-    normalized values are rounded to the dtype before the product with the weight, as in Hugging Face's Llama.
+    x: [T, H] float32 or bfloat16; weight: [H] of the same dtype. If `residual` [T, H] is given, x is added to it in
+    place and the sum is normalized; otherwise x itself is normalized and returned as the residual. Sums are
+    float32, and the normalized values are rounded to the dtype before the product with the weight, as in Hugging
+    Face's Llama.
     """
     given = (x, weight) if residual is None else (x, weight, residual)
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
@@ -70,21 +72,23 @@ def attention(
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, and attends causally: [T, Hq, D] of q's dtype.
 
-    q: [T, Hq, D], k and v: [T, Hkv, D], float32 or bfloat16, heads contiguous, any stride between tokens (they may be parts of
-    one fused projection); cache: one layer's pages [num_pages, 2 (k, v), page_size, Hkv, D], float32 or bfloat16, any stride
-    between pages; cos, sin: float32 [max_positions, R / 2], the tables of `rotary_table`, where R <= D dimensions are
-    rotated; scale: factor on the scores, usually D ** -0.5; window: number of keys a query sees, itself included (all if None).
-    The C++ kernel is deterministic always: a token's result depends on its position and its keys alone, to the bit.
-    `deterministic` asks the same of the torch path, which is slow then.
+    q: [T, Hq, D], k and v: [T, Hkv, D], float32 or bfloat16, heads contiguous, any stride between tokens (they may
+    be parts of one fused projection); cache: one layer's pages [num_pages, 2 (k, v), page_size, Hkv, D], float32 or
+    bfloat16, any stride between pages; cos, sin: float32 [max_positions, R / 2], the tables of `rotary_table`,
+    where R <= D dimensions are rotated; scale: factor on the scores, usually D ** -0.5; window: number of keys a
+    query sees, itself included (all if None). The C++ kernel is deterministic always: a token's result depends on
+    its position and its keys alone, to the bit. `deterministic` asks the same of the torch path, which is slow
+    then.
     """
     _check_attention(q, k, v, cache, meta, cos, sin, window)
-    native = _library_for(cos, sin, dtype=torch.float32)
-    kv_heads, dim = k.shape[1:]
-    if native and q.dtype == k.dtype == v.dtype in _FLOATS and cache.dtype in _FLOATS and cache.is_cpu:
-        inner = (dim, 1)
-        if cache.stride()[2:] == (kv_heads * dim, *inner):
-            q, k, v = (x if x.stride()[1:] == inner else x.contiguous() for x in (q, k, v))
-            return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window)
+    if (
+        (native := _library_for(cos, sin, dtype=torch.float32))
+        and q.dtype == k.dtype == v.dtype in _FLOATS
+        and cache.dtype in _FLOATS
+        and cache.is_cpu
+        and cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1)
+    ):
+        return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window)
     return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic)
 
 
@@ -93,10 +97,11 @@ def _check_attention(
 ) -> None:
     """Raises ValueError if the tensors do not fit each other or the step."""
     tokens, query_heads, dim = q.shape
-    pages, two, page_size, kv_heads, cache_dim = cache.shape
+    _, two, page_size, kv_heads, cache_dim = cache.shape
     if k.shape != (tokens, kv_heads, dim) or v.shape != k.shape or cache_dim != dim or two != 2:
         raise ValueError(
-            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache {tuple(cache.shape)} differ"
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache "
+            f"{tuple(cache.shape)} do not fit each other"
         )
     if query_heads % kv_heads:
         raise ValueError(f"attention: {query_heads} query heads cannot share {kv_heads} key heads equally")
@@ -120,7 +125,8 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 
 def pack_weight(weight: Tensor, out: Tensor | None = None) -> PackedWeight:
-    """Packs a weight [N, K] into panels for `linear`, into `out` [ceil(N / 64), K, 64] if given (a shared arena, say)."""
+    """Packs a weight [N, K] into panels for `linear`, into `out` [ceil(N / 64), K, 64] if given (a shared arena,
+    say)."""
     return reference.pack_weight(weight, out)
 
 
@@ -158,12 +164,12 @@ def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draws one token a row: int32 [B].
 
-    logits: float32 [B, V]; seeds, positions: int64 [B], see `counter_uniform`. Temperature, then top-k, top-p and min-p, then the
-    inverse of the cumulative distribution over what is left, most likely token first, the lower id first among equals.
-    A temperature of 0 takes the first of that order. All sums are over integers (2**40 for the most likely token), so every
-    implementation draws the same token, and a row's token does not depend on the batch. NaN counts as -inf.
-    top-p keeps a token while the probability before it is below p, of what top-k left; min-p keeps tokens with at
-    least that fraction of the highest probability. At least one token is kept.
+    logits: float32 [B, V]; seeds, positions: int64 [B], see `counter_uniform`. Temperature, then top-k, top-p and
+    min-p, then the inverse of the cumulative distribution over what is left, most likely token first, the lower id
+    first among equals. A temperature of 0 takes the first of that order. All sums are over integers (2**40 for the
+    most likely token), so every implementation draws the same token, and a row's token does not depend on the
+    batch. NaN counts as -inf. top-p keeps a token while the probability before it is below p, of what top-k left;
+    min-p keeps tokens with at least that fraction of the highest probability. At least one token is kept.
     """
     rows = logits.shape[0]
     if not len(seeds) == len(positions) == len(params.temperature) == rows:

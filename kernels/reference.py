@@ -37,7 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first 2 * cos.shape[-1] dimensions of x [T, H, D] by the angles of each token, in float32."""
     half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
-    first, second, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    first, second, rest = torch.split(x.float(), [half, half, x.shape[-1] - 2 * half], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
@@ -132,13 +132,26 @@ def pack_weight(weight: Tensor, out: Tensor | None) -> PackedWeight:
     count = -(-features // PANEL)
     if out is None:
         out = weight.new_empty(count, width, PANEL)
-    padded = F.pad(weight, (0, 0, 0, count * PANEL - features))
-    out.copy_(padded.view(count, PANEL, width).transpose(1, 2))
+    rows = F.pad(weight, (0, 0, 0, count * PANEL - features)).view(count, PANEL, width)
+    if _in_pairs(out):
+        out.view(count, width // 2, PANEL, 2).copy_(rows.view(count, PANEL, width // 2, 2).transpose(1, 2))
+    else:
+        out.copy_(rows.transpose(1, 2))
     return PackedWeight(panels=out, out_features=features)
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
-    return packed.panels.transpose(1, 2).reshape(-1, packed.in_features)[: packed.out_features]
+    panels = packed.panels
+    if _in_pairs(panels):
+        rows = panels.view(len(panels), -1, PANEL, 2).transpose(1, 2).reshape(-1, packed.in_features)
+    else:
+        rows = panels.transpose(1, 2).reshape(-1, packed.in_features)
+    return rows[: packed.out_features]
+
+
+def _in_pairs(panels: Tensor) -> bool:
+    """bfloat16 panels hold input features in pairs, [inputs / 2, 64, 2], as matrix instructions take them."""
+    return panels.dtype == torch.bfloat16 and panels.shape[1] % 2 == 0
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, deterministic: bool) -> Tensor:
@@ -146,18 +159,19 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, determ
         weight = unpack_weight(weight)
     if not deterministic:
         return F.linear(x, weight, bias)
-    # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep float32
-    # product among its threads: it gets shallow ones.
+    # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep
+    # float32 product among its threads: it gets shallow ones.
     depth = PRODUCT_DEPTH if x.device.type == "cpu" and x.dtype == torch.float32 else x.shape[1]
-    strips = list(zip(x.split(depth, dim=1), weight.split(depth, dim=1), strict=True))
+    strips = list(zip(torch.split(x, depth, dim=1), torch.split(weight, depth, dim=1), strict=True))
     out = x.new_empty(x.shape[0], weight.shape[0])
     for start in range(0, x.shape[0], ROW_TILE):
-        total: Tensor | float = 0.0 if bias is None else bias
-        for rows, columns in strips:
-            part = rows[start : start + ROW_TILE]
-            tile = F.pad(part, (0, 0, 0, ROW_TILE - len(part)))
-            total = F.linear(tile, columns) + total
-        out[start : start + ROW_TILE] = total[: len(part)]
+        end = min(start + ROW_TILE, x.shape[0])
+        tiles = (F.pad(rows[start:end], (0, 0, 0, start + ROW_TILE - end)) for rows, _ in strips)
+        products = [
+            F.linear(tile.contiguous(), columns, None if i else bias)
+            for i, (tile, (_, columns)) in enumerate(zip(tiles, strips, strict=True))
+        ]
+        out[start:end] = sum(products[1:], products[0])[: end - start]
     return out
 
 

@@ -18,9 +18,9 @@ def rotary_table(
     """Returns cos and sin, float32 [max_positions, head_dim / 2], for the half-split convention.
 
     head_dim: dimensions of a head that are rotated (fewer than the head has, for partial rotary embeddings);
-    scaling: the `rope_scaling` / `rope_parameters` entry of a model's config.json, its kind under "rope_type" or "type":
-    default, linear, dynamic (whose base only changes beyond the original length: taken as default), llama3 or yarn.
-    Raises ValueError for another kind or a missing entry.
+    scaling: the `rope_scaling` / `rope_parameters` entry of a model's config.json, its kind under "rope_type" or
+    "type": default, linear, dynamic (whose base only changes beyond the original length: taken as default), llama3
+    or yarn. Raises ValueError for another kind or a missing entry.
     """
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"rotary dimensions must be even and positive, not {head_dim}")

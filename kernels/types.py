@@ -137,10 +137,11 @@ PANEL = 64  # output features side by side in a packed weight
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight matrix cut into panels of 64 output features, the input features of a panel one after the other.
+    """A weight matrix cut into panels of 64 output features, in the order in which `linear` reads it.
 
-    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], zero beyond the last output feature, so it can
-    be stored, shared and mapped like any other; see `pack_weight`.
+    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], so it can be stored, shared and mapped like
+    any other. Output features beyond the last are zero; bfloat16 panels hold an even number of input features in
+    pairs, [in_features / 2, 64, 2]. Made by `pack_weight`.
     """
 
     panels: Tensor

@@ -50,12 +50,16 @@ Question = Status | Restart | Kill | Down
 
 
 class NodeReport(Struct, tag=True, frozen=True):
-    """A node and its tree. The state is "degraded" while any of its processes is not running."""
+    """A node and its tree. The state is "degraded" while any of its processes is not running.
+
+    `deterministic` says whether a repeated request must get the same answer (`model.deterministic`).
+    """
 
     node: str
     state: NodeState
     url: str
     tree: NodeStatus
+    deterministic: bool = False
 
 
 class Done(Struct, tag=True, frozen=True):

@@ -17,6 +17,8 @@ from typing import Any
 
 from setproctitle import setproctitle
 
+from actors.checkpoint import CheckpointError
+from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Reply, Restart
 from runtime.errors import UserError
 from runtime.plan import NodePlan
@@ -82,11 +84,13 @@ class _Root:
         self.tell = tell
         self.listener = listener
         spec = build_tree(plan, run_dir.path)
+        self.roles = {child.id: child.role for child in spec.descendants()}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         _import_actors(spec, plan.topology.node.log_level)
+        _load_vocabulary(plan)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
         descriptors[LISTENER] = listener.fileno()
@@ -122,7 +126,9 @@ class _Root:
 
         match question:
             case Restart(actor=actor):
-                self.supervisor.restart_child(actor, done=done)
+                # A stop would let an ingress finish or break off its answers. Its end without one hands the open
+                # connections over to its next incarnation.
+                self.supervisor.restart_child(actor, graceful=self.roles.get(actor) != "ingress", done=done)
             case Kill(actor=actor, signal=number):
                 self.supervisor.signal_child(actor, number, done=done)
             case Down():
@@ -133,7 +139,8 @@ class _Root:
 
     def report(self) -> NodeReport:
         tree = self.supervisor.tree()
-        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree)
+        deterministic = self.plan.topology.model.deterministic
+        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree, deterministic)
 
     def state(self, tree: NodeStatus) -> NodeState:
         if tree.state == "stopping":
@@ -157,6 +164,14 @@ def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
         importlib.import_module(module)
     gc.enable()
+
+
+def _load_vocabulary(plan: NodePlan) -> None:
+    """Loads the vocabulary once for all: tokenizer and detokenizer are forked with it and start again in no time."""
+    try:
+        _ = load_vocabulary(plan.model.path).tokenizer
+    except CheckpointError:
+        pass  # the actor that needs it says what is wrong
 
 
 def _log_to(run_dir: RunDirectory) -> None:

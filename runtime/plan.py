@@ -12,7 +12,8 @@ from actors.checkpoint import CheckpointError, ModelConfig, read_config
 from actors.kv_format import DType
 from actors.rank.shard import kv_format, weight_bytes
 from actors.scheduler.pages import page_ledger_bytes
-from runtime.models import ResolvedModel, resolve_model
+from runtime.errors import UserError
+from runtime.models import NotLocal, ResolvedModel, resolve_model
 from runtime.topology import Engine, LoadedTopology, Topology
 
 
@@ -69,7 +70,12 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
     Raises TopologyError, or UserError when the model cannot be had.
     """
     topology = loaded.topology
-    model = resolve_model(topology.model.path, loaded.base_of("model.path"), download, note)
+    try:
+        model = resolve_model(topology.model.path, loaded.base_of("model.path"), download, note)
+    except NotLocal:
+        raise
+    except UserError as error:
+        raise loaded.error("model.path", str(error)) from None
     try:
         config = read_config(model.path)
     except CheckpointError as error:

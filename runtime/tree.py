@@ -8,6 +8,7 @@ from typing import Any
 
 from actors.ingress.journal import slot_bytes
 from runtime.plan import EnginePlan, NodePlan
+from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
@@ -58,6 +59,16 @@ def _journal(ingress: str) -> str:
 
 def _rank_names(engine: EnginePlan) -> list[str]:
     return [f"{engine.name}.rank{rank}" for rank in range(engine.settings.tp)]
+
+
+def _faults(faults: Faults) -> dict[str, float]:
+    """The settings of `transport.Faults`."""
+    return {
+        "drop_rate": faults.drop_rate or 0.0,
+        "delay_rate": faults.delay_rate or 0.0,
+        "delay_s": faults.delay_s,
+        "seed": faults.seed,
+    }
 
 
 class _Builder:
@@ -207,6 +218,7 @@ class _Builder:
         descriptors: Sequence[str] = (),
         shutdown_s: float | None = None,
     ) -> ChildSpec:
+        faults = self.plan.topology.faults
         return ChildSpec(
             id=name,
             role=role,
@@ -216,6 +228,7 @@ class _Builder:
                 "peers": {peer: self.addresses[peer] for peer in peers},
                 "config": dict(config or {}),
                 "busy_limit_s": self.supervision.busy_limit_s,
+                **({"faults": _faults(faults)} if faults.drop_rate or faults.delay_rate else {}),
             },
             descriptors=tuple(descriptors),
             shutdown=int(1000 * (shutdown_s or self.supervision.shutdown_s)),

@@ -32,8 +32,9 @@ class Child:
                 starts left to right, each when the one before is ready.
     bounce      its present process must end before it starts again.
     not_before  back-off: no start before this monotonic time.
-    trial       what follows if it does not become ready: its supervisor gives up (at the first start of all), it
-                stays stopped (started again by command), it is forgotten (added at run time), or "": it is restarted.
+    trial       what follows if it does not become ready: its supervisor gives up (at the first start of all, unless it
+                was only struck by a signal), it stays stopped (started again by command), it is forgotten (added at
+                run time), or "": it is restarted.
     starts      by this incarnation of the supervisor.
     culprit     the actor because of which its last process, a supervisor, ended.
     """

@@ -27,6 +27,9 @@ from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
 HEARTBEAT_S = 0.5
+TRIALS = 3
+"""How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
+itself is not: it would fail again."""
 
 _log = logging.getLogger(__name__)
 
@@ -220,11 +223,11 @@ class Family:
                 times.append(limit[0])
         return min(times, default=None)
 
-    def check(self, now: float) -> None:
+    def check(self) -> None:
         """Kills what has not started, stopped or given a sign of life in time."""
         for child in self.children.values():
-            if child.process is not None and (limit := child.process.limit()) is not None and now >= limit[0]:
-                child.process.kill(limit[1])
+            if child.process is not None and (verdict := child.process.overdue()) is not None:
+                child.process.kill(verdict)
         self.step()
 
     def forgive(self, seconds: float) -> None:
@@ -317,7 +320,7 @@ class Family:
         process.ready_at = process.last_beat = time.monotonic()
         if not process.asked:
             child.state = "running"
-            child.in_wave, child.trial = False, ""
+            child.in_wave, child.trial = self.result is not None, ""
             child.came_up()
             self._tell(child, "ready", f"ready after {process.ready_at - process.started_at:.3f} s")
 
@@ -331,7 +334,9 @@ class Family:
         child.subtree_stopped()
         self._gone(child)
         self._tell(child, "exit", reason.text, process.pid or None)
-        if process.asked or process.ignored or self.result is not None:
+        if self._needed_until_its_turn(child, process):
+            self._start(child)
+        elif process.asked or process.ignored or self.result is not None:
             if child.wanted and not process.ignored:
                 child.state = "restarting"
             else:
@@ -357,10 +362,22 @@ class Family:
             self._ended_unasked(child, process, reason)
         self.step()
 
+    def _needed_until_its_turn(self, child: Child, process: Process) -> bool:
+        """Whether a child that died while all are stopped in order is started again, because others to its right, which
+        may need it to finish what they are at, still stop."""
+        if self.result is None or not self.result.ok or process.asked or process.ignored or self._dynamic:
+            return False
+        ids = list(self.children)
+        to_the_right = ids[ids.index(child.spec.id) + 1 :]
+        if child.spec.restart != "permanent" or all(self.children[id].process is None for id in to_the_right):
+            return False
+        return self._intensity.add(time.monotonic())
+
     def _ended_unasked(self, child: Child, process: Process, reason: ExitReason) -> None:
         """A child ended by itself: start it again, let it be, or give up."""
         name = child.spec.id
-        if child.trial:
+        struck = reason.kind in ("signal", "hung") and child.delay.quick_crashes < TRIALS
+        if child.trial and not (child.trial == "give_up" and struck):
             text = f"{name} could not start: {reason.text}"
             child.came_up(text)
             if child.trial == "give_up":
@@ -397,7 +414,7 @@ class Family:
         self._wave_number = None
         for name in list(affected(self.spec.strategy, list(self.children), failed.spec.id)):
             child = self.children[name]
-            child.in_wave = group
+            child.in_wave = group or child.trial == "give_up"
             if child is not failed and child.spec.restart == "temporary":
                 child.wanted = False  # stopped with the others, never started again
                 if child.process is None:

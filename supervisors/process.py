@@ -10,6 +10,7 @@ from pathlib import Path
 
 from supervisors import messages
 from supervisors.exits import ExitKind, ExitReason, reason_of
+from supervisors.linux import is_stopped
 from supervisors.loop import pidfd_kill
 from supervisors.spec import ChildSpec
 from supervisors.status import StatValue
@@ -78,10 +79,26 @@ class Process:
         if self.stop_deadline is not None:
             limit_s = (spec.shutdown_ms or 0) / 1000
             return min(hung, (self.stop_deadline, _verdict("killed", f"did not stop within {limit_s:g} s")))
-        if self.ready_at is None and spec.type == "worker":  # its start may keep the interpreter busy for long
+        if self.silence_allowed:
             start_s = spec.start_timeout_ms / 1000
-            return self.started_at + start_s, _verdict("start_timeout", f"was not ready within {start_s:g} s")
+            late = self.started_at + start_s, _verdict("start_timeout", f"was not ready within {start_s:g} s")
+            return min(hung, late)
         return hung
+
+    @property
+    def silence_allowed(self) -> bool:
+        """A worker's start may keep the interpreter busy for long: until it is ready only a stopped one is hung."""
+        return self.ready_at is None and self.spec.type == "worker"
+
+    def overdue(self) -> tuple[ExitKind, str] | None:
+        """The verdict on a process that is past its limit; None if it may go on."""
+        limit, now = self.limit(), time.monotonic()
+        if limit is None or now < limit[0]:
+            return None
+        if limit[1][0] == "hung" and self.silence_allowed and not is_stopped(self.pid):
+            self.last_beat = now
+            return None
+        return limit[1]
 
     def reason(self, status: os.waitid_result | None, error: str) -> ExitReason:
         """Why it ended, from its wait status, or from why it could not be forked."""

@@ -133,7 +133,7 @@ class Supervisor:
                 self._poll(nursery)
                 now = time.monotonic()
                 nursery.check(now)
-                family.check(now)
+                family.check()
             assert family.result is not None
             return family.result
         finally:

@@ -2,12 +2,15 @@
 
 from transport.arena import Arena
 from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+from transport.faults import Faults, FaultyMailbox
 from transport.mailbox import Mailbox, MailboxCounters
 
 __all__ = [
     "Arena",
     "Codec",
     "Envelope",
+    "Faults",
+    "FaultyMailbox",
     "Mailbox",
     "MailboxCounters",
     "MalformedMessage",

@@ -130,6 +130,11 @@ class Mailbox(Generic[Body]):
         self.counters.sent += 1
         return True
 
+    def skip(self, peer: str) -> None:
+        """Uses up a sequence number, as if a message had been lost on its way."""
+        self._next_out[peer] = self._next_out.get(peer, 0) + 1
+        self.counters.sent += 1
+
     def receive(self, limit: int = 256) -> Iterator[Envelope[Body]]:
         """The messages that wait in the inbox, at most `limit`, without blocking.
 

@@ -62,13 +62,14 @@ class TextStream:
         stop: the stop string that has ended the text.
     """
 
-    __slots__ = ("_held", "_matcher", "_pieces", "_skip", "_strip", "backlog", "next", "sent", "stop")
+    __slots__ = ("_held", "_matcher", "_min_tokens", "_pieces", "_skip", "_strip", "backlog", "next", "sent", "stop")
 
     def __init__(self, pieces: Pieces, text: TextParams, base: Sequence[int] = (), characters: int = 0) -> None:
         self._pieces = pieces
         self._strip = pieces.strip
         self._held = b""
         self._matcher = StopMatcher(text.stop, text.no_stop_trim) if any(text.stop) else None
+        self._min_tokens = text.min_tokens
         self._skip = characters
         self.next = 0
         self.sent = characters
@@ -103,7 +104,9 @@ class TextStream:
         for token in tokens:
             self.next += 1
             new = self._decode((token,))
-            if new:
+            if self.next < self._min_tokens:
+                text += new
+            elif new:
                 out, self.stop = matcher.push(new)
                 text += out
                 if self.stop is not None:

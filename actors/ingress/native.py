@@ -174,7 +174,9 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         prompt_logprobs=top if request.logprob_start_len >= 0 else -1,
         limit_names=("min_new_tokens", "max_new_tokens"),
     )
-    text = text_params(service.config, params.stop, params.skip_special_tokens, params.no_stop_trim)
+    text = text_params(
+        service.config, params.stop, params.skip_special_tokens, params.no_stop_trim, params.min_new_tokens
+    )
 
     tokens = await service.tokenize(exchange, prompts)
     where = "text" if request.text is not None else "input_ids"

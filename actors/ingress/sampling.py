@@ -15,7 +15,7 @@ TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-RepetitionPenalty = Annotated[float, Meta(gt=0, le=2)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=2)]
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
 SeedField = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
@@ -95,6 +95,7 @@ def text_params(
     stop: str | list[str] | None,
     skip_special_tokens: bool | None,
     no_stop_trim: bool | None,
+    min_tokens: int | None,
 ) -> TextParams:
     """How tokens become text. Raises ApiError for bad stop strings."""
     strings = [stop] if isinstance(stop, str) else stop or []
@@ -111,4 +112,4 @@ def text_params(
                 "stop",
                 "invalid_value",
             )
-    return TextParams(strings, skip_special_tokens is not False, bool(no_stop_trim))
+    return TextParams(strings, skip_special_tokens is not False, bool(no_stop_trim), min_tokens or 0)

@@ -76,6 +76,7 @@ class Rank(Actor):
         except InterruptedError:
             return
         config = self.config
+        kept = f"{self.name}.kv" in self.context.descriptors and config.device == "cpu"
         if config.rank == 0:
             attached = Attached(
                 num_pages=config.num_pages,
@@ -84,6 +85,7 @@ class Rank(Actor):
                 vocab_size=self.executor.vocab_size,
                 max_model_len=config.max_model_len,
                 fingerprint=self.executor.fingerprint,
+                kv_epoch=0 if kept else self.incarnation,
             )
             self.send(sender, attached)
 

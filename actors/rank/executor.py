@@ -286,16 +286,15 @@ class Executor:
 
     def _logprobs_of(self, hidden: Tensor, targets: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
         """Logprobs of tokens int32 [k] after states [k, H], and of the most probable; on rank 0."""
-        asked = max(top, 1)
         values = torch.empty(len(targets), device=self.device)
-        top_values = torch.empty(len(targets), asked, device=self.device)
-        top_ids = torch.empty(len(targets), asked, dtype=torch.int32, device=self.device)
+        top_values = torch.empty(len(targets), top, device=self.device)
+        top_ids = torch.empty(len(targets), top, dtype=torch.int32, device=self.device)
         for at in range(0, len(targets), PROMPT_ROWS):
             part = slice(at, at + PROMPT_ROWS)
             logits = self._logits(hidden[part])
             if self.group.rank == 0:
-                values[part], top_values[part], top_ids[part] = kernels.logprobs(logits, targets[part], asked)
-        return values, top_values[:, :top], top_ids[:, :top]
+                values[part], top_values[part], top_ids[part] = kernels.logprobs(logits, targets[part], top)
+        return values, top_values, top_ids
 
     def _index(self, array: NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self.device)
@@ -335,7 +334,9 @@ def build_executor(
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
-    packed = config.device == "cpu" and kernels.backend() != "torch"
+    # Panels are the fast form in float32, and the exact one in both types; torch's bfloat16 products are faster still.
+    exact = config.deterministic or config.dtype == "float32"
+    packed = exact and config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
     if device.type == "cuda":
         shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)

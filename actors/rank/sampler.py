@@ -162,7 +162,7 @@ class Sampler:
             return []
         tops = np.minimum(self._logprobs[slots[wanted]], self.vocab_size)
         index = self._to_device(wanted)
-        values, top_values, top_ids = kernels.logprobs(logits[index], tokens[index], max(int(tops.max()), 1))
+        values, top_values, top_ids = kernels.logprobs(logits[index], tokens[index], int(tops.max()))
         values, top_values, top_ids = values.cpu(), top_values.cpu(), top_ids.cpu()
         return [
             _entry(int(rows[row]), values[i : i + 1], int(top), top_ids[i : i + 1], top_values[i : i + 1])

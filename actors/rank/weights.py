@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,8 +162,19 @@ def _pack(
         encoded = msgspec.json.encode(msgspec.structs.replace(identity, files=[]))
     _HEADER.pack_into(arena.buffer, 0, _MAGIC, _PACKING, len(encoded))
     arena.buffer[_HEADER.size : _HEADER.size + len(encoded)] = encoded
-    for slot in slots:
+
+    def fill(slot: Slot) -> None:
         _fill(_view(arena, slot, dtype), slot, _parts(source, config, shard, slot.name))
+
+    # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(fill, slots):
+                pass
+    finally:
+        torch.set_num_threads(threads)
     _HEADER.pack_into(arena.buffer, 0, _MAGIC, _READY, len(encoded))
     arena.close()
     logger.info("packed the weights in %.2f s", time.perf_counter() - started)

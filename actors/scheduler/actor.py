@@ -21,6 +21,7 @@ from actors.messages import (
     EngineInfo,
     FinishReason,
     Generate,
+    Hello,
     OpenText,
     Refused,
     Register,
@@ -44,8 +45,13 @@ logger = logging.getLogger(__name__)
 
 REGISTER_INTERVAL_S = 1.0
 SWEEP_INTERVAL_S = 1.0
-RANK_SILENCE_S = 15.0
-"""After so long without an answer the scheduler asks the ranks to attach again; a step may well take longer."""
+RANK_SILENCE_S = 3.0
+"""After so long without an answer the scheduler asks the ranks to attach again. A step may well take longer; then it is
+answered first, and only what was sent ahead of it is sent again."""
+ATTACH_SILENCE_S = 15.0
+"""The same when it is `Attach` that is not answered."""
+SLOW_START_TOKENS = 64
+"""New prompt tokens of the first step after a restart of the ranks or of this actor; each answer doubles it."""
 KEEP_FINISHED_S = 300.0
 """How long a finished request is kept for an ingress that does not acknowledge it."""
 KEEP_PARTIAL_S = 10.0
@@ -82,7 +88,8 @@ class Scheduler(Actor):
                 f"{config.num_pages * config.page_size} tokens: raise kv_tokens or lower max_model_len"
             )
         arena = Arena(context.descriptors[f"{config.engine}.pages"])
-        self.pool = PagePool(PageLedger(arena, config.num_pages, config.page_size), config.prefix_cache)
+        self.ledger = PageLedger(arena, config.num_pages, config.page_size)
+        self.pool = PagePool(self.ledger, config.prefix_cache)
         self.batch = Batch(config, self.pool)
         self.requests: dict[str, Request] = {}
         self.finished: deque[tuple[float, str]] = deque()
@@ -91,8 +98,11 @@ class Scheduler(Actor):
         self.depth = 2 if config.run_ahead else 1
         self.attached: Attached | None = None
         self.leader_incarnation: int | None = None
+        self.leader_restarts = 0
         self.heard_of_ranks = time.monotonic()
         self.outbox = Outbox()
+        if self.incarnation > 1:
+            self._start_slowly()
         self.steps = 0
         self.arrivals = 0
         self.generated = 0
@@ -132,6 +142,7 @@ class Scheduler(Actor):
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.config.leader:
             if self.leader_incarnation is not None:
+                self.leader_restarts += 1
                 self._ranks_died()
                 self._attach()
             self.leader_incarnation = incarnation
@@ -159,6 +170,13 @@ class Scheduler(Actor):
             "steps": self.steps,
             "retractions": self.batch.retractions,
         }
+
+    @handles(Hello)
+    def hello(self, message: Hello, sender: str) -> None:
+        """A peer is ready. If nothing was heard of the ranks before, their former incarnation may have died with the
+        `Attach` that was sent to it."""
+        if sender == self.config.leader and self.attached is None and not self.leader_restarts:
+            self._attach()
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -227,7 +245,8 @@ class Scheduler(Actor):
                 f"together they must be at most {self.config.max_model_len}."
             )
             return Refused(message.rid, message.attempt, 400, text)
-        if message.attempt == 0 and len(self.batch.waiting) >= self.config.max_queue:
+        free_slots = self.config.max_running - len(self.batch.running)
+        if message.attempt == 0 and len(self.batch.waiting) >= self.config.max_queue + free_slots:
             text = f"The queue is full: {self.config.max_queue} requests are waiting. Try again later."
             return Refused(message.rid, message.attempt, 429, text, retry_after_s=1.0)
         return None
@@ -235,19 +254,24 @@ class Scheduler(Actor):
     # -- ranks ------------------------------------------------------------------------------------------
 
     def _ranks_died(self) -> None:
-        """A request that kills its rank every time must not keep the others from their answers."""
+        """A request that kills its rank every time must not keep the others from their answers, nor must a prompt that
+        takes longer than the ranks live: what was not answered is planned anew, in small steps."""
         rows = self.in_flight[0].rows if self.in_flight else []
         culprit = self.bisection.died([row.request for row in rows if row.live])
-        if self.bisection.on_trial is not None:
-            self._undo_steps_ahead()
+        self._undo_steps_ahead()
+        self._start_slowly()
         if culprit is not None:
             logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
             text = "The engine crashed each time it computed this request, so the request was given up."
             self.send(culprit.owner, Refused(culprit.rid, culprit.attempt, 500, text))
             self._forget(culprit)
 
+    def _start_slowly(self) -> None:
+        """Short steps until some have been answered: where processes die often, long ones would never be."""
+        self.batch.chunk_tokens = min(SLOW_START_TOKENS, self.config.chunk_tokens)
+
     def _undo_steps_ahead(self) -> None:
-        """Takes unanswered steps back, so that their requests can be computed in other company."""
+        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts."""
         for step in self.in_flight:
             for row in step.rows:
                 if row.flags & SAMPLE:
@@ -264,7 +288,8 @@ class Scheduler(Actor):
     def _watch_ranks(self) -> None:
         """A step, its answer or an `Attach` may have been lost. The ranks answer `Attach` when their step has ended."""
         silent_s = time.monotonic() - self.heard_of_ranks
-        if (self.attached is None or self.in_flight) and silent_s > RANK_SILENCE_S:
+        limit_s = ATTACH_SILENCE_S if self.attached is None else RANK_SILENCE_S
+        if (self.attached is None or self.in_flight) and silent_s > limit_s:
             logger.warning("no answer of %s for %.0f s", self.config.leader, silent_s)
             self._attach()
 
@@ -278,8 +303,12 @@ class Scheduler(Actor):
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
         self.heard_of_ranks = time.monotonic()
-        for request in self.batch.running:
-            if request.lease is not None:
+        if not self.ledger.match_epoch(message.kv_epoch):
+            self._start_over()
+        for request in list(self.batch.running):
+            if request.wants_prompt_logprobs and request.computed:
+                self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
+            elif request.lease is not None:
                 request.lease.opened = False
         for step in list(self.in_flight):
             for row in step.rows:
@@ -291,13 +320,26 @@ class Scheduler(Actor):
             else:
                 self.in_flight.remove(step)
 
+    def _start_over(self) -> None:
+        """The KV pages are empty: everything is computed again."""
+        self.in_flight.clear()
+        self.pool = PagePool(self.ledger, self.config.prefix_cache)
+        self.batch = Batch(self.config, self.pool)
+        for request in self.requests.values():
+            if request.finish is None:
+                request.rewind()
+                request.pending = 0
+                self.batch.add(request)
+
     @handles(StepResult)
     def step_result(self, message: StepResult, sender: str) -> None:
-        """A step has been computed. Answers to any but the oldest open step are repetitions."""
-        if not self.in_flight or self.in_flight[0].number > message.number or self.attached is None:
+        """A step has been computed. Answers to any but the oldest open step are repetitions. One counts also while
+        `Attach` waits for the end of that very step."""
+        if not self.in_flight or self.in_flight[0].number > message.number:
             return
         if self.in_flight[0].number < message.number:
-            self._attach()  # an answer has been lost
+            if self.attached is not None:
+                self._attach()  # an answer has been lost
             return
         self.heard_of_ranks = time.monotonic()
         rows = self.in_flight[0].rows
@@ -311,6 +353,7 @@ class Scheduler(Actor):
         except (ValueError, KeyError, IndexError) as error:
             raise BadMessage(f"step {message.number}: {error}") from None
         self.in_flight.popleft()
+        self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
             self.batch.computed(row)
@@ -331,7 +374,7 @@ class Scheduler(Actor):
         if request.finish is not None or self.requests.get(request.rid) is not request:
             return
         if prompt_logprobs is not None:
-            request.prompt_logprobs += prompt_logprobs[1 if row.start else 0 :]
+            request.prompt_logprobs += prompt_logprobs
         if token is not None:
             request.append(token)
             self.generated += 1

@@ -36,12 +36,16 @@ class Batch:
 
     A page freed here may be given away in the very next step although earlier steps still use it: ranks run steps in
     the order in which they were sent.
+
+    Attributes:
+        chunk_tokens: prompt tokens of the next step, all requests together.
     """
 
     def __init__(self, config: Config, pool: PagePool) -> None:
         self._config = config
         self._pool = pool
         self._slots = list(range(config.max_running))[::-1]
+        self.chunk_tokens = config.chunk_tokens
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.retractions = 0
@@ -56,7 +60,7 @@ class Batch:
         last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
-        budget = self._config.chunk_tokens
+        budget = self.chunk_tokens
         for request in list(self.running):
             if request.lease is None:
                 continue  # retracted for the sake of one before it
@@ -126,8 +130,6 @@ class Batch:
             request.pending += 1
         if request.wants_prompt_logprobs and start < request.prompt_len:
             flags |= PROMPT_LOGPROBS
-            if start:  # the logprob of a chunk's first token needs the one before it, so that is computed again
-                start, length = start - 1, length + 1
         request.scheduled = end
         return Row(request, lease, start, length, flags)
 
@@ -145,12 +147,13 @@ class Batch:
         """Grows a lease, retracting those that come last; False when the request had to be retracted itself."""
         while not self._grow(lease, end):
             victim = self.running[-1]
-            self._retract(victim)
+            self.retract(victim)
             if victim is request:
                 return False
         return True
 
-    def _retract(self, request: Request) -> None:
+    def retract(self, request: Request) -> None:
+        """Back to those that wait, without slot and pages."""
         self.release(request)
         self.waiting.append(request)
         self.retractions += 1
@@ -183,7 +186,7 @@ class Batch:
             lease = self._start(request, usable)
             length = min(request.planned - request.scheduled, budget)
             if not self._grow(lease, request.scheduled + length):
-                self._retract(request)
+                self.retract(request)
                 return
             rows.append(self._row(request, lease, length))
             budget -= length

@@ -31,7 +31,7 @@ def page_digest(prefix: bytes, tokens: bytes) -> bytes:
 
 def page_ledger_bytes(num_pages: int, page_size: int) -> int:
     """Size of the arena that a `PageLedger` needs."""
-    return num_pages * (DIGEST_BYTES + 4 + 4 + 4 * page_size)
+    return 8 + num_pages * (DIGEST_BYTES + 4 + 4 + 4 * page_size)
 
 
 class PageLedger:
@@ -42,6 +42,7 @@ class PageLedger:
         count: i32[num_pages], how many of them are valid; 0 for a page that holds nothing.
         prefix: u8[num_pages, 16], digest of everything before the page.
         first: i32[num_pages], 1 for the first page of a sequence, whose prefix is a root digest.
+        epoch: i64[1], see `Attached.kv_epoch`.
     """
 
     def __init__(self, arena: Arena, num_pages: int, page_size: int) -> None:
@@ -50,8 +51,9 @@ class PageLedger:
         if arena.size < needed:
             raise ValueError(f"the page ledger needs {needed} bytes and its arena has {arena.size}")
         raw = np.frombuffer(arena.buffer, dtype=np.uint8, count=needed)
-        ends = np.cumsum([4 * page_size * num_pages, 4 * num_pages, 4 * num_pages])
-        tokens, count, first, prefix = np.split(raw, ends)
+        ends = np.cumsum([8, 4 * page_size * num_pages, 4 * num_pages, 4 * num_pages])
+        epoch, tokens, count, first, prefix = np.split(raw, ends)
+        self.epoch: NDArray[np.int64] = epoch.view(np.int64)
         self.tokens: NDArray[np.int32] = tokens.view(np.int32).reshape(num_pages, page_size)
         self.count: NDArray[np.int32] = count.view(np.int32)
         self.first: NDArray[np.int32] = first.view(np.int32)
@@ -60,6 +62,14 @@ class PageLedger:
     def clear(self, pages: list[int]) -> None:
         """Forgets what pages hold. Called before they are given to a request."""
         self.count[pages] = 0
+
+    def match_epoch(self, epoch: int) -> bool:
+        """Forgets everything when the KV memory is another one than the ledger speaks of; whether it was the same."""
+        if self.epoch[0] == epoch:
+            return True
+        self.count[:] = 0
+        self.epoch[0] = epoch
+        return False
 
     def write(self, page: int, offset: int, tokens: NDArray[np.int32], prefix: bytes, first: bool) -> None:
         """Records tokens at `offset` of a page. The count comes last: a kill in between loses the entry, no more."""

@@ -122,3 +122,5 @@ class Request:
         self.node = None
         self.computed = 0
         self.scheduled = 0
+        if not self.output_len:
+            self.prompt_logprobs = []

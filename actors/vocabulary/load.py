@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from actors.checkpoint import CheckpointError
@@ -16,6 +17,16 @@ def load_vocabulary(path: Path) -> Vocabulary:
     Raises:
         CheckpointError: it is missing, damaged, or of a kind that is not supported.
     """
+    try:
+        status = path.stat()
+    except OSError:
+        status = None
+    return _load(path, status and (status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, version: tuple[int, int, int] | None) -> Vocabulary:
+    """Kept in the process, so that processes forked from one that has loaded it start with it."""
     if path.is_dir():
         return vocabulary_from_directory(path)
     if path.is_file():

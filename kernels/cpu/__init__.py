@@ -3,7 +3,7 @@
 `build()` builds them ahead of time. A missing or failing compiler leaves everything to plain torch, after one warning.
 """
 
-from kernels.cpu.build import INSTRUCTION_SETS, BuildError, build, instruction_sets
-from kernels.cpu.library import choice, library
+from kernels.cpu.compile import INSTRUCTION_SETS, BuildError, build, instruction_sets
+from kernels.cpu.load import choice, library
 
 __all__ = ["INSTRUCTION_SETS", "BuildError", "build", "choice", "instruction_sets", "library"]

@@ -32,6 +32,7 @@ struct Call {
     int64_t rows, tokens, query_heads, kv_heads, dim, rotated, page_size, pages;
     int64_t window;  // 0: all keys
     int64_t threads;
+    int64_t narrow, narrow_cache;  // whether activations and the cache are bfloat16, not float32
     float scale;
 };
 
@@ -64,8 +65,8 @@ Scratch& scratch(int which) {
 template <class KV>
 class Attention {
   public:
-    Attention(const Call& call, bool narrow)
-        : c(call), narrow(narrow), group(int(call.query_heads / call.kv_heads)), width(int(padded(call.dim))),
+    explicit Attention(const Call& call)
+        : c(call), group(int(call.query_heads / call.kv_heads)), width(int(padded(call.dim))),
           most_rows(std::max(UNIT_ROWS, group)) {}
 
     int run() {
@@ -78,7 +79,8 @@ class Attention {
         partials.mixed = partials.total + partial_states;
 
         parallel((c.tokens + 7) / 8, threads, [&](int64_t i, int) {
-            for (int64_t t = i * 8; t < std::min(i * 8 + 8, c.tokens); ++t) narrow ? prepare<bf16>(t) : prepare<float>(t);
+            for (int64_t token = i * 8; token < std::min(i * 8 + 8, c.tokens); ++token)
+                c.narrow ? prepare<bf16>(token) : prepare<float>(token);
         });
         parallel(units.size(), threads, [&](int64_t i, int thread) { work(units[i], memory + own * thread); });
         parallel(splits.size(), threads, [&](int64_t i, int) { merge(splits[i]); });
@@ -87,7 +89,6 @@ class Attention {
 
   private:
     const Call& c;
-    const bool narrow;  // activations are bfloat16
     const int group, width, most_rows;
     int threads = 1;
     std::vector<Unit> units, splits;
@@ -98,7 +99,8 @@ class Attention {
 
     int first_key(int64_t position) const { return c.window ? int(std::max<int64_t>(0, position - c.window + 1)) : 0; }
 
-    // Calls f(index, line) with the cached keys of positions start .. end - 1, one key head's; values lie value_stride on.
+    // Calls f(index, line) with the cached keys of positions start .. end - 1, one key head's; values lie
+    // value_stride on.
     template <class F>
     void for_lines(int row, int head, int64_t start, int64_t end, F f) {
         const int32_t* table = c.page_table + c.row_slots[row] * c.table_stride;
@@ -142,13 +144,14 @@ class Attention {
         int row = int(std::upper_bound(c.row_offsets, c.row_offsets + c.rows + 1, token) - c.row_offsets) - 1;
         int64_t position = c.row_starts[row] + token - c.row_offsets[row];
         const float *cos = c.cos + position * (c.rotated / 2), *sin = c.sin + position * (c.rotated / 2);
+        const Act *q = (const Act*)c.q + token * c.q_stride, *k = (const Act*)c.k + token * c.k_stride;
+        const Act* v = (const Act*)c.v + token * c.v_stride;
         for (int h = 0; h < c.query_heads; ++h)
-            rotate((const Act*)c.q + token * c.q_stride + h * c.dim, queries + (token * c.query_heads + h) * width, cos, sin,
-                   c.scale);
+            rotate(q + h * c.dim, queries + (token * c.query_heads + h) * width, cos, sin, c.scale);
         for_lines(row, 0, position, position + 1, [&](int, KV* line) {
             for (int h = 0; h < c.kv_heads; ++h, line += c.dim) {
-                rotate((const Act*)c.k + token * c.k_stride + h * c.dim, line, cos, sin, 1.0f);
-                copy((const Act*)c.v + token * c.v_stride + h * c.dim, line + c.value_stride, int(c.dim), 1.0f);
+                rotate(k + h * c.dim, line, cos, sin, 1.0f);
+                copy(v + h * c.dim, line + c.value_stride, int(c.dim), 1.0f);
             }
         });
     }
@@ -202,6 +205,12 @@ class Attention {
         return {partials.peak + index, partials.total + index, partials.mixed + index * width};
     }
 
+    // Where a query of a unit lies among all queries and heads of the step.
+    int64_t query_index(const Unit& unit, int row) const {
+        int64_t token = c.row_offsets[unit.row] + unit.first + row / group;
+        return token * c.query_heads + unit.head * group + row % group;
+    }
+
     void work(const Unit& unit, float* memory) {
         int rows = unit.count * group;
         float *keys = memory, *values = keys + width * BLOCK, *weights = values + width * BLOCK;
@@ -219,9 +228,16 @@ class Attention {
             }
             int start = block * BLOCK, count = std::min(BLOCK, first_position + unit.count - start);
             const KV* lines[BLOCK];
-            for_lines(unit.row, unit.head, start, start + count, [&](int i, KV* line) { lines[i] = line; });
+            for_lines(unit.row, unit.head, start, start + count, [&](int i, KV* line) {
+                lines[i] = line;
+                prefetch(line + c.value_stride);
+            });
             transpose_keys(lines, count, keys);
             for (int i = 0; i < count; ++i) lines[i] += c.value_stride;
+            if (block + 1 < unit.end_block) {
+                int64_t end = std::min(start + 2 * BLOCK, first_position + unit.count);
+                for_lines(unit.row, unit.head, start + BLOCK, end, [&](int, KV* line) { prefetch(line); });
+            }
             if (unpack) unpack_values(lines, count, values);
             // Queries before the block see none of it.
             int unseen = std::max(0, start - first_position) * group;
@@ -239,23 +255,27 @@ class Attention {
         if (unit.partial < 0) finish(unit, state);
     }
 
-    // keys[d][j] = lines[j][d], zero from `count` on.
+    void prefetch(const KV* line) const {
+        for (int64_t at = 0; at < c.dim; at += 64 / sizeof(KV)) __builtin_prefetch(line + at);
+    }
+
+    // keys[d][j] = lines[j][d]. From `count` on it does not matter what is there, for such scores are masked, but
+    // what lay in the memory before might be denormal, and slow.
     void transpose_keys(const KV* const* lines, int count, float* keys) {
-        static const KV nothing[LANES] = {};
-        for (int j = 0; j < BLOCK; j += LANES) {
-            for (int d = 0; d < c.dim; d += LANES) {
-                if (j + LANES <= count && d + LANES <= c.dim) {
-                    transpose16(lines + j, d, keys + d * BLOCK + j, BLOCK);
-                    continue;
-                }
-                KV copies[LANES][LANES] = {};
-                const KV* rows[LANES];
-                for (int i = 0; i < LANES; ++i) {
-                    rows[i] = j + i < count ? copies[i] : nothing;
-                    if (j + i < count) std::memcpy(copies[i], lines[j + i] + d, std::min<int>(LANES, c.dim - d) * sizeof(KV));
-                }
-                transpose16(rows, 0, keys + d * BLOCK + j, BLOCK);
+        for (int j = int(padded(count)); j < BLOCK; j += LANES)
+            for (int d = 0; d < c.dim; ++d) store(keys + d * BLOCK + j, zeros());
+        for (int j = 0; j < count; j += LANES) {
+            const KV* rows[LANES];
+            for (int i = 0; i < LANES; ++i) rows[i] = lines[std::min(j + i, count - 1)];
+            int d = 0;
+            for (; d + LANES <= c.dim; d += LANES) transpose16(rows, d, keys + d * BLOCK + j, BLOCK);
+            if (d == c.dim) continue;
+            KV ends[LANES][LANES] = {};
+            for (int i = 0; i < LANES; ++i) {
+                std::memcpy(ends[i], rows[i] + d, (c.dim - d) * sizeof(KV));
+                rows[i] = ends[i];
             }
+            transpose16(rows, 0, keys + d * BLOCK + j, BLOCK);
         }
     }
 
@@ -265,16 +285,14 @@ class Attention {
                 store(values + j * width + d, load_part(lines[j] + d, std::min<int>(LANES, c.dim - d)));
     }
 
-    // Scores of ROWS queries against a block, then weights e**(score - block's peak); merges peaks and totals into the state, and
-    // returns the factors that the state's and the block's mixed values are to be merged with.
+    // Scores of ROWS queries against a block, then weights e**(score - block's peak); merges peaks and totals into
+    // the state, and returns the factors that the state's and the block's mixed values are to be merged with.
     template <int ROWS>
     void score(const Unit& unit, int row, int start, const float* keys, float* weights, State state, float* old_scale,
                float* new_scale) {
         constexpr int VECTORS = TILE_VECTORS<ROWS>;
         const float* q[ROWS];
-        int64_t token = c.row_offsets[unit.row] + unit.first;
-        for (int r = 0; r < ROWS; ++r)
-            q[r] = queries + ((token + (row + r) / group) * c.query_heads + unit.head * group + (row + r) % group) * width;
+        for (int r = 0; r < ROWS; ++r) q[r] = queries + query_index(unit, row + r) * width;
         for (int j = 0; j < BLOCK; j += VECTORS * LANES) {
             V16 sums[ROWS][VECTORS];
             product<ROWS, VECTORS>(q, [&](int d) { return keys + d * BLOCK + j; }, int(c.dim), sums);
@@ -311,16 +329,19 @@ class Attention {
 
     // Merges the weighted values of a block into `mixed`.
     template <int ROWS, class Values>
-    void mix(const float* weights, Values values, int count, const float* old_scale, const float* new_scale, float* mixed) {
+    void mix(const float* weights, Values values, int count, const float* old_scale, const float* new_scale,
+             float* mixed) {
         constexpr int MOST = TILE_VECTORS<ROWS>;
         int d = 0;
-        for (; d + MOST * LANES <= width; d += MOST * LANES) mix_strip<ROWS, MOST>(weights, values, d, count, old_scale, new_scale, mixed);
+        for (; d + MOST * LANES <= width; d += MOST * LANES)
+            mix_strip<ROWS, MOST>(weights, values, d, count, old_scale, new_scale, mixed);
         if constexpr (MOST > 1)
-            for (; d < width; d += LANES) mix_strip<ROWS, 1>(weights, values, d, count, old_scale, new_scale, mixed);
+            for (; d < width; d += LANES)
+                mix_strip<ROWS, 1>(weights, values, d, count, old_scale, new_scale, mixed);
     }
     template <int ROWS, int VECTORS, class Values>
-    INLINE void mix_strip(const float* weights, Values values, int d, int count, const float* old_scale, const float* new_scale,
-                          float* mixed) {
+    INLINE void mix_strip(const float* weights, Values values, int d, int count, const float* old_scale,
+                          const float* new_scale, float* mixed) {
         const float* rows[ROWS];
         for (int r = 0; r < ROWS; ++r) rows[r] = weights + r * BLOCK;
         V16 sums[ROWS][VECTORS];
@@ -340,7 +361,8 @@ class Attention {
             State next = partial(unit.partial + int64_t(block) * rows);
             for (int r = 0; r < rows; ++r) {
                 float old_scale[LANES], new_scale[LANES];
-                merge_scales(broadcast(state.peak[r]), broadcast(next.peak[r]), state.peak + r, old_scale, new_scale, 1);
+                V16 peak = broadcast(state.peak[r]), next_peak = broadcast(next.peak[r]);
+                merge_scales(peak, next_peak, state.peak + r, old_scale, new_scale, 1);
                 state.total[r] = std::fma(state.total[r], old_scale[0], next.total[r] * new_scale[0]);
                 for (int d = 0; d < width; d += LANES) {
                     float* at = state.mixed + r * width + d;
@@ -351,12 +373,11 @@ class Attention {
         finish(unit, state);
     }
 
-    void finish(const Unit& unit, State state) { narrow ? divide<bf16>(unit, state) : divide<float>(unit, state); }
+    void finish(const Unit& unit, State state) { c.narrow ? divide<bf16>(unit, state) : divide<float>(unit, state); }
     template <class Act>
     void divide(const Unit& unit, State state) {
-        int64_t token = c.row_offsets[unit.row] + unit.first;
         for (int r = 0; r < unit.count * group; ++r) {
-            Act* out = (Act*)c.out + ((token + r / group) * c.query_heads + unit.head * group + r % group) * c.dim;
+            Act* out = (Act*)c.out + query_index(unit, r) * c.dim;
             V16 total = broadcast(state.total[r]);
             for (int d = 0; d < c.dim; d += LANES)
                 store_part(out + d, load(state.mixed + r * width + d) / total, std::min<int>(LANES, c.dim - d));
@@ -367,9 +388,8 @@ class Attention {
 }  // namespace
 
 // Returns 0, -1 without memory, or -2 if the page table names a page that does not exist.
-// kinds: 1 if activations are bfloat16, plus 2 if the cache is.
-EXPORT int attention(const Call* call, int kinds) try {
-    return kinds & 2 ? Attention<bf16>(*call, kinds & 1).run() : Attention<float>(*call, kinds & 1).run();
+EXPORT int attention(const Call* call) try {
+    return call->narrow_cache ? Attention<bf16>(*call).run() : Attention<float>(*call).run();
 } catch (const std::bad_alloc&) {
     return -1;
 }

@@ -57,34 +57,46 @@ void silu_and_mul(const T* gate, const T* up, T* out, int64_t width) {
     }
 }
 
+struct NormCall {
+    const void* x;
+    void* residual;  // or null
+    const void* weight;
+    void* out;
+    int64_t rows, width, threads, narrow;  // narrow: everything is bfloat16
+    float eps;
+};
+
+struct SiluCall {
+    const void* gate_up;  // [rows, 2 width]
+    void* out;            // [rows, width]
+    int64_t rows, width, threads, narrow;
+};
+
 template <class T>
-void rms_norm_rows(const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width, float eps,
-                   int64_t threads) {
-    for_rows(rows, width, threads, [&](int64_t row) {
-        rms_norm((const T*)x + row * width, residual ? (T*)residual + row * width : nullptr, (const T*)weight,
-                 (T*)out + row * width, width, eps);
+void norm_rows(const NormCall& c) {
+    for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
+        int64_t at = row * c.width;
+        T* residual = c.residual ? (T*)c.residual + at : nullptr;
+        rms_norm((const T*)c.x + at, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
     });
 }
 
 template <class T>
-void silu_and_mul_rows(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads) {
-    for_rows(rows, width, threads, [&](int64_t row) {
-        const T* gate = (const T*)gate_up + row * 2 * width;
-        silu_and_mul(gate, gate + width, (T*)out + row * width, width);
+void silu_rows(const SiluCall& c) {
+    for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
+        const T* gate = (const T*)c.gate_up + row * 2 * c.width;
+        silu_and_mul(gate, gate + c.width, (T*)c.out + row * c.width, c.width);
     });
 }
 
 }  // namespace
 
-// kind: 1 if everything is bfloat16, 0 if float32. residual may be null.
-EXPORT void rms_norm(const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t width, float eps,
-                         int64_t threads, int kind) {
-    kind ? rms_norm_rows<bf16>(x, residual, weight, out, rows, width, eps, threads)
-         : rms_norm_rows<float>(x, residual, weight, out, rows, width, eps, threads);
+EXPORT int rms_norm(const NormCall* call) {
+    call->narrow ? norm_rows<bf16>(*call) : norm_rows<float>(*call);
+    return 0;
 }
 
-// gate_up: [rows, 2 width]; out: [rows, width].
-EXPORT void silu_and_mul(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t threads, int kind) {
-    kind ? silu_and_mul_rows<bf16>(gate_up, out, rows, width, threads)
-         : silu_and_mul_rows<float>(gate_up, out, rows, width, threads);
+EXPORT int silu_and_mul(const SiluCall* call) {
+    call->narrow ? silu_rows<bf16>(*call) : silu_rows<float>(*call);
+    return 0;
 }

@@ -1,27 +1,43 @@
 // Linear layers whose rows do not depend on each other, to the bit.
 //
 // An output is summed over the input features in blocks of 128: in order within a block, then block after block, in
-// float32. Tiles, chunks of rows and threads only decide who computes an output, never how.
+// float32; with AMX in the order of its instruction, 32 features at a time. Tiles, chunks of rows and threads only
+// decide who computes an output, never how.
 
 #include <algorithm>
 
 #include "product.h"
 #include "threads.h"
 
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 constexpr int PANEL = 64;  // output features of a packed panel
 constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
-constexpr int UNPACK_FROM = 13;  // rows from which on a bfloat16 panel is widened first
+constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
 
 struct Call {
     const void *x, *weight, *bias;
     void* out;
     int64_t x_stride;  // elements from row to row
     int64_t rows, inputs, outputs;
-    int64_t packed;  // whether the weight is panels [ceil(outputs / 64), inputs, 64] or rows [outputs, inputs]
+    int64_t packed;  // whether the weight is in panels (see pack_weight in reference.py), not rows [outputs, inputs]
     int64_t threads;
+    int64_t narrow;  // everything is bfloat16
+
+    int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
+    int panel_outputs(int64_t panel) const { return int(std::min<int64_t>(PANEL, outputs - panel * PANEL)); }
+    // Rows are shared out where there are many; a panel of rows that must be transposed first serves all of them.
+    int64_t chunk_rows(int64_t most, int64_t multiple) const {
+        int64_t chunks = packed ? std::max<int64_t>(1, (rows + most - 1) / most) : 1;
+        int64_t each = (rows + chunks - 1) / chunks;
+        return std::max<int64_t>(1, (each + multiple - 1) / multiple) * multiple;
+    }
 };
 
 Scratch& scratch(int which) {
@@ -54,16 +70,16 @@ void transpose_panel(const T* weight, int64_t stride, int count, int depth, floa
     }
 }
 
-// sums[row][0 .. 63] (+)= x[row][0 .. depth - 1] times a panel's block, for all rows.
-template <class T>
-void add_block(const float* x, int64_t x_stride, int rows, const T* panel, int depth, bool first, float* sums) {
+// sums[row][0 .. 63] (+)= x[row][0 .. depth - 1] times a panel's block, for all rows. line(k): the block's k-th line.
+template <class Line>
+void add_block(const float* x, int64_t x_stride, int rows, Line line, int depth, bool first, float* sums) {
     for_tiles(rows, [&]<int ROWS>(int row) {
         constexpr int VECTORS = TILE_VECTORS<ROWS>;
         const float* a[ROWS];
         for (int r = 0; r < ROWS; ++r) a[r] = x + (row + r) * x_stride;
         for (int n = 0; n < PANEL; n += VECTORS * LANES) {
             V16 block[ROWS][VECTORS];
-            product<ROWS, VECTORS>(a, [&](int k) { return panel + k * PANEL + n; }, depth, block);
+            product<ROWS, VECTORS>(a, [&](int k) { return line(k) + n; }, depth, block);
             for (int r = 0; r < ROWS; ++r)
                 for (int i = 0; i < VECTORS; ++i) {
                     float* at = sums + (row + r) * PANEL + n + i * LANES;
@@ -74,67 +90,241 @@ void add_block(const float* x, int64_t x_stride, int rows, const T* panel, int d
 }
 
 template <class T>
-int linear(const Call& c) {
-    int64_t panels = (c.outputs + PANEL - 1) / PANEL;
-    int64_t chunks = (c.rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
-    if (!c.packed) chunks = 1;  // a panel is transposed once
-    int64_t chunk_rows = chunks ? (c.rows + chunks - 1) / chunks : 0;
-    chunk_rows = (chunk_rows + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+void add_packed_block(const Call& c, int64_t panel, int64_t k, int depth, const float* x, int64_t x_stride, int rows,
+                      float* block, float* sums) {
+    auto wide = [&](int i) { return block + i * PANEL; };
+    const T* packed = (const T*)c.weight + (panel * c.inputs + k) * PANEL;
+    if (sizeof(T) == 4 || c.inputs % 2) {
+        add_block(x, x_stride, rows, [&](int i) { return packed + i * PANEL; }, depth, k == 0, sums);
+    } else if constexpr (sizeof(T) == 2) {
+        auto line = [&](int i) { return PairedLine{packed + i / 2 * 2 * PANEL, i % 2}; };
+        if (rows < WIDEN_FROM) {
+            add_block(x, x_stride, rows, line, depth, k == 0, sums);
+            return;
+        }
+        for (int i = 0; i < depth; ++i)
+            for (int n = 0; n < PANEL; n += LANES) store(wide(i) + n, load(line(i) + n));
+        add_block(x, x_stride, rows, wide, depth, k == 0, sums);
+    }
+}
 
+template <class T>
+void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
+    int count = c.panel_outputs(panel);
+    for (int n = 0; n < count; n += LANES) {
+        int64_t output = panel * PANEL + n;
+        int part = std::min(LANES, count - n);
+        V16 bias = c.bias ? load_part((const T*)c.bias + output, part) : zeros();
+        store_part((T*)c.out + row * c.outputs + output, load(sums + n) + bias, part);
+    }
+}
+
+template <class T>
+void linear(const Call& c) {
     const float* x = (const float*)c.x;
     int64_t x_stride = c.x_stride;
-    float* wide = nullptr;
     if constexpr (sizeof(T) == 2) {
-        wide = scratch(0).take<float>(c.rows * padded(c.inputs));
-        x = wide;
         x_stride = padded(c.inputs);
-    }
-    size_t own = padded(DEPTH * PANEL + chunk_rows * PANEL);
-    float* memory = scratch(1).take<float>(own * c.threads);
-    if constexpr (sizeof(T) == 2)
+        float* wide = scratch(0).take<float>(c.rows * x_stride);
+        x = wide;
         parallel(c.rows, int(c.threads), [&](int64_t row, int) {
             for (int64_t k = 0; k < c.inputs; k += LANES)
                 store(wide + row * x_stride + k,
                       load_part((const T*)c.x + row * c.x_stride + k, int(std::min<int64_t>(LANES, c.inputs - k))));
         });
-    parallel(panels * chunks, int(c.threads), [&](int64_t unit, int thread) {
+    }
+    int64_t chunk_rows = c.chunk_rows(CHUNK_ROWS, TILE_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
+    size_t own = DEPTH * PANEL + chunk_rows * PANEL;
+    float* memory = scratch(1).take<float>(own * c.threads);
+    parallel(c.panels() * chunks, int(c.threads), [&](int64_t unit, int thread) {
         float *block = memory + own * thread, *sums = block + DEPTH * PANEL;
         int64_t panel = unit / chunks, first_row = unit % chunks * chunk_rows;
-        int rows = int(std::min(chunk_rows, c.rows - first_row));
-        if (rows <= 0) return;
-        int count = int(std::min<int64_t>(PANEL, c.outputs - panel * PANEL));
+        int rows = int(std::min(chunk_rows, c.rows - first_row)), count = c.panel_outputs(panel);
         for (int64_t k = 0; k < c.inputs; k += DEPTH) {
             int depth = int(std::min<int64_t>(DEPTH, c.inputs - k));
             const float* a = x + first_row * x_stride + k;
-            if (!c.packed) {
-                transpose_panel((const T*)c.weight + panel * PANEL * c.inputs + k, c.inputs, count, depth, block);
-                add_block(a, x_stride, rows, block, depth, k == 0, sums);
-                continue;
-            }
-            const T* packed = (const T*)c.weight + (panel * c.inputs + k) * PANEL;
-            if (sizeof(T) == 2 && rows >= UNPACK_FROM) {
-                for (int i = 0; i < depth * PANEL; i += LANES) store(block + i, load(packed + i));
-                add_block(a, x_stride, rows, block, depth, k == 0, sums);
+            if (c.packed) {
+                add_packed_block<T>(c, panel, k, depth, a, x_stride, rows, block, sums);
             } else {
-                add_block(a, x_stride, rows, packed, depth, k == 0, sums);
+                transpose_panel((const T*)c.weight + panel * PANEL * c.inputs + k, c.inputs, count, depth, block);
+                add_block(a, x_stride, rows, [&](int i) { return block + i * PANEL; }, depth, k == 0, sums);
             }
         }
-        for (int n = 0; n < count; n += LANES) {
-            int part = std::min(LANES, count - n);
-            V16 bias = c.bias ? load_part((const T*)c.bias + panel * PANEL + n, part) : zeros();
-            for (int row = 0; row < rows; ++row)
-                store_part((T*)c.out + (first_row + row) * c.outputs + panel * PANEL + n, load(sums + row * PANEL + n) + bias,
-                           part);
+        for (int row = 0; row < rows; ++row) finish_row<T>(c, first_row + row, panel, sums + row * PANEL);
+    });
+}
+
+#ifdef __AMX_BF16__
+
+constexpr int AMX_ROWS = 16;     // rows of a tile of x and of sums
+constexpr int AMX_DEPTH = 32;    // input features of a tile
+constexpr int AMX_CHUNK_ROWS = 128;
+constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a panel
+
+// The kernel grants a process the tile registers when asked.
+bool amx_granted() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted;
+}
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
+class Tiles {
+  public:
+    Tiles() {
+        _tile_storeconfig(&before_);
+        TileConfig config;
+        config.palette = 1;
+        std::fill_n(config.row_bytes, 8, 64);
+        std::fill_n(config.rows, 8, AMX_ROWS);
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() {
+        if (before_.palette) _tile_loadconfig(&before_);
+        else _tile_release();
+    }
+
+  private:
+    TileConfig before_;
+};
+
+// sums[16][64] = 16 rows of x times a panel.
+void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += AMX_DEPTH) {
+        const bf16* b = k + AMX_DEPTH <= depth ? panel + k * PANEL : end;
+        _tile_loadd(4, x + k, x_stride * sizeof(bf16));
+        _tile_loadd(5, b, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b + 2 * LANES, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, b + 4 * LANES, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, b + 6 * LANES, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, sums, PANEL * sizeof(float));
+    _tile_stored(1, sums + LANES, PANEL * sizeof(float));
+    _tile_stored(2, sums + 2 * LANES, PANEL * sizeof(float));
+    _tile_stored(3, sums + 3 * LANES, PANEL * sizeof(float));
+}
+
+// The same for 32 rows and 32 of the panel's outputs: half the loads for each product.
+void amx_square(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < depth; k += AMX_DEPTH) {
+        const bf16* b = k + AMX_DEPTH <= depth ? panel + k * PANEL : end;
+        _tile_loadd(4, x + k, x_stride * sizeof(bf16));
+        _tile_loadd(6, b, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + 2 * LANES, PAIR_LINE * sizeof(bf16));
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, x + AMX_ROWS * x_stride + k, x_stride * sizeof(bf16));
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, PANEL * sizeof(float));
+    _tile_stored(1, sums + LANES, PANEL * sizeof(float));
+    _tile_stored(2, sums + AMX_ROWS * PANEL, PANEL * sizeof(float));
+    _tile_stored(3, sums + AMX_ROWS * PANEL + LANES, PANEL * sizeof(float));
+}
+
+// Pairs of input features of `count` output features, from rows of a weight; zero beyond.
+void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf16* panel) {
+    for (int64_t k = 0; k < depth; k += AMX_DEPTH) {
+        int part = int(std::min<int64_t>(AMX_DEPTH, depth - k));
+        for (int n = 0; n < PANEL; n += LANES) {
+            const bf16* rows[LANES];
+            bf16 copies[LANES][AMX_DEPTH];
+            if (part == AMX_DEPTH && n + LANES <= count) {
+                for (int i = 0; i < LANES; ++i) rows[i] = weight + (n + i) * stride + k;
+            } else {
+                std::memset(copies, 0, sizeof(copies));
+                for (int i = 0; i < LANES; ++i) {
+                    if (n + i < count) std::memcpy(copies[i], weight + (n + i) * stride + k, part * sizeof(bf16));
+                    rows[i] = copies[i];
+                }
+            }
+            // A pair is moved as one float would be.
+            transpose16((const float* const*)rows, 0, (float*)(panel + k * PANEL) + n, PANEL);
+        }
+    }
+}
+
+void linear_amx(const Call& c) {
+    // Rows are copied beside each other with zeros up to whole tiles; 64 bytes more keep them off the same cache sets.
+    int64_t depth = (c.inputs + AMX_DEPTH - 1) / AMX_DEPTH * AMX_DEPTH, stride = depth + AMX_DEPTH;
+    int64_t tile_rows = (c.rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS;
+    bf16* x = scratch(0).take<bf16>(tile_rows * stride);
+    parallel(tile_rows, c.rows * c.inputs < (1 << 15) ? 1 : int(c.threads), [&](int64_t row, int) {
+        bf16* to = x + row * stride;
+        int64_t used = row < c.rows ? c.inputs : 0;
+        std::memcpy(to, (const bf16*)c.x + row * c.x_stride, used * sizeof(bf16));
+        std::memset(to + used, 0, (depth - used) * sizeof(bf16));
+    });
+    int64_t chunk_rows = c.chunk_rows(AMX_CHUNK_ROWS, 2 * AMX_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
+    size_t panel_size = (c.packed ? AMX_DEPTH : depth) * PANEL;
+    size_t own = panel_size * sizeof(bf16) + 2 * AMX_ROWS * PANEL * sizeof(float);
+    char* memory = scratch(1).take<char>(own * c.threads);
+    parallel(c.panels() * chunks, int(c.threads), [&](int64_t unit, int thread) {
+        bf16* space = (bf16*)(memory + own * thread);
+        float* sums = (float*)(space + panel_size);
+        int64_t panel = unit / chunks, first_row = unit % chunks * chunk_rows;
+        int count = c.panel_outputs(panel);
+        const bf16 *b, *end = space;
+        if (c.packed) {
+            b = (const bf16*)c.weight + panel * c.inputs * PANEL;
+            int64_t whole = c.inputs / AMX_DEPTH * AMX_DEPTH, left = c.inputs - whole;
+            std::memcpy(space, b + whole * PANEL, left * PANEL * sizeof(bf16));
+            std::memset(space + left * PANEL, 0, (AMX_DEPTH - left) * PANEL * sizeof(bf16));
+        } else {
+            b = space;
+            pack_pairs((const bf16*)c.weight + panel * PANEL * c.inputs, c.inputs, count, c.inputs, space);
+            end = space + (depth - AMX_DEPTH) * PANEL;
+        }
+        Tiles tiles;
+        int64_t last_row = std::min(first_row + chunk_rows, c.rows);
+        for (int64_t row = first_row; row < last_row; row += 2 * AMX_ROWS) {
+            int rows = int(std::min<int64_t>(2 * AMX_ROWS, last_row - row));
+            const bf16* a = x + row * stride;
+            if (rows <= AMX_ROWS) {
+                amx_rows(a, stride, b, c.inputs, end, sums);
+            } else {
+                amx_square(a, stride, b, c.inputs, end, sums);
+                amx_square(a, stride, b + PANEL, c.inputs, end + PANEL, sums + 2 * LANES);
+            }
+            for (int i = 0; i < rows; ++i) finish_row<bf16>(c, row + i, panel, sums + i * PANEL);
         }
     });
-    return 0;
+}
+
+#endif
+
+void linear_bf16(const Call& c) {
+#ifdef __AMX_BF16__
+    if (c.inputs % 2 == 0 && amx_granted()) return linear_amx(c);
+#endif
+    linear<bf16>(c);
 }
 
 }  // namespace
 
-// Returns 0, or -1 without memory. kind: 1 if everything is bfloat16, 0 if float32.
-EXPORT int linear(const Call* call, int kind) try {
-    return kind ? linear<bf16>(*call) : linear<float>(*call);
+// Returns 0, or -1 without memory.
+EXPORT int linear(const Call* call) try {
+    call->narrow ? linear_bf16(*call) : linear<float>(*call);
+    return 0;
 } catch (const std::bad_alloc&) {
     return -1;
 }

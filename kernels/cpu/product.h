@@ -13,7 +13,7 @@ template <int ROWS>
 constexpr int TILE_VECTORS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
 #endif
 
-// sums[r][c] = A[r][0] B[0][c] + A[r][1] B[1][c] + …, one after the other. a: row pointers; b(k): the strip's k-th row.
+// sums[r][c] = A[r][0] B[0][c] + A[r][1] B[1][c] + …, one after the other. a: row pointers; b(k): the k-th row.
 // A sum's order depends neither on ROWS nor on VECTORS.
 template <int ROWS, int VECTORS, class B>
 INLINE void product(const float* const* a, B b, int depth, V16 (&sums)[ROWS][VECTORS]) {

@@ -1,12 +1,14 @@
 // Sampling, penalties and log probabilities, row by row.
 //
-// Sampling weights are integers (2**40 for the most likely token), made by correctly rounded float32 operations in the order of
-// the torch reference, so that sums have no order and both draw the same token. Tokens are needed in falling order of their
-// logits only around four places: the ends of top-k, top-p and min-p, and the token drawn. So likely tokens are collected
-// and dealt into buckets by their distance from the best, and only the buckets at those places are sorted.
+// Sampling weights are integers (2**40 for the most likely token), made by correctly rounded float32 operations in
+// the order of the torch reference, so that sums have no order and both draw the same token. Tokens are needed in
+// falling order of their logits only around four places: the ends of top-k, top-p and min-p, and the token drawn.
+// So likely tokens are collected and dealt into buckets by their distance from the best, and only the buckets at
+// those places are sorted.
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <vector>
 
 #include "simd.h"
@@ -16,8 +18,9 @@ namespace {
 
 constexpr float HIGHEST = std::numeric_limits<float>::max();
 constexpr float WEIGHT_ONE = float(int64_t(1) << 40);
-constexpr float LIKELY = -9.0f;   // tokens less likely than e**-9 of the best are rarely asked about
-constexpr float FARTHEST = -28.0f; // below, weights are 0
+// Tokens are collected up to these distances from the best, one after the other, until the token drawn is among
+// them: the first mostly decides, and beyond the last weights are 0.
+constexpr float LIMITS[] = {-5.0f, -10.0f, -28.0f};
 constexpr int BUCKETS = 1024;
 
 // Random123's philox4x32-10; the upper 53 bits of the first two words.
@@ -120,55 +123,68 @@ class Sampler {
     int draw(const float* logits, int count, const Parameters& p) {
         float best = highest(logits, count);
         if (p.temperature == 0 || best / p.temperature <= -HIGHEST) return first_of(logits, count, best);
-        int64_t all = collect(logits, count, best, p.temperature, LIKELY);
-        int token = choose(p, all);
-        if (token >= 0) return token;
-        collect(logits, count, best, p.temperature, FARTHEST);
-        return choose(p, all);
+        scale(logits, count, best, p.temperature);
+        for (float limit : LIMITS) {
+            collect(logits, count, limit);
+            int token = choose(p);
+            if (token >= 0) return token;
+        }
+        return first_of(logits, count, best);  // not reached: the last limit leaves nothing out
     }
 
   private:
     std::vector<Token> tokens_, bucket_;
+    std::vector<float> x_;  // distances of all scaled logits from the best, padded with -inf
     int counts_[BUCKETS];
     int64_t weights_[BUCKETS];
     float limit_ = 0;
 
-    // Collects the tokens with x >= limit; returns the sum of all weights.
-    int64_t collect(const float* logits, int count, float best, float temperature, float limit) {
-        V16 scale = broadcast(temperature), most = broadcast(HIGHEST), least = broadcast(-HIGHEST), bound = broadcast(limit);
-        V16 origin = min(max(broadcast(best) / scale, least), most);
-        WholeSum all;
-        tokens_.clear();
-        limit_ = limit;
+    void scale(const float* logits, int count, float best, float temperature) {
+        V16 divisor = broadcast(temperature), most = broadcast(HIGHEST), least = broadcast(-HIGHEST);
+        V16 origin = min(max(broadcast(best) / divisor, least), most);
+        x_.resize(padded(count));
         for_logits(logits, count, [&](int first, V16 logit) {
-            V16 x = min(max(logit / scale, least), most) - origin;
-            V16 weight = exp_rounded(x) * broadcast(WEIGHT_ONE);
-            all.add(weight);
-            uint32_t likely = at_least(x, bound);
-            if (!likely) return;
-            float logit_lanes[LANES], x_lanes[LANES], weight_lanes[LANES];
-            store(logit_lanes, logit);
-            store(x_lanes, x);
-            store(weight_lanes, weight);
-            for (; likely; likely &= likely - 1) {
-                int i = __builtin_ctz(likely);
-                tokens_.push_back({logit_lanes[i], x_lanes[i], first + i, int64_t(weight_lanes[i])});
-            }
+            V16 x = temperature == 1 ? logit : logit / divisor;
+            store(x_.data() + first, min(max(x, least), most) - origin);
         });
+    }
+
+    int64_t sum_of_weights() const {
+        WholeSum sum;
+        for (size_t i = 0; i < x_.size(); i += LANES) sum.add(weights(load(x_.data() + i)));
+        return sum.total();
+    }
+
+    static V16 weights(V16 x) { return exp_rounded(x) * broadcast(WEIGHT_ONE); }
+
+    // Collects the tokens with x >= limit and counts them in buckets.
+    void collect(const float* logits, int count, float limit) {
+        V16 bound = broadcast(limit);
+        limit_ = limit;
+        tokens_.clear();
         std::fill_n(counts_, BUCKETS, 0);
         std::fill_n(weights_, BUCKETS, 0);
-        for (const Token& token : tokens_) {
-            int b = bucket_of(token.x);
-            ++counts_[b];
-            weights_[b] += token.weight;
+        for (int first = 0; first < count; first += LANES) {
+            V16 x = load(x_.data() + first);
+            uint32_t likely = at_least(x, bound);
+            if (!likely) continue;
+            float weight[LANES];
+            store(weight, weights(x));
+            for (; likely; likely &= likely - 1) {
+                int i = __builtin_ctz(likely);
+                Token token{logits[first + i], x_[first + i], first + i, int64_t(weight[i])};
+                tokens_.push_back(token);
+                int b = bucket_of(token.x);
+                ++counts_[b];
+                weights_[b] += token.weight;
+            }
         }
-        return all.total();
     }
 
     int bucket_of(float x) const { return int(x * ((BUCKETS - 1) / limit_)); }
 
-    // Walks the tokens in falling order until stop(count, weight), of what came before and the next token together, is true;
-    // returns that token and the weight up to and with it, or null.
+    // Walks the tokens in falling order until stop(count, weight), of what came before and the next token together,
+    // is true; returns that token and the weight up to and with it, or null.
     template <class Stop>
     const Token* walk(Stop stop, int64_t& weight) {
         int64_t count = 0;
@@ -192,20 +208,20 @@ class Sampler {
         return nullptr;
     }
 
-    // The token drawn, or -1 if the tokens collected do not decide it. `all`: the sum of all weights.
-    int choose(const Parameters& p, int64_t all) {
-        bool complete = limit_ == FARTHEST;  // no other token has a weight
-        // Each filter keeps the tokens up to some place in falling order: the least of the three weights up to there is what
-        // all of them keep.
-        int64_t total = all, weight;
-        if (p.top_k > 0) {
-            if (walk([&](int64_t count, int64_t) { return count >= p.top_k; }, weight)) total = weight;
-            else if (!complete) return -1;
-        }
+    // The token drawn, or -1 if the tokens collected do not decide it.
+    int choose(const Parameters& p) {
+        bool complete = limit_ == LIMITS[std::size(LIMITS) - 1];  // no other token has a weight
+        // Each filter keeps the tokens up to some place in falling order: the least of the three weights up to
+        // there is what all of them keep.
+        int64_t total, weight;
+        if (p.top_k > 0 && walk([&](int64_t count, int64_t) { return count >= p.top_k; }, weight)) total = weight;
+        else if (p.top_k > 0 && !complete) return -1;
+        else total = sum_of_weights();
         int64_t kept = total;
         if (p.top_p < 1) {
             double bound = double(p.top_p) * double(total);
-            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight)) kept = std::min(kept, weight);
+            if (walk([&](int64_t, int64_t upto) { return double(upto) >= bound; }, weight))
+                kept = std::min(kept, weight);
             else if (!complete) return -1;
         }
         if (p.log_min_p > -INFINITE) {
@@ -251,68 +267,124 @@ void top(const float* logits, int count, int wanted, float* values, int32_t* ids
 
 }  // namespace
 
-EXPORT void counter_uniform(const int64_t* seeds, const int64_t* positions, double* out, int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row) out[row] = uniform(seeds[row], positions[row]);
+// All rows lie `stride` elements apart. Functions return 0, or -1 without memory, or -2 if a row or token does not
+// exist.
+
+namespace {
+
+struct Logits {
+    float* data;
+    int64_t stride, rows, vocabulary;
+
+    float* row(int64_t i) const { return data + i * stride; }
+    bool has(int64_t row, int64_t token) const { return row >= 0 && row < rows && token >= 0 && token < vocabulary; }
+};
+
+struct UniformCall {
+    const int64_t *seeds, *positions;
+    double* out;
+    int64_t count;
+};
+
+struct SampleCall {
+    Logits logits;
+    const float *temperature, *top_p, *log_min_p;
+    const int32_t* top_k;
+    const int64_t *seeds, *positions;
+    int32_t* tokens;
+    int64_t threads;
+};
+
+struct ArgmaxCall {
+    Logits logits;
+    int32_t* tokens;
+    int64_t threads;
+};
+
+struct LogprobsCall {
+    Logits logits;
+    const int32_t* tokens;
+    float *chosen, *values;  // [rows], [rows, top_n]
+    int32_t* ids;            // [rows, top_n]
+    int64_t top_n, threads;
+};
+
+struct PenaltiesCall {
+    Logits logits;
+    const int32_t *rows, *tokens, *counts;
+    int64_t entries;
+    const float *repetition, *frequency, *presence;
+};
+
+struct BiasCall {
+    Logits logits;
+    const int32_t *rows, *tokens;
+    const float* values;
+    int64_t entries;
+};
+
+}  // namespace
+
+EXPORT int counter_uniform(const UniformCall* c) {
+    for (int64_t i = 0; i < c->count; ++i) c->out[i] = uniform(c->seeds[i], c->positions[i]);
+    return 0;
 }
 
-// logits: [rows, vocabulary], `stride` elements from row to row.
-EXPORT void sample(const float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const float* temperature,
-                       const int32_t* top_k, const float* top_p, const float* log_min_p, const int64_t* seeds,
-                       const int64_t* positions, int32_t* tokens, int64_t threads) {
-    parallel(rows, int(threads), [&](int64_t row, int) {
+EXPORT int sample(const SampleCall* c) try {
+    parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
         thread_local Sampler sampler;
-        double u = uniform(seeds[row], positions[row]);
-        tokens[row] = sampler.draw(logits + row * stride, int(vocabulary),
-                                   {temperature[row], top_p[row], log_min_p[row], top_k[row], u});
+        double u = uniform(c->seeds[row], c->positions[row]);
+        Parameters p{c->temperature[row], c->top_p[row], c->log_min_p[row], c->top_k[row], u};
+        c->tokens[row] = sampler.draw(c->logits.row(row), int(c->logits.vocabulary), p);
     });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
 }
 
-EXPORT void argmax(const float* logits, int64_t stride, int64_t rows, int64_t vocabulary, int32_t* tokens, int64_t threads) {
-    parallel(rows, int(threads), [&](int64_t row, int) {
-        const float* line = logits + row * stride;
-        tokens[row] = first_of(line, int(vocabulary), highest(line, int(vocabulary)));
-    });
-}
-
-// values, ids: [rows, top_n]. Returns 0, or -2 if a token is not in the vocabulary.
-EXPORT int logprobs(const float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int32_t* tokens, int64_t top_n,
-                        float* chosen, float* values, int32_t* ids, int64_t threads) {
-    for (int64_t row = 0; row < rows; ++row)
-        if (tokens[row] < 0 || tokens[row] >= vocabulary) return -2;
-    parallel(rows, int(threads), [&](int64_t row, int) {
-        const float* line = logits + row * stride;
-        float most = highest(line, int(vocabulary));
-        V16 total = zeros(), shift = broadcast(most);
-        for_logits(line, int(vocabulary), [&](int, V16 a) { total = total + exp(a - shift); });
-        float log_total = std::log(sum(total)), logit = line[tokens[row]];
-        chosen[row] = ((logit == logit ? logit : -INFINITE) - most) - log_total;
-        top(line, int(vocabulary), int(top_n), values + row * top_n, ids + row * top_n);
-        for (int64_t i = row * top_n; i < (row + 1) * top_n; ++i) values[i] = (values[i] - most) - log_total;
+EXPORT int argmax(const ArgmaxCall* c) {
+    int count = int(c->logits.vocabulary);
+    parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
+        const float* logits = c->logits.row(row);
+        c->tokens[row] = first_of(logits, count, highest(logits, count));
     });
     return 0;
 }
 
-// Returns 0, or -2 if an entry is outside of logits.
-EXPORT int apply_penalties(float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int32_t* entry_rows,
-                               const int32_t* entry_tokens, const int32_t* counts, int64_t entries, const float* repetition,
-                               const float* frequency, const float* presence) {
-    for (int64_t i = 0; i < entries; ++i) {
-        int64_t row = entry_rows[i], token = entry_tokens[i];
-        if (row < 0 || row >= rows || token < 0 || token >= vocabulary) return -2;
-        float& logit = logits[row * stride + token];
-        float value = logit > 0 ? logit / repetition[row] : logit * repetition[row];
-        value = value - float(counts[i]) * frequency[row];
-        logit = value - (counts[i] > 0 ? presence[row] : 0.0f);
+EXPORT int logprobs(const LogprobsCall* c) {
+    int count = int(c->logits.vocabulary);
+    for (int64_t row = 0; row < c->logits.rows; ++row)
+        if (!c->logits.has(row, c->tokens[row])) return -2;
+    parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
+        const float* logits = c->logits.row(row);
+        float best = highest(logits, count);
+        V16 total = zeros(), shift = broadcast(best);
+        for_logits(logits, count, [&](int, V16 a) { total = total + exp(a - shift); });
+        float log_total = std::log(sum(total)), logit = logits[c->tokens[row]];
+        c->chosen[row] = ((logit == logit ? logit : -INFINITE) - best) - log_total;
+        float* values = c->values + row * c->top_n;
+        top(logits, count, int(c->top_n), values, c->ids + row * c->top_n);
+        for (int64_t i = 0; i < c->top_n; ++i) values[i] = (values[i] - best) - log_total;
+    });
+    return 0;
+}
+
+EXPORT int apply_penalties(const PenaltiesCall* c) {
+    for (int64_t i = 0; i < c->entries; ++i) {
+        int64_t row = c->rows[i], token = c->tokens[i];
+        if (!c->logits.has(row, token)) return -2;
+        float& logit = c->logits.row(row)[token];
+        float value = logit > 0 ? logit / c->repetition[row] : logit * c->repetition[row];
+        value = value - float(c->counts[i]) * c->frequency[row];
+        logit = value - (c->counts[i] > 0 ? c->presence[row] : 0.0f);
     }
     return 0;
 }
 
-EXPORT int add_bias(float* logits, int64_t stride, int64_t rows, int64_t vocabulary, const int32_t* entry_rows,
-                        const int32_t* entry_tokens, const float* values, int64_t entries) {
-    for (int64_t i = 0; i < entries; ++i) {
-        int64_t row = entry_rows[i], token = entry_tokens[i];
-        if (row < 0 || row >= rows || token < 0 || token >= vocabulary) return -2;
-        logits[row * stride + token] += values[i];
+EXPORT int add_bias(const BiasCall* c) {
+    for (int64_t i = 0; i < c->entries; ++i) {
+        if (!c->logits.has(c->rows[i], c->tokens[i])) return -2;
+        c->logits.row(c->rows[i])[c->tokens[i]] += c->values[i];
     }
     return 0;
 }

@@ -171,6 +171,29 @@ INLINE __m256 fold_max(V16 a) { return _mm256_max_ps(a.low, a.high); }
 
 #endif
 
+// A line of a bfloat16 matrix whose lines lie in pairs, [lines / 2, columns, 2], as matrix instructions take them.
+struct PairedLine {
+    const bf16* pairs;
+    int odd;
+
+    PairedLine operator+(int columns) const { return {pairs + 2 * columns, odd}; }
+};
+
+INLINE V16 load(PairedLine line) {
+#ifdef __AVX512F__
+    __m512i pairs = _mm512_loadu_si512(line.pairs);
+    return {_mm512_castsi512_ps(line.odd ? _mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000)))
+                                         : _mm512_slli_epi32(pairs, 16))};
+#else
+    __m256i low = _mm256_loadu_si256((const __m256i*)line.pairs);
+    __m256i high = _mm256_loadu_si256((const __m256i*)(line.pairs + 16));
+    __m256i mask = _mm256_set1_epi32(int(0xffff0000));
+    low = line.odd ? _mm256_and_si256(low, mask) : _mm256_slli_epi32(low, 16);
+    high = line.odd ? _mm256_and_si256(high, mask) : _mm256_slli_epi32(high, 16);
+    return {_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)};
+#endif
+}
+
 INLINE float sum(V16 a) {
     __m256 eight = fold_add(a);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -215,7 +238,8 @@ INLINE void store_part(T* p, V16 a, int count) {
 }
 #endif
 
-// e**x to 1 ulp or so: Cody and Waite's reduction and Cephes' polynomial. 0 below -86 (and for -inf), constant above 88.
+// e**x to 1 ulp or so: Cody and Waite's reduction and Cephes' polynomial. 0 below -86 (and for -inf), constant
+// above 88.
 INLINE V16 exp(V16 x) {
     V16 lowest = broadcast(-86.0f);
     V16 bounded = min(max(x, lowest), broadcast(88.0f));

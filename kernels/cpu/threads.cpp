@@ -12,8 +12,8 @@
 
 namespace {
 
-// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so that it is
-// awake through one, and short enough to leave the core to others between steps.
+// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so
+// that it is awake through one, and short enough to leave the core to others between steps.
 constexpr int64_t SPIN_CYCLES = 200000;
 
 struct Job {
@@ -55,7 +55,8 @@ class Team {
     std::atomic<int> sleeping_{0};
 
     void work(int thread) {
-        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;) job_.piece(job_.context, i, thread);
+        for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;)
+            job_.piece(job_.context, i, thread);
     }
 
     // A helper's core was taken from it in the middle of a piece: offer it this one.
@@ -139,4 +140,6 @@ Team& team() {
 
 }  // namespace
 
-void run_pieces(int64_t count, int threads, Piece piece, void* context) { team().run({piece, context, count, threads}); }
+void run_pieces(int64_t count, int threads, Piece piece, void* context) {
+    team().run({piece, context, count, threads});
+}

@@ -1,8 +1,8 @@
 // A team of threads, and the memory they work in.
 //
-// Why not OpenMP: its regions end when every thread has come to the end, so where other processes want the cores too, one thread
-// that is not running holds up all, and the others spin meanwhile. Here work is dealt out piece by piece, and only those who
-// have taken a piece are waited for: a helper that comes late finds nothing to do.
+// Why not OpenMP: its regions end when every thread has come to the end, so where other processes want the cores
+// too, one thread that is not running holds up all, and the others spin meanwhile. Here work is dealt out piece by
+// piece, and only those who have taken a piece are waited for: a helper that comes late finds nothing to do.
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,8 @@ void parallel(int64_t count, int threads, F f) {
         for (int64_t i = 0; i < count; ++i) f(i, 0);
         return;
     }
-    run_pieces(count, threads, [](void* context, int64_t i, int thread) { (*static_cast<F*>(context))(i, thread); }, &f);
+    auto piece = [](void* context, int64_t i, int thread) { (*static_cast<F*>(context))(i, thread); };
+    run_pieces(count, threads, piece, &f);
 }
 
 // Memory that is kept from call to call and grows when it must, aligned to cache lines.

@@ -18,9 +18,11 @@ COMMANDS = {
     "up": "start a node: serve the model of a topology file",
     "check": "check a topology file without starting anything",
     "status": "show the processes of a running node",
+    "top": "show the processes and figures of a running node, live",
     "logs": "show the logs and crash reports of a node",
-    "restart": "stop an actor in order and start it again",
+    "restart": "stop an actor in order and start it again, or all of them in turn",
     "kill": "send a signal to an actor's process",
+    "chaos": "kill processes at random under load and check that nothing is lost",
     "down": "stop a running node",
     "bench": "measure latency and throughput",
 }

@@ -70,10 +70,12 @@ def load_topology(file: Path, settings: Sequence[str] = (), port: int | None = N
         arguments[path] = origin
         raw[path] = text
         _put(data, path, _parse(text))
+    sources = _Sources(file, lines, arguments)
     if port is not None:
+        replaced = [(path, problem) for path, problem in Check(data, raw).problems if path == ("ingress", "port")]
+        errors += [f"{sources.where(path)}: {'.'.join(path)}: {problem}" for path, problem in replaced]
         arguments["ingress", "port"] = f"--port {port}"
         _put(data, ("ingress", "port"), port)
-    sources = _Sources(file, lines, arguments)
     check = Check(data, raw)
     errors += [f"{sources.where(path)}: {'.'.join(path)}: {problem}" for path, problem in check.problems]
     if errors or check.topology is None:

@@ -115,7 +115,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
     ] = "cpu"
     threads: Annotated[
-        Count | None,
+        Annotated[int, Meta(ge=1, le=1024)] | None,
         Meta(description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks."),
     ] = None
     kv_tokens: Annotated[
@@ -146,8 +146,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=1,
             le=1000,
-            description="Deaths of the ranks in a row, with the same request in their step, after which that request is "
-            "suspected. It is found by trying parts of the batch, and fails alone.",
+            description="Deaths of the ranks in a row, with the same request in their step, after which that request "
+            "is suspected. It is found by trying parts of the batch, and fails alone.",
         ),
     ] = 3
     run_ahead: Annotated[
@@ -185,6 +185,20 @@ class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 5.0
 
 
+class Faults(Struct, frozen=True, forbid_unknown_fields=True):
+    """Messages between the actors that are lost or late on purpose, to test that nothing depends on them."""
+
+    drop_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=0.5)] | None, Meta(description="Part of all messages that is lost.")
+    ] = None
+    delay_rate: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="Part of all messages before which the sender sleeps."),
+    ] = None
+    delay_s: Annotated[Seconds, Meta(description="For up to so many seconds.")] = 0.05
+    seed: Annotated[int, Meta(ge=0, le=2**31 - 1, description="Of the choice of messages.")] = 0
+
+
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole topology file."""
 
@@ -193,6 +207,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     node: Node = field(default_factory=Node)
     ingress: Ingress = field(default_factory=Ingress)
     supervision: Supervision = field(default_factory=Supervision)
+    faults: Faults = field(default_factory=Faults)
 
 
 TABLES: dict[str, type[Struct]] = {
@@ -201,6 +216,7 @@ TABLES: dict[str, type[Struct]] = {
     "ingress": Ingress,
     "engine.NAME": Engine,
     "supervision": Supervision,
+    "faults": Faults,
 }
 """Tables of a topology file by their headers, in the order of the documentation."""
 

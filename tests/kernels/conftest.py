@@ -2,12 +2,13 @@
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 import kernels
+from kernels import cpu
 
 
 @pytest.fixture(autouse=True)
@@ -19,18 +20,31 @@ def seed() -> int:
     return seed
 
 
-@pytest.fixture(params=["avx512", "avx2", "torch"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test in each of the implementations this processor has."""
-    name = request.param
-    if name != "torch" and name not in kernels.cpu.instruction_sets():
-        pytest.skip(f"this processor has no {name}")
-    monkeypatch.setenv("LLM_RUNTIME_KERNELS", name)
-    _forget()
-    assert kernels.backend() == name
-    yield name
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """A function that changes the implementation; the usual one is back at the end."""
+
+    def forget() -> None:
+        cpu.choice.cache_clear()
+        cpu.library.cache_clear()
+
+    def use(name: str) -> None:
+        monkeypatch.setenv("LLM_RUNTIME_KERNELS", name)
+        forget()
+        assert kernels.backend() == name
+
+    yield use
     monkeypatch.undo()
-    _forget()
+    forget()
+
+
+@pytest.fixture(params=["avx512", "avx2", "torch"])
+def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
+    """Runs a test in each of the implementations this processor has."""
+    if request.param != "torch" and request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    use_backend(request.param)
+    return request.param
 
 
 @pytest.fixture
@@ -39,8 +53,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def _forget() -> None:
-    kernels.cpu.choice.cache_clear()
-    kernels.cpu.library.cache_clear()

@@ -1,13 +1,14 @@
 """Attention against an independent computation in float64, and the same to the bit in whatever step a token is."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
-from kernels import AttentionMeta
+from kernels import AttentionMeta, cpu
 
 LAYERS = 3
 
@@ -182,20 +183,15 @@ def test_a_step_again_gives_the_same_bits_and_cache() -> None:
     assert torch.equal(cache.nan_to_num(7), kept.nan_to_num(7))
 
 
-def test_avx2_and_avx512_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    if kernels.cpu.instruction_sets() != ["avx512", "avx2"]:
+def test_avx2_and_avx512_give_the_same_bits(use_backend: Callable[[str], None]) -> None:
+    if cpu.instruction_sets() != ["avx512", "avx2"]:
         pytest.skip("this processor has not both")
     model = Model(9, 3, 80, length=150)
     tokens = model.tokens(150)
     outs = []
     for name in ("avx512", "avx2"):
-        monkeypatch.setenv("LLM_RUNTIME_KERNELS", name)
-        kernels.cpu.choice.cache_clear()
-        kernels.cpu.library.cache_clear()
+        use_backend(name)
         outs.append(model.step(model.cache(), [0], [tokens], [0])[0])
-    monkeypatch.undo()
-    kernels.cpu.choice.cache_clear()
-    kernels.cpu.library.cache_clear()
     assert torch.equal(*outs)
 
 
@@ -233,7 +229,7 @@ def test_rejects_what_does_not_fit() -> None:
         run(AttentionMeta.build([0], [3], model.table))
     with pytest.raises(ValueError, match="share"):
         run(good, q=torch.randn(4, 5, 32))
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="do not fit each other"):
         run(good, k=torch.randn(4, 3, 32))
     with pytest.raises(ValueError, match="window"):
         run(good, window=0)

@@ -111,7 +111,7 @@ def test_directory_of_others_is_not_used(tmp_path: Path) -> None:
     elsewhere = tmp_path / "temporary"
     elsewhere.mkdir()
     finish(start(tmp_path, TMPDIR=str(elsewhere), LLM_RUNTIME_KERNELS="torch"))
-    code = "from kernels.cpu.build import _cache_directory; print(_cache_directory())"
+    code = "from kernels.cpu.compile import _cache_directory; print(_cache_directory())"
     out, _ = finish(start(tmp_path, code, TMPDIR=str(elsewhere)))
     assert Path(out).parent.parent == elsewhere
 

@@ -1,11 +1,14 @@
 """Linear layers: close to float64, and a row's result the same to the bit whatever the other rows are."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
+from kernels import cpu, reference
 
 SHAPES = [(1, 1), (17, 33), (64, 64), (576, 960), (129, 200), (1536, 70)]
 
@@ -59,6 +62,41 @@ def test_strided_rows_and_shared_panels() -> None:
     assert torch.equal(kernels.linear(x, packed), expected)
     again = kernels.PackedWeight(packed.panels.clone(), 130)  # as from another process
     assert torch.equal(kernels.linear(x, again), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_packing_loses_nothing(inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(outputs, inputs).to(dtype)
+    assert torch.equal(reference.unpack_weight(kernels.pack_weight(weight)), weight)
+
+
+def test_without_matrix_instructions(use_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processors without AMX take another way through bfloat16: with AVX-512 and AVX2 the same to the bit."""
+    if cpu.instruction_sets() != ["avx512", "avx2"]:
+        pytest.skip("this processor has not both")
+    monkeypatch.setattr("kernels.cpu.compile.MATRIX_EXTENSIONS", ())
+    for inputs, outputs in SHAPES:
+        weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(40, inputs).bfloat16()
+        packed = kernels.pack_weight(weight)
+        results = []
+        for name in ("avx512", "avx2"):
+            use_backend(name)
+            results += [kernels.linear(x, weight, deterministic=True), kernels.linear(x, packed)]
+            results += [torch.cat([kernels.linear(row[None], packed) for row in x])]
+        exact = x.double() @ weight.double().T
+        torch.testing.assert_close(results[0].double(), exact, atol=1e-4 * inputs**0.5, rtol=1e-2)
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_beside_onednn() -> None:
+    """torch's own matrix products use the same tile registers."""
+    weight, x = torch.randn(256, 256).bfloat16(), torch.randn(64, 256).bfloat16()
+    packed = kernels.pack_weight(weight)
+    ours, theirs = kernels.linear(x, packed), F.linear(x, weight)
+    for _ in range(20):
+        assert torch.equal(kernels.linear(x, packed), ours)
+        assert torch.equal(F.linear(x, weight), theirs)
 
 
 @pytest.mark.usefixtures("backend")

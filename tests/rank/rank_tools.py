@@ -185,6 +185,6 @@ _GROUP = [6530, 28, 253, 1528, 314, 253, 932, 351, 354, 4953, 338, 314, 1736, 79
 PROMPTS = [
     *_SHORT.values(),
     [12615, *_WATER, *([4643, *_WATER] * 29), 1644, 913],
-    [788, *_GROUP, *([533, *_GROUP] * 79), 4882],
+    [788, *_GROUP, *([533, *_GROUP] * 65), 4882],
 ]
-"""Prompts of SmolLM2, in several languages; the last two have 272 and 1281 tokens."""
+"""Prompts of SmolLM2, in several languages; the last two have 272 and 1057 tokens."""

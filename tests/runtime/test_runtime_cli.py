@@ -114,7 +114,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
 
 
 def test_usage(cli: Cli) -> None:
-    for command in ("up", "check", "status", "logs", "restart", "kill", "down", "bench"):
+    for command in ("up", "check", "status", "top", "logs", "restart", "kill", "chaos", "down", "bench"):
         answer = cli(command, "--help")
         assert answer.returncode == 0
         assert "example" in answer.stdout

@@ -112,6 +112,21 @@ def test_hung_by_sigstop_is_killed_and_restarted(start_node):
     assert node.running("b", incarnation=1) == [b]
 
 
+def test_stopped_while_starting_is_killed_and_restarted(start_node):
+    node = start_node(steady("a", heartbeat_timeout_ms=300))
+    node.up()
+    hang = node.run_dir / "a.hang"
+    hang.touch()
+    os.kill(node.running("a")[0], signal.SIGKILL)
+    eventually(lambda: "a 2 run" in node.journal())
+    stopped = node.status("a").pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    hang.unlink()
+    node.running("a", incarnation=3)
+    assert [exit_.text for exit_ in node.events("exit", "a")] == ["killed by SIGKILL", "no sign of life for 0.3 s"]
+
+
 def test_hung_supervisor_is_killed_and_its_subtree_restarted(start_node):
     node = start_node(nested("sup", steady("a"), heartbeat_timeout_ms=300))
     node.up()

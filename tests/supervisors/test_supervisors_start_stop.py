@@ -184,3 +184,16 @@ def test_log_is_rotated_at_start(start_node):
     assert node.restart("a") == ""
     assert log.with_name("a.log.1").stat().st_size == 17 << 20
     assert log.read_text() == "a line on standard output\n"
+
+
+def test_killed_while_others_to_its_right_stop_is_started_again(start_node):
+    """What still stops may need it: an HTTP server that finishes its answers needs the engine."""
+    node = start_node(steady("a"), child("b", "Stubborn", shutdown="infinity"))
+    node.up()
+    assert node.ask("shutdown").error == ""
+    eventually(lambda: "b 1 asked" in node.journal())
+    os.kill(node.running("a")[0], signal.SIGKILL)
+    node.running("a", incarnation=2)
+    (node.run_dir / "b.let_go").touch()
+    assert node.ended().ok
+    assert node.journal() == ["a 1 run", "b 1 run", "b 1 asked", "a 2 run", "b 1 stop", "a 2 stop"]

@@ -195,3 +195,11 @@ def test_replay_with_any_number_of_characters(characters: int) -> None:
 def test_base_that_completes_a_stop_string() -> None:
     stream = TextStream(Pieces.of(vocabulary([]), True), TextParams(stop=["lo"]), list(b"hello"), 2)
     assert (stream.backlog, stream.stop, stream.next) == ("l", "lo", 5)
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    pieces = Pieces.of(vocabulary([b"one", b" two"]), skip_special=True)
+    one, two = pieces.bytes.index(b"one"), pieces.bytes.index(b" two")
+    stream = TextStream(pieces, TextParams(stop=[" two"], min_tokens=3))
+    assert stream.push([one, two, one, two, one, two]) == "one twoone"
+    assert stream.next == 4

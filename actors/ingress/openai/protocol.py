@@ -172,7 +172,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     def text_params(self, config: IngressConfig) -> TextParams:
         """How tokens become text; see `sampling.text_params`."""
         keep_stop = self.no_stop_trim or self.include_stop_str_in_output
-        return text_params(config, self.stop, self.skip_special_tokens, keep_stop)
+        return text_params(config, self.stop, self.skip_special_tokens, keep_stop, self.min_tokens)
 
     @property
     def prefix_key(self) -> str:

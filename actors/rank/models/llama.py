@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 import kernels
@@ -70,9 +69,9 @@ class Llama:
         return self._linear(x, self.weights.lm_head).float()
 
     def _attention(self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor) -> Tensor:
-        qkv = self._linear(x, layer.qkv, layer.qkv_bias)
-        qkv = qkv.view(len(x), self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = torch.split(qkv, [self.heads, self.kv_heads, self.kv_heads], dim=1)
+        tokens, heads, kv_heads = x.shape[0], self.heads, self.kv_heads
+        qkv = self._linear(x, layer.qkv, layer.qkv_bias).view(tokens, heads + 2 * kv_heads, self.head_dim)
+        q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
         mixed = kernels.attention(
@@ -87,7 +86,7 @@ class Llama:
             window=self.config.sliding_window,
             deterministic=self.deterministic,
         )
-        return self._linear(mixed.view(len(x), self.heads * self.head_dim), layer.o, layer.o_bias)
+        return self._linear(mixed.view(tokens, heads * self.head_dim), layer.o, layer.o_bias)
 
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
         gate_up = self._linear(x, layer.gate_up, layer.gate_up_bias)

@@ -1,8 +1,9 @@
 """Builds the C++ kernels for this machine's processor, once, into the user's cache.
 
-The library lies in `$XDG_CACHE_HOME/llm-runtime/kernels` (`~/.cache/…`; a private directory in the temporary directory where that
-cannot be written). Its name holds the instruction set, a hash of sources and flags, and one of the compiler, so whatever changes, an old
-library is never taken for a new one; its last 32 bytes are the SHA-256 of the rest, so neither is a damaged one.
+The library lies in `$XDG_CACHE_HOME/llm-runtime/kernels` (`~/.cache/…`; a private directory in the temporary
+directory where that cannot be written). Its name holds the instruction set, a hash of sources and flags, and one of
+the compiler, so whatever changes, an old library is never taken for a new one; its last 32 bytes are the SHA-256 of
+the rest, so neither is a damaged one.
 """
 
 import fcntl
@@ -20,12 +21,13 @@ SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "th
 HEADERS = ("product.h", "simd.h", "threads.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
-FLAGS += ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.
 INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
     "avx2": ("avx2", "fma"),
 }
+# Used beside AVX-512 where processor and compiler have them.
+MATRIX_EXTENSIONS = ("amx_tile", "amx_bf16")
 COMPILE_SECONDS = 300
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -36,12 +38,16 @@ class BuildError(Exception):
 
 def instruction_sets() -> list[str]:
     """The instruction sets this processor has, of those the kernels are written for, the best first."""
+    flags = _processor_flags()
+    return [name for name, needed in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
+
+
+def _processor_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return []
-    flags = next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
-    return [name for name, needed in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
+        return set()
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
 def build(instruction_set: str | None = None) -> Path:
@@ -56,8 +62,11 @@ def build(instruction_set: str | None = None) -> Path:
             raise BuildError("the processor has neither AVX-512 nor AVX2")
         instruction_set = known[0]
     flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set])]
+    extensions = []
+    if instruction_set == "avx512" and _processor_flags().issuperset(MATRIX_EXTENSIONS):
+        extensions = [f"-m{name.replace('_', '-')}" for name in MATRIX_EXTENSIONS]
     here = Path(__file__).parent
-    content = hashlib.sha256("\0".join(flags).encode())
+    content = hashlib.sha256("\0".join([*flags, *extensions]).encode())
     for name in (*SOURCES, *HEADERS):
         content.update(b"\0" + name.encode() + b"\0" + (here / name).read_bytes())
     stem = f"{instruction_set}-{content.hexdigest()[:20]}"
@@ -75,7 +84,12 @@ def build(instruction_set: str | None = None) -> Path:
             if not _is_whole(path):
                 for left in directory.glob("build-*"):  # by a process that was killed: only one builds at a time
                     shutil.rmtree(left, ignore_errors=True)
-                _compile(compiler, flags, here, path)
+                try:
+                    _compile(compiler, [*flags, *extensions], here, path)
+                except BuildError:
+                    if not extensions:
+                        raise
+                    _compile(compiler, flags, here, path)
     return path
 
 
@@ -158,13 +172,13 @@ def _run_together(commands: list[list[str]]) -> None:
                     errors="replace",
                 )
             )
-        for process in running:
+        for command, process in zip(commands, running, strict=True):
             _, errors = process.communicate(timeout=COMPILE_SECONDS)
             if process.returncode:
                 lines = (
                     [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
                 )
-                raise BuildError(f"{process.args[0]} failed: {lines[0]}")  # type: ignore[index]
+                raise BuildError(f"{command[0]} failed: {lines[0]}")
     except OSError as error:
         raise BuildError(f"the compiler does not run: {error}") from None
     except subprocess.TimeoutExpired:

@@ -1,0 +1,186 @@
+"""The long form of the fault tests: hundreds of kills under load, and what clients and the machine saw of them.
+
+    python benchmarks/chaos.py                 # all of it, on a node of its own: about half an hour on two cores
+    python benchmarks/chaos.py --kills 30      # shorter
+    python benchmarks/chaos.py --only kills,leaks
+
+Each part starts a node of the embedded model, disturbs it, prints its tables and stops it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from runtime.chaos.footprint import NodeFootprint, node_footprint
+from runtime.chaos.inject import Plan, node_report
+from runtime.chaos.report import show
+from runtime.chaos.run import Load, run_chaos
+from runtime.rundir import base_directory
+
+ROOT = Path(__file__).parents[1]
+NAME = "chaos-benchmark"
+DETERMINISTIC = "model.deterministic=true"
+FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
+console = Console(highlight=False)
+
+
+@contextlib.contextmanager
+def node(port: int, *settings: str, topology: str = "smollm2.toml") -> Iterator[Path]:
+    """The run directory of a node that runs as long as the block."""
+    command = [sys.executable, "-m", "runtime"]
+    up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(port), "--detach"]
+    for setting in (f"node.name={NAME}", *settings):
+        up += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(up, env=environment, check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield base_directory() / NAME
+    finally:
+        subprocess.run([*command, "down", "--node", NAME], env=environment, check=False, stdout=subprocess.DEVNULL)
+
+
+def disturb(title: str, run_dir: Path, options: argparse.Namespace, plan: Plan) -> bool:
+    """One chaos run with its tables; whether nothing was lost."""
+    console.rule(title)
+    plan = dataclasses.replace(plan, controls=20)
+    load = Load(streams=options.streams, tokens=options.tokens, long_words=options.long_prompt, seed=options.seed)
+    outcome = asyncio.run(run_chaos(run_dir, load, plan))
+    show(outcome, console)
+    return outcome.ok
+
+
+def kills(options: argparse.Namespace) -> bool:
+    """Random kills, about one a second, of everything but the ingress; compared with the undisturbed run."""
+    plan = Plan(duration_s=0.0, kills=options.kills, signals=FATAL, seed=options.seed)
+    with node(options.port, DETERMINISTIC) as run_dir:
+        return disturb(f"{options.kills} kills, deterministic", run_dir, options, plan)
+
+
+def plain(options: argparse.Namespace) -> bool:
+    """The same without deterministic mode: nothing may be lost or come twice."""
+    plan = Plan(duration_s=0.0, kills=options.kills, signals=FATAL, seed=options.seed + 1)
+    with node(options.port) as run_dir:
+        return disturb(f"{options.kills} kills, not deterministic", run_dir, options, plan)
+
+
+def doubles(options: argparse.Namespace) -> bool:
+    """Two processes within 50 ms, or one that is just starting."""
+    plan = Plan(every_s=2.0, duration_s=0.0, kills=options.kills // 5, signals=FATAL, double=True, seed=options.seed)
+    with node(options.port, DETERMINISTIC) as run_dir:
+        return disturb(f"{options.kills // 5} double faults", run_dir, options, plan)
+
+
+def stops(options: argparse.Namespace) -> bool:
+    """SIGSTOP, with the default deadline of 5 s."""
+    plan = Plan(
+        every_s=9.0, duration_s=0.0, kills=max(1, options.kills // 30), signals=[signal.SIGSTOP], seed=options.seed
+    )
+    with node(options.port, DETERMINISTIC) as run_dir:
+        return disturb("SIGSTOP", run_dir, options, plan)
+
+
+def tp2(options: argparse.Namespace) -> bool:
+    """Ranks of a group of two."""
+    plan = Plan(
+        every_s=2.0, duration_s=0.0, kills=options.kills // 10, signals=FATAL, actors=["rank"], seed=options.seed
+    )
+    with node(options.port, DETERMINISTIC, "engine.main.threads=1", topology="smollm2-tp2.toml") as run_dir:
+        return disturb("ranks of tp 2", run_dir, options, plan)
+
+
+def ingress(options: argparse.Namespace) -> bool:
+    """HTTP workers, one of two at a time."""
+    plan = Plan(every_s=2.0, duration_s=0.0, kills=options.kills // 10, actors=["ingress[0-9]*"], seed=options.seed)
+    with node(options.port, DETERMINISTIC, "ingress.workers=2") as run_dir:
+        return disturb("ingress workers", run_dir, options, plan)
+
+
+def rolling(options: argparse.Namespace) -> bool:
+    """Every process replaced in turn."""
+    with node(options.port, DETERMINISTIC, "ingress.workers=2") as run_dir:
+        return disturb("rolling restart", run_dir, options, Plan(every_s=2.0, rolling=True))
+
+
+def leaks(options: argparse.Namespace) -> bool:
+    """What the machine holds after many restarts, without load."""
+    restarts = options.kills // 3
+    with node(options.port, "supervision.intensity=1000") as run_dir:
+        names = [each.name for each in node_report(run_dir).tree.walk() if each.role not in ("", "ingress")]
+        for name in names:
+            _restart(run_dir, name)
+        before = node_footprint(run_dir)
+        for turn in range(restarts):
+            _restart(run_dir, names[turn % len(names)])
+        time.sleep(2.0)  # until the last connections are made
+        _show_footprints(restarts, before, node_footprint(run_dir))
+    return True
+
+
+def _restart(run_dir: Path, name: str) -> None:
+    """Kills a process and waits until all processes run."""
+    pid = next(each.pid for each in node_report(run_dir).tree.walk() if each.name == name)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    while True:
+        report = node_report(run_dir)
+        if report.state == "running" and all(each.pid != pid for each in report.tree.walk()):
+            return
+        time.sleep(0.02)
+
+
+def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint) -> None:
+    table = Table(title=f"before → after {restarts} restarts", title_justify="left")
+    table.add_column("process")
+    for column in ("private memory (MiB)", "descriptors", "threads", "arenas"):
+        table.add_column(column, justify="right")
+    rows = {**after.processes, "all": after.total}
+    old = {**before.processes, "all": before.total}
+    for name, now in rows.items():
+        was = old[name]
+        table.add_row(
+            name,
+            f"{was.private_bytes / 2**20:.1f} → {now.private_bytes / 2**20:.1f}",
+            f"{was.descriptors} → {now.descriptors}",
+            f"{was.threads} → {now.threads}",
+            f"{was.arenas} → {now.arenas}",
+        )
+    console.print(table)
+    console.print(f"socket files: {before.socket_files} → {after.socket_files}")
+    console.print(f"files in the run directory: {before.run_dir_files} → {after.run_dir_files}")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
+    each.__name__: each for each in (kills, plain, doubles, stops, tp2, ingress, rolling, leaks)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)}")
+    parser.add_argument("--kills", type=int, default=300, help="of the long parts; others follow from it (%(default)s)")
+    parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--long-prompt", type=int, default=700, metavar="WORDS")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--port", type=int, default=8940)
+    options = parser.parse_args()
+    failed = [name for name in options.only.split(",") if not PARTS[name](options)]
+    console.rule("all parts: nothing was lost" if not failed else f"something was lost in: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
