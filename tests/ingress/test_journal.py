@@ -171,8 +171,9 @@ def test_memory_is_bounded_and_given_back(arena: int) -> None:
     assert os.fstat(arena).st_blocks * 512 <= 4 * GRAIN_BYTES
 
 
-def test_killed_at_any_moment(arena: int) -> None:
+def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that reads, journals and sends without end is killed, and the next one goes on at the same byte."""
+    monkeypatch.setattr("actors.ingress.journal.MAX_RESUMED", 1000)
     server, client = connected()
     server.setblocking(False)
     client.settimeout(10)
