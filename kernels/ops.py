@@ -121,6 +121,8 @@ def _check_attention(
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Rows of weight [V, H] for int64 ids [T]: [T, H]."""
+    if (native := _library_for(ids, dtype=torch.int64)) and _library_for(weight):
+        return cpu.embedding(native, ids, weight)
     return F.embedding(ids, weight)
 
 

@@ -76,12 +76,15 @@ class Connection(HttpToolsProtocol):
             )
 
     def data_received(self, data: bytes) -> None:
+        if self._header_timer is not None or not self._in_request:
+            end = data.find(b"\r\n\r\n")
+            if self._header_bytes + (len(data) if end < 0 else end) > MAX_HEADER_BYTES:
+                self._refuse(ApiError(431, "The request's headers are too large."))
+                return
         super().data_received(data)
         self._forget_answered()
         if self._header_timer is not None:
             self._header_bytes += len(data)
-            if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(ApiError(431, "The request's headers are too large."))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

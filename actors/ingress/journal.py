@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -24,8 +25,9 @@ from actors.ingress.pieces import Identity, Piece
 SLOT_OVERHEAD_BYTES = 8 * 2**20
 """What a slot has room for besides the largest request body: the tokens of its answer, above all."""
 MAX_RESUMED = 12
-"""A connection that a worker has taken up so often without any progress may be what kills the worker. It is given up
-before its supervisor gives up the worker."""
+QUICK_S = 1.0
+"""A connection that was taken up so often, each time within so many seconds of the last, without any progress may be
+what kills the worker. It is given up before the supervisor gives up the worker."""
 READ_BYTES = 2**16
 """The most that is read from a connection at once."""
 GRAIN_BYTES = 2**16
@@ -42,7 +44,7 @@ _PROMPTS = 5
 _PIECE = 6  # what has arrived of choice `index`
 _ATTEMPT = 7  # choice `index` goes to a scheduler again, under this number
 _CLOSE = 8  # after what was sent, the connection ends
-_RESUMED = 9  # a new incarnation went on
+_RESUMED = 9  # a new incarnation went on, at this time (monotonic)
 
 # Flags of _SENT.
 _ASIDE = 1  # not of an answer: 100 Continue, or bytes of an answer whose request is done
@@ -60,6 +62,7 @@ _LENGTH = struct.Struct("=I")
 _LENGTH_AT = 4
 _BASE_BODY = struct.Struct("=QQQ")  # serial number, bytes read, bytes sent
 _BASE_SIZE = _HEAD + _BASE_BODY.size
+_TIME = struct.Struct("=d")
 _START = 8
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -332,7 +335,7 @@ class Slot:
         recovered.unsent = bytes(unsent)
         if recovered.resumed >= MAX_RESUMED:
             raise ValueError(f"the worker was restarted {recovered.resumed} times without any progress of it")
-        self._append(_RESUMED, b"")
+        self._append(_RESUMED, _TIME.pack(time.monotonic()))
         return recovered
 
     def _belongs_to(self, serial: int) -> bool:
@@ -347,9 +350,12 @@ class Slot:
         """The log's content, and the bytes that the kernel has not taken."""
         recovered, unsent = Recovered(idle=self._out > 0), bytearray()
         past = recovered.past
+        resumed_at = 0.0
         for kind, flags, index, at, data in self._records():
             if kind == _RESUMED:
-                recovered.resumed += 1
+                (when,) = _TIME.unpack(data)
+                recovered.resumed = recovered.resumed + 1 if when - resumed_at < QUICK_S else 1
+                resumed_at = when
             elif kind != _ATTEMPT:
                 recovered.resumed = 0
             if kind == _READ:
@@ -426,7 +432,7 @@ class Recovered:
         unsent: what was sent and the kernel has not taken.
         closed: the connection ends after that.
         idle: if nothing has been received, it has been kept alive after an answer.
-        resumed: that many incarnations have gone on with it and have made no progress.
+        resumed: that many incarnations have gone on with it in quick succession and have made no progress.
         past: of the first request that has not been answered.
     """
 

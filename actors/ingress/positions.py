@@ -11,13 +11,13 @@ import termios
 _INFO_BYTES = 136
 _COUNTERS = struct.Struct("=QQ")
 _COUNTERS_AT = 120
-_CLOSE_WAIT = 8
+_ESTABLISHED, _CLOSE_WAIT = 1, 8
 _INT = struct.Struct("=i")
 
 
 def positions(connection: socket.socket) -> tuple[int, int]:
     """Bytes that the kernel has handed to readers, and bytes that it has taken from writers, since the connection was
-    accepted. Raises OSError when the connection is no more.
+    accepted. Raises ConnectionAbortedError when the connection was reset or has been ended from this side.
     """
     info = _info(connection)
     while True:
@@ -27,6 +27,8 @@ def positions(connection: socket.socket) -> tuple[int, int]:
             break
         info = again  # something has arrived in between
     state, acknowledged, received = info
+    if state not in (_ESTABLISHED, _CLOSE_WAIT):
+        raise ConnectionAbortedError("the connection has ended")
     if state == _CLOSE_WAIT:
         received -= 1  # the end of the stream is counted like a byte
     return received - unread, acknowledged + unacknowledged

@@ -103,8 +103,9 @@ class Server(uvicorn.Server):
             slot = self._journal.reopen(int(name))
             recovered = slot.recover(serial, *positions(connection))
         except (OSError, ValueError) as error:
-            logger.warning("a connection cannot go on: %s", error)
-            self._counters["connections_lost"] += 1
+            if not isinstance(error, ConnectionAbortedError):  # that one needs no going on
+                logger.warning("a connection cannot go on: %s", error)
+                self._counters["connections_lost"] += 1
             connection.close()
             self._link.unpark(name)
             if slot is not None:

@@ -1,4 +1,4 @@
-// Norms and activations, row by row.
+// Norms, activations and embeddings, row by row.
 
 #include <algorithm>
 #include <cmath>
@@ -12,7 +12,7 @@ constexpr int64_t PIECE_ELEMENTS = 1 << 14;  // for fewer, waking a thread costs
 
 template <class F>
 void for_rows(int64_t rows, int64_t width, int64_t threads, F f) {
-    int64_t piece = std::max<int64_t>(1, PIECE_ELEMENTS / width);
+    int64_t piece = std::max<int64_t>(1, PIECE_ELEMENTS / std::max<int64_t>(1, width));
     parallel((rows + piece - 1) / piece, int(threads), [&](int64_t i, int) {
         for (int64_t row = i * piece; row < std::min((i + 1) * piece, rows); ++row) f(row);
     });
@@ -72,6 +72,13 @@ struct SiluCall {
     int64_t rows, width, threads, narrow;
 };
 
+struct EmbeddingCall {
+    const int64_t* ids;
+    const char* weight;
+    char* out;
+    int64_t count, vocabulary, row_bytes, threads;
+};
+
 template <class T>
 void norm_rows(const NormCall& c) {
     for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
@@ -90,6 +97,17 @@ void silu_rows(const SiluCall& c) {
 }
 
 }  // namespace
+
+// Returns 0, or -2 if an id is not in the vocabulary.
+EXPORT int embedding(const EmbeddingCall* call) {
+    const EmbeddingCall& c = *call;
+    for (int64_t i = 0; i < c.count; ++i)
+        if (c.ids[i] < 0 || c.ids[i] >= c.vocabulary) return -2;
+    for_rows(c.count, c.row_bytes / 4, c.threads, [&](int64_t row) {
+        std::memcpy(c.out + row * c.row_bytes, c.weight + c.ids[row] * c.row_bytes, c.row_bytes);
+    });
+    return 0;
+}
 
 EXPORT int rms_norm(const NormCall* call) {
     call->narrow ? norm_rows<bf16>(*call) : norm_rows<float>(*call);

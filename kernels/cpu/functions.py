@@ -16,6 +16,7 @@ _NO_MEMORY, _BAD_INDEX = -1, -2
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 4q f")
 _SILU = struct.Struct("@2P 4q")
+_EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 7q")
 _UNIFORM = struct.Struct("@3P q")
@@ -60,6 +61,24 @@ def silu_and_mul(library: ctypes.CDLL, gate_up: Tensor) -> Tensor:
             gate_up.dtype == torch.bfloat16,
         )
     )
+    return out
+
+
+def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
+    vocabulary, width = weight.shape
+    out = weight.new_empty(*ids.shape, width)
+    result = library.embedding(
+        _EMBEDDING.pack(
+            ids.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            ids.numel(),
+            vocabulary,
+            width * weight.element_size(),
+            torch.get_num_threads(),
+        )
+    )
+    _check(result, f"a token is not among the {vocabulary} of the embedding")
     return out
 
 

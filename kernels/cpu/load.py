@@ -12,6 +12,7 @@ CHOICES = ("torch", "avx2", "avx512")
 FUNCTIONS = (
     "attention",
     "linear",
+    "embedding",
     "rms_norm",
     "silu_and_mul",
     "counter_uniform",

@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     # numpy's OpenBLAS would start threads when it is imported, and a process with threads must not be forked.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Threads of torch that spin while they wait would take the cores from the other actors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser, command = _parser(arguments)
     options = parser.parse_args(arguments)
     assert command is not None  # the parser demands one

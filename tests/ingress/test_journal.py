@@ -49,6 +49,24 @@ def connected() -> tuple[socket.socket, socket.socket]:
         return listener.accept()[0], client
 
 
+def test_positions() -> None:
+    server, client = connected()
+    with server, client:
+        assert positions(server) == (0, 0)
+        client.sendall(b"x" * 100)
+        server.sendall(b"y" * 50)
+        server.recv(60)
+        assert positions(server) == (60, 50)
+        client.recv(50)
+        client.shutdown(socket.SHUT_WR)
+        assert len(server.recv(1000)) == 40
+        assert server.recv(1000) == b""
+        assert positions(server) == (100, 50)
+        server.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionAbortedError):
+            positions(server)
+
+
 def test_what_is_written_is_recovered(arena: int) -> None:
     slot = opened(arena)
     inlet = slot.inlet()
@@ -153,8 +171,9 @@ def test_memory_is_bounded_and_given_back(arena: int) -> None:
     assert os.fstat(arena).st_blocks * 512 <= 4 * GRAIN_BYTES
 
 
-def test_killed_at_any_moment(arena: int) -> None:
+def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that reads, journals and sends without end is killed, and the next one goes on at the same byte."""
+    monkeypatch.setattr("actors.ingress.journal.MAX_RESUMED", 1000)
     server, client = connected()
     server.setblocking(False)
     client.settimeout(10)

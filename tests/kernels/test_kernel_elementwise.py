@@ -66,6 +66,13 @@ def test_rejects_what_does_not_fit() -> None:
         kernels.silu_and_mul(torch.randn(2, 7))
 
 
-def test_embedding() -> None:
-    weight = torch.randn(10, 4)
-    assert torch.equal(kernels.embedding(torch.tensor([3, 3, 9]), weight), weight[[3, 3, 9]])
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(dtype: torch.dtype) -> None:
+    weight = torch.randn(1000, 577).to(dtype)
+    for count in (0, 1, 300):
+        ids = torch.randint(0, 1000, (count,))
+        assert torch.equal(kernels.embedding(ids, weight), weight[ids])
+    for bad in (-1, 1000):
+        with pytest.raises(IndexError):
+            kernels.embedding(torch.tensor([5, bad]), weight)

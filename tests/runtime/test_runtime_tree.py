@@ -104,8 +104,8 @@ def test_everybody_knows_whom_he_sends_to(plan_of: Any, tmp_path: Path) -> None:
         "main.scheduler": {"main.rank0", "main.rank1", "detokenizer", "bootstrap"} | ingresses,
         "detokenizer": {"main.scheduler"} | ingresses,
         "tokenizer": ingresses,
-        "ingress0": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler"},
-        "ingress1": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler"},
+        "ingress0": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler", "ingress1"},
+        "ingress1": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler", "ingress0"},
     }
     addresses = {child.id: child.args["address"] for child in spec.descendants() if child.type == "worker"}
     assert all(addresses[name] == address for known in peers.values() for name, address in known.items())
@@ -175,7 +175,7 @@ def test_memory_and_descriptors(plan_of: Any, tmp_path: Path) -> None:
 
 def test_a_gpu_has_its_own_memory(plan_of: Any, tmp_path: Path) -> None:
     plan = plan_of("engine.main.device=cuda")
-    assert set(arena_sizes(plan)) == {"main.pages"}
+    assert set(arena_sizes(plan)) == {"main.pages", "ingress0.journal"}
     rank = find(build_tree(plan, tmp_path), "main.rank0")
     assert rank.descriptors == ()
     assert (rank.args["config"]["device"], rank.args["config"]["dtype"]) == ("cuda", "bfloat16")

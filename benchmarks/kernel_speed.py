@@ -1,4 +1,4 @@
-"""Times the CPU kernels against plain torch on SmolLM2-135M's shapes: `python -m benchmarks.kernels [name …]`.
+"""Times the CPU kernels against plain torch on SmolLM2-135M's shapes: `python benchmarks/kernel_speed.py [name …]`.
 
 Prints a line per operation and shape: microseconds here and in torch (median of repeats), how many times faster,
 and the rate in GFLOP/s or GB/s that ours reaches.
