@@ -55,7 +55,7 @@ def node(port: int, *settings: str, topology: str = "smollm2.toml") -> Iterator[
 def disturb(title: str, run_dir: Path, options: argparse.Namespace, plan: Plan) -> bool:
     """One chaos run with its tables; whether nothing was lost."""
     console.rule(title)
-    plan = dataclasses.replace(plan, controls=20)
+    plan = dataclasses.replace(plan, controls=max(1, int(20 / plan.every_s)))
     load = Load(streams=options.streams, tokens=options.tokens, long_words=options.long_prompt, seed=options.seed)
     outcome = asyncio.run(run_chaos(run_dir, load, plan))
     show(outcome, console)

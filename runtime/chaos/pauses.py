@@ -12,6 +12,8 @@ from itertools import pairwise
 from statistics import median
 
 WINDOW_S = 2.0
+STOPPED_WINDOW_S = 8.0
+"""For a process that was stopped and not killed: its silence has to be noticed first."""
 
 
 def typical_gap(streams: Iterable[Sequence[float]]) -> float:
@@ -20,7 +22,9 @@ def typical_gap(streams: Iterable[Sequence[float]]) -> float:
     return median(gaps) if gaps else 0.0
 
 
-def longest_gaps(faults: Sequence[float], streams: Iterable[Sequence[float]]) -> list[float | None]:
+def longest_gaps(
+    faults: Sequence[float], streams: Iterable[Sequence[float]], window_s: float = WINDOW_S
+) -> list[float | None]:
     """The longest gap that belongs to each fault; None where no stream was flowing.
 
     Args:
@@ -33,13 +37,15 @@ def longest_gaps(faults: Sequence[float], streams: Iterable[Sequence[float]]) ->
             index = bisect_left(faults, begin)
             if index == len(faults) or faults[index] > end:  # none within the gap
                 index = bisect_right(faults, begin) - 1
-                if index < 0 or begin - faults[index] > WINDOW_S:
+                if index < 0 or begin - faults[index] > window_s:
                     continue
             known = longest[index]
             longest[index] = end - begin if known is None else max(known, end - begin)
     return longest
 
 
-def pauses(faults: Sequence[float], streams: Sequence[Sequence[float]], typical_s: float) -> list[float | None]:
+def pauses(
+    faults: Sequence[float], streams: Sequence[Sequence[float]], typical_s: float, window_s: float = WINDOW_S
+) -> list[float | None]:
     """The pause of each fault in seconds, at least 0; None where no stream was flowing."""
-    return [None if gap is None else max(0.0, gap - typical_s) for gap in longest_gaps(faults, streams)]
+    return [None if gap is None else max(0.0, gap - typical_s) for gap in longest_gaps(faults, streams, window_s)]

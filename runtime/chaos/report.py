@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.bench.figures import percentile
-from runtime.chaos.pauses import pauses, typical_gap
+from runtime.chaos.pauses import STOPPED_WINDOW_S, WINDOW_S, pauses, typical_gap
 from runtime.chaos.run import Outcome
 
 NOBODY = "nobody (for comparison)"
@@ -57,7 +57,8 @@ def pauses_by_role(outcome: Outcome) -> dict[str, list[float]]:
         else:
             groups.append((fault.at, who))
     times = [at for at, _ in groups]
-    by_streams = pauses(times, outcome.disturbed, typical_s)
+    window_s = STOPPED_WINDOW_S if any(fault.signal == "STOP" for fault in outcome.faults) else WINDOW_S
+    by_streams = pauses(times, outcome.disturbed, typical_s, window_s)
     by_probes = pauses(times, [outcome.probes], typical_gap([outcome.probes]))
     roles: dict[str, list[float]] = defaultdict(list)
     for (_, who), stream, probe in zip(groups, by_streams, by_probes, strict=True):
