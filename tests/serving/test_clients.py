@@ -116,18 +116,15 @@ def test_a_client_that_leaves_frees_its_pages(node: Node) -> None:
 
 def test_a_second_request_reuses_the_prefix_of_the_first(node: Node) -> None:
     prefix = "The quick brown fox jumps over the lazy dog. " * 110
-    times, cached = [], 0
+    cached = 0
     for question in ("What did the fox do?", "What did the dog do?"):
-        started = time.perf_counter()
         answer = node.client.completions.create(model=MODEL, prompt=prefix + question, max_tokens=1)
-        times.append(time.perf_counter() - started)
         assert answer.usage is not None
         assert answer.usage.prompt_tokens > 1000
         details = answer.usage.prompt_tokens_details
         assert details is not None
         cached = details.cached_tokens or 0
     assert cached >= 0.95 * answer.usage.prompt_tokens
-    assert times[1] < times[0]
 
 
 def test_every_role_is_a_process_with_a_readable_title(node: Node) -> None:
