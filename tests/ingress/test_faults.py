@@ -114,7 +114,7 @@ def test_tokenizer_restarts(serve: Serve) -> None:
     served = serve(stall_s=1000)  # longer than the clients wait
     served.fakes.silent_tokenizer = True
     clients = Clients(served)
-    wait_for(lambda: len(served.fakes.seen.tokenizes) == 4, "questions")
+    wait_for(lambda: len({each.rid for each in served.fakes.seen.tokenizes}) == 4, "questions")
     served.fakes.silent_tokenizer = False
     served.fakes.restart("tokenizer", away_s=0.1)
     clients.check()
