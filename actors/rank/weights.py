@@ -112,7 +112,7 @@ def load_weights(
     if not arena.sealed:
         arena.seal()
     views = {slot.name: _view(arena, slot, dtype).to(device) for slot in slots}
-    return _collect(views, slots, config, shard)
+    return _collect(views, slots, config, dtype, shard)
 
 
 def _files(path: Path) -> list[Path]:
@@ -164,7 +164,7 @@ def _pack(
     arena.buffer[_HEADER.size : _HEADER.size + len(encoded)] = encoded
 
     def fill(slot: Slot) -> None:
-        _fill(_view(arena, slot, dtype), slot, _parts(source, config, shard, slot.name))
+        _fill(_view(arena, slot, dtype), slot, dtype, _parts(source, config, shard, slot.name))
 
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
@@ -188,11 +188,11 @@ def _view(arena: Arena, slot: Slot, dtype: DType) -> Tensor:
     return flat.view(slot.stored_shape)
 
 
-def _fill(view: Tensor, slot: Slot, parts: list[Tensor]) -> None:
+def _fill(view: Tensor, slot: Slot, dtype: DType, parts: list[Tensor]) -> None:
     """Writes a tensor's parts, one below the other."""
     if slot.packed:
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        kernels.pack_weight(whole.to(view.dtype), view)
+        kernels.pack_weight(whole, view, dtype)
         return
     row = 0
     for part in parts:
@@ -260,9 +260,9 @@ def _parts(source: Source, config: ModelConfig, shard: Shard, name: str) -> list
     raise AssertionError(name)
 
 
-def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
+def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, dtype: DType, shard: Shard) -> Weights:
     named: dict[str, Matrix] = {
-        slot.name: kernels.PackedWeight(views[slot.name], slot.shape[0]) if slot.packed else views[slot.name]
+        slot.name: kernels.PackedWeight(views[slot.name], dtype, *slot.shape) if slot.packed else views[slot.name]
         for slot in slots
     }
     layers: list[dict[str, Matrix]] = [{} for _ in range(config.num_layers)]
