@@ -1,6 +1,7 @@
 """Which of its two ways a quantized linear layer takes, by the number of rows: a table measured on this machine.
 
-Products of vectors of bytes are best for few rows, matrix instructions for many; from how many on depends on processor,
+Products of vectors of bytes are best for few rows, matrix instructions for many; from how many on depends on the
+processor,
 memory, threads and shape. `tune` measures it once and stores it beside the compiled library, under the names of library and
 processor, so that later processes, and a restarted one among them, choose the same. Shapes that were never measured
 take DEFAULT_ROWS.
