@@ -195,10 +195,8 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
     return out
 
 
-def linear_quantized(
-    library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, matrix: bool
-) -> Tensor:
-    """`matrix`: by matrix instructions, if the processor has them, instead of products of vectors of bytes."""
+def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int) -> Tensor:
+    """`way`: one of `kernels.cpu.paths`."""
     rows, inputs = x.shape
     out = x.new_empty(rows, weight.out_features)
     result = library.linear_quantized(
@@ -214,7 +212,7 @@ def linear_quantized(
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
             _BITS[weight.kind],
-            matrix,
+            way,
         )
     )
     _check(result)
