@@ -99,6 +99,10 @@ void quantize_row(const Call& c, const Activations& a, int64_t row) {
         float most = greatest(x + g * count, count);
         float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
         float sum = round_to_bytes(x + g * count, count, end, inverse, a.quants + row * a.stride + g * end);
+        if (sum != sum) {  // there are values that are no numbers: nor shall the results be
+            scale = sum;
+            sum = 0;
+        }
         int64_t at = row * a.row_step + g * a.group_step;
         a.scales[at] = scale;
         a.sums[at] = c.bits == 4 ? scale * sum : sum;
