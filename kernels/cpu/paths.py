@@ -30,7 +30,7 @@ VECTORS, BYTE_TILES, BFLOAT16_TILES = 0, 1, 2
 # The ways that each kind has. int8 gives the same bits in both of its; int4 in the first two.
 WAYS = {"int8": (VECTORS, BYTE_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES)}
 # Rows from which on the second way is taken, and the third, if nothing was measured.
-DEFAULT_ROWS = {"int8": [5], "int4": [24, 28]}
+DEFAULT_ROWS = {"int8": [5], "int4": [12, 32]}
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30

@@ -365,12 +365,12 @@ void int8_by_tiles(const Call& c) {
 
 constexpr int GROUP_LINES = GROUP / 4;             // lines of four features in a group
 constexpr int GROUP_BYTES = GROUP_LINES * TILE_BYTES;  // of sixteen outputs, a byte each
-constexpr int GROUPS_TOGETHER = 8;
+constexpr int GROUPS_TOGETHER = 4;
 
-// A strip of an int4 weight, a byte each: [groups][2][8 lines][16 outputs][4 inputs].
-void spread_int4(const Call& c, int64_t strip, uint8_t* to) {
-    const uint8_t* quants = c.weight + strip / 2 * c.groups() * BLOCK + strip % 2 * (BLOCK_QUANTS / 2);
-    for (int64_t g = 0; g < c.groups(); ++g, quants += BLOCK) {
+// Groups of a strip of an int4 weight, a byte each weight: [groups][2][8 lines][16 outputs][4 inputs].
+void spread_int4(const Call& c, int64_t strip, int64_t group, int count, uint8_t* to) {
+    const uint8_t* quants = c.weight + (strip / 2 * c.groups() + group) * BLOCK + strip % 2 * (BLOCK_QUANTS / 2);
+    for (int g = 0; g < count; ++g, quants += BLOCK) {
         for (int i = 0; i < BLOCK_QUANTS / 2; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
         for (int s = 0; s < SIXTEENS; ++s, to += GROUP_BYTES)
             for (int i = 0; i < GROUP_LINES / 2; ++i) {
@@ -442,27 +442,29 @@ INLINE void multiply_groups(const int8_t* x, int64_t stride, const uint8_t* weig
 void int4_by_tiles(const Call& c) {
     Activations a(tile_rows(c), c.inputs + GROUP, c.groups(), true);
     quantize(c, a, tile_rows(c));
-    size_t own = c.groups() * SIXTEENS * GROUP_BYTES;
-    uint8_t* memory = scratch(1).take<uint8_t>(own * c.threads);
+    size_t own = tile_rows(c) * STRIP;
+    float* memory = scratch(1).take<float>(own * c.threads);
     for_strips(c, [&](int64_t strip, int64_t end, int thread) {
-        uint8_t* weight = memory + own * thread;
+        float* totals = memory + own * thread;
+        alignas(64) uint8_t weight[GROUPS_TOGETHER * SIXTEENS * GROUP_BYTES];
         alignas(64) int32_t products[GROUPS_TOGETHER * SIXTEENS * PRODUCT];
-        alignas(64) float totals[SIXTEENS * PRODUCT];
         Tiles configured(GROUP, GROUP_LINES);
         for (; strip < end; ++strip) {
-            spread_int4(c, strip, weight);
-            for (int64_t row = 0; row < c.rows; row += AMX_ROWS) {
-                for (int64_t group = 0; group < c.groups(); group += GROUPS_TOGETHER) {
-                    int count = int(std::min<int64_t>(GROUPS_TOGETHER, c.groups() - group));
-                    multiply_groups(a.quants + row * a.stride + group * GROUP, a.stride,
-                                    weight + group * SIXTEENS * GROUP_BYTES, count, products);
-                    add_groups(c, a, strip, row, group, count, products, totals);
+            for (int64_t group = 0; group < c.groups(); group += GROUPS_TOGETHER) {
+                int count = int(std::min<int64_t>(GROUPS_TOGETHER, c.groups() - group));
+                spread_int4(c, strip, group, count, weight);
+                for (int64_t row = 0; row < c.rows; row += AMX_ROWS) {
+                    const int8_t* x = a.quants + row * a.stride + group * GROUP;
+                    multiply_groups(x, a.stride, weight, count, products);
+                    add_groups(c, a, strip, row, group, count, products, totals + row * STRIP);
                 }
-                int64_t rows = std::min<int64_t>(AMX_ROWS, c.rows - row);
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int s = 0; s < SIXTEENS; ++s)
-                        finish(c, row + r, strip * STRIP + s * LANES, load(totals + (s * AMX_ROWS + r) * LANES));
             }
+            for (int64_t row = 0; row < c.rows; ++row)
+                for (int s = 0; s < SIXTEENS; ++s) {
+                    int64_t at = row / AMX_ROWS * SIXTEENS + s;  // of the tile's totals
+                    V16 total = load(totals + (at * AMX_ROWS + row % AMX_ROWS) * LANES);
+                    finish(c, row, strip * STRIP + s * LANES, total);
+                }
         }
     });
 }
