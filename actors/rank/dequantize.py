@@ -17,6 +17,38 @@ def dequantize(type_name: str, blocks: Tensor) -> Tensor:
     return flat.view(*blocks.shape[:-2], -1)
 
 
+def four_bits(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Blocks of a ggml type of 4 bits, uint8 [N, n, bytes of a block], as they are: w = scale * quant + minimum.
+
+    Returns quants uint8 [N, K], 0 … 15, and scales and minimums of groups of 32, float16 [N, K / 32]; None for other
+    types. Exact but for the products of Q4_K's scales, which are rounded to float16.
+    """
+    convert = _FOUR_BITS.get(type_name)
+    if convert is None:
+        return None
+    rows = len(blocks)
+    quants, scales, minimums = convert(blocks.reshape(-1, blocks.shape[-1]))
+    return quants.view(rows, -1), scales.view(rows, -1), minimums.view(rows, -1)
+
+
+def _q4_0_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scales = blocks[:, :2].contiguous().view(torch.float16)
+    return _nibbles(blocks[:, 2:]), scales, scales * -8
+
+
+def _q4_1_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    halves = blocks[:, :4].contiguous().view(torch.float16)
+    return _nibbles(blocks[:, 4:]), halves[:, 0].contiguous(), halves[:, 1].contiguous()
+
+
+def _q4_k_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scales, minimums = _k_scales(blocks)
+    return _nibbles(blocks[:, 16:].reshape(-1, 4, 32)), scales.half(), minimums.neg().half()
+
+
+_FOUR_BITS = {"Q4_0": _q4_0_groups, "Q4_1": _q4_1_groups, "Q4_K": _q4_k_groups}
+
+
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The float16 number at byte `at` of each block: float32 [n, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
