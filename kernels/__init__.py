@@ -14,11 +14,16 @@ from kernels.ops import (
     embedding,
     linear,
     logprobs,
+    pack_int4,
     pack_weight,
+    packed_bytes,
+    packed_dtype,
+    packed_shape,
     rms_norm,
     sample,
     silu_and_mul,
 )
+from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
@@ -26,6 +31,7 @@ __all__ = [
     "AttentionMeta",
     "PackedWeight",
     "SamplingTensors",
+    "WeightKind",
     "add_bias",
     "apply_penalties",
     "attention",
@@ -35,7 +41,11 @@ __all__ = [
     "embedding",
     "linear",
     "logprobs",
+    "pack_int4",
     "pack_weight",
+    "packed_bytes",
+    "packed_dtype",
+    "packed_shape",
     "rms_norm",
     "rotary_table",
     "sample",

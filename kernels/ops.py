@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import packing, reference
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
+from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -119,24 +120,71 @@ def _check_attention(
         raise ValueError(f"attention: a window of {window} keys sees nothing")
 
 
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight [V, H] for int64 ids [T]: [T, H]."""
-    if (native := _library_for(ids, dtype=torch.int64)) and _library_for(weight):
-        return cpu.embedding(native, ids, weight)
-    return F.embedding(ids, weight)
+def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of weight [V, H] for int64 ids [T]: [T, H], of a plain weight's own type.
+
+    Rows of a packed weight, say of an output layer that shares the embedding, are put together again in `dtype`.
+    """
+    native = _library_for(ids, dtype=torch.int64)
+    if isinstance(weight, Tensor):
+        if native and _library_for(weight):
+            return cpu.embedding(native, ids, weight)
+    elif weight.panels.device != ids.device:
+        raise ValueError(f"embedding: the ids are on {ids.device} and the weight on {weight.panels.device}")
+    return reference.embedding(ids, weight, dtype)
 
 
-def pack_weight(weight: Tensor, out: Tensor | None = None) -> PackedWeight:
-    """Packs a weight [N, K] into panels for `linear`, into `out` [ceil(N / 64), K, 64] if given (a shared arena,
-    say)."""
-    return reference.pack_weight(weight, out)
+def pack_weight(weight: Tensor, out: Tensor | None = None, kind: WeightKind | None = None) -> PackedWeight:
+    """Packs a float weight [N, K] for `linear`, into `out` if given (part of a shared arena, say).
+
+    out: of `packed_dtype(kind)` and `packed_shape(kind, N, K)`; kind: that of the weight's own type if None. int8 has
+    one scale an output feature; int4 has a scale and a minimum (float16) for 32 input features each, fitted to them.
+    Raises ValueError if `out` does not fit, or if the kind does not take such a weight (int4: K must be a multiple
+    of 32).
+    """
+    outputs, inputs = weight.shape
+    if kind is None:
+        if weight.dtype not in _FLOATS:
+            raise ValueError(f"pack_weight: say which kind a weight of {weight.dtype} shall be")
+        kind = "float32" if weight.dtype == torch.float32 else "bfloat16"
+    packed = _packed(weight, kind, outputs, inputs, out)
+    packing.pack(weight, kind, packed.panels)
+    return packed
+
+
+def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor | None = None) -> PackedWeight:
+    """Packs a weight that is quantized already, as it is: w = scale * q + minimum.
+
+    quants: uint8 [N, K], each 0 .. 15; scales, minimums: float16 [N, K / 32]; out: as for `pack_weight`. Blocks of
+    GGUF's Q4_1 are that (d and m), those of Q4_0 with -8 d as the minimum, both exact in float16 but for a d that
+    overflows. Raises ValueError if the tensors do not fit each other.
+    """
+    outputs, inputs = quants.shape
+    packed = _packed(quants, "int4", outputs, inputs, out)
+    groups = (outputs, inputs // packing.GROUP)
+    if quants.dtype != torch.uint8:
+        raise ValueError(f"pack_int4: quants must be uint8, not {quants.dtype}")
+    for name, values in (("scales", scales), ("minimums", minimums)):
+        if values.shape != groups or values.dtype != torch.float16:
+            raise ValueError(
+                f"pack_int4: {name} must be float16 {list(groups)}, not {values.dtype} {list(values.shape)}"
+            )
+    packing.pack_int4(quants, scales, minimums, packed.panels)
+    return packed
+
+
+def _packed(like: Tensor, kind: WeightKind, outputs: int, inputs: int, out: Tensor | None) -> PackedWeight:
+    if out is None:
+        shape = packing.packed_shape(kind, outputs, inputs)
+        out = torch.empty(shape, dtype=packing.packed_dtype(kind), device=like.device)
+    return PackedWeight(out, kind, outputs, inputs)
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, deterministic: bool = False) -> Tensor:
-    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N]. All of one dtype.
+    """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's type, float32 or bfloat16.
 
-    With `deterministic` a row's result depends on that row alone, to the bit, whatever T is. Weights packed with
-    `pack_weight` always take the deterministic kernel and are its fast form.
+    A plain weight has x's type; a packed one may be of any kind. The bias has x's type. With `deterministic` a row's
+    result depends on that row alone, to the bit, whatever T is.
     """
     if isinstance(weight, Tensor) and not deterministic:
         return F.linear(x, weight, bias)
@@ -149,7 +197,7 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None,
     native = _library_for(data) if bias is None else _library_for(data, bias)
     if native and x.is_cpu and x.dtype == data.dtype:
         return cpu.linear(native, x, weight, bias)
-    return reference.linear(x, weight, bias, True)
+    return reference.linear(x, weight, bias, deterministic or isinstance(weight, PackedWeight))
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -254,7 +302,11 @@ __all__ = [
     "embedding",
     "linear",
     "logprobs",
+    "pack_int4",
     "pack_weight",
+    "packed_bytes",
+    "packed_dtype",
+    "packed_shape",
     "rms_norm",
     "sample",
     "silu_and_mul",

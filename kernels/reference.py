@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.types import PANEL, AttentionMeta, PackedWeight, SamplingTensors
+from kernels.packing import unpack, unpack_rows
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
@@ -127,36 +128,22 @@ def _attention_one_order(q: Tensor, cache: Tensor, meta: AttentionMeta, scale: f
     return out
 
 
-def pack_weight(weight: Tensor, out: Tensor | None) -> PackedWeight:
-    features, width = weight.shape
-    count = -(-features // PANEL)
-    if out is None:
-        out = weight.new_empty(count, width, PANEL)
-    rows = F.pad(weight, (0, 0, 0, count * PANEL - features)).view(count, PANEL, width)
-    if _in_pairs(out):
-        out.view(count, width // 2, PANEL, 2).copy_(rows.view(count, PANEL, width // 2, 2).transpose(1, 2))
-    else:
-        out.copy_(rows.transpose(1, 2))
-    return PackedWeight(panels=out, out_features=features)
+def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
+    if isinstance(weight, Tensor):
+        return F.embedding(ids, weight)
+    return unpack_rows(weight.panels, weight.kind, weight.in_features, ids).to(dtype)
 
 
-def unpack_weight(packed: PackedWeight) -> Tensor:
-    panels = packed.panels
-    if _in_pairs(panels):
-        rows = panels.view(len(panels), -1, PANEL, 2).transpose(1, 2).reshape(-1, packed.in_features)
-    else:
-        rows = panels.transpose(1, 2).reshape(-1, packed.in_features)
-    return rows[: packed.out_features]
-
-
-def _in_pairs(panels: Tensor) -> bool:
-    """bfloat16 panels hold input features in pairs, [inputs / 2, 64, 2], as matrix instructions take them."""
-    return panels.dtype == torch.bfloat16 and panels.shape[1] % 2 == 0
+def dequantize(packed: PackedWeight) -> Tensor:
+    return unpack(packed.panels, packed.kind, packed.out_features, packed.in_features)
 
 
 def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, deterministic: bool) -> Tensor:
     if isinstance(weight, PackedWeight):
-        weight = unpack_weight(weight)
+        weight = dequantize(weight)
+        if weight.dtype != x.dtype:
+            wide = linear(x.float(), weight.float(), None if bias is None else bias.float(), deterministic)
+            return wide.to(x.dtype)
     if not deterministic:
         return F.linear(x, weight, bias)
     # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep

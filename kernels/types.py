@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.packing import WeightKind, check_packed
+
 
 @dataclass(frozen=True)
 class AttentionMeta:
@@ -132,25 +134,19 @@ class SamplingTensors:
         )
 
 
-PANEL = 64  # output features side by side in a packed weight
-
-
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight matrix cut into panels of 64 output features, in the order in which `linear` reads it.
+    """A weight matrix [out_features, in_features] cut into panels, in the order in which `linear` reads it.
 
-    `panels` is a plain tensor [ceil(out_features / 64), in_features, 64], so it can be stored, shared and mapped like
-    any other. Output features beyond the last are zero; bfloat16 panels hold an even number of input features in
-    pairs, [in_features / 2, 64, 2]. Made by `pack_weight`.
+    `panels` is one plain tensor, so it can be stored, shared and mapped like any other; `kernels.packing` says how it
+    is laid out for each kind. Made by `pack_weight` and `pack_int4`, or from a tensor that one of them has filled.
+    Raises ValueError if the tensor is not of the size and type that the kind and the features ask for.
     """
 
     panels: Tensor
+    kind: WeightKind
     out_features: int
+    in_features: int
 
-    @property
-    def in_features(self) -> int:
-        return self.panels.shape[1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.panels.dtype
+    def __post_init__(self) -> None:
+        check_packed(self.panels, self.kind, self.out_features, self.in_features)

@@ -1,0 +1,276 @@
+"""How packed weights are laid out: panels of 64 output features, in one plain tensor for each kind.
+
+float32, bfloat16: a tensor [panels, in_features, 64] of that type, where bfloat16 panels with an even number of input
+features hold them in pairs, [in_features / 2, 64, 2].
+
+int8: bytes. A panel is its weights [in / 4][64 outputs][4 inputs], each q + 128 for q in -127 .. 127, with zeros (128)
+after the last input up to a multiple of 64, and then 64 float32 scales: w = scale * q.
+
+int4: bytes. A panel is a block of 1280 bytes for each group of 32 input features, a block is
+    quants    uint8 [4][4][16][4]: byte [a][b][c][d] belongs to output 16 a + c; its low half is input 4 b + d of the
+              group, its high half the input 16 + 4 b + d
+    scales    float16 [64]
+    minimums  float16 [64]
+and w = scale * q + minimum for q in 0 .. 15. The bytes of one output feature in a block, [b][d], are those of a Q4_0 or
+Q4_1 block of GGUF.
+
+Output features after the last, in the last panel, are zero.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
+
+PANEL = 64  # output features of a panel
+GROUP = 32  # input features that share a scale and a minimum in int4
+INT4_BLOCK_BYTES = PANEL * GROUP // 2 + 2 * 2 * PANEL
+INT8_MULTIPLE = 64  # input features of int8 panels
+# The greatest sum of products of int8 weights (255 with the offset) and activations (127) that an int32 holds.
+INT8_MOST_INPUTS = 65536
+
+_SLICE_ROWS = 2048  # weights quantized at a time
+
+
+def packed_dtype(kind: WeightKind) -> torch.dtype:
+    """The type of the tensor that holds a packed weight."""
+    match kind:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "int8" | "int4":
+            return torch.uint8
+    raise ValueError(f"a weight of kind {kind!r} is not known: use one of {', '.join(get_args(WeightKind))}")
+
+
+def packed_shape(kind: WeightKind, out_features: int, in_features: int) -> tuple[int, ...]:
+    """The shape of the tensor that holds a packed weight. Raises ValueError if the kind does not take such a weight."""
+    panels = -(-out_features // PANEL)
+    match kind:
+        case "int4":
+            if in_features % GROUP:
+                raise ValueError(
+                    f"an int4 weight needs a multiple of {GROUP} input features, not {in_features}: use bfloat16 for it"
+                )
+            return (panels * (in_features // GROUP) * INT4_BLOCK_BYTES,)
+        case "int8":
+            if in_features > INT8_MOST_INPUTS:
+                raise ValueError(
+                    f"an int8 weight may have {INT8_MOST_INPUTS} input features, not {in_features}: use bfloat16 for it"
+                )
+            return (panels * _int8_panel_bytes(in_features),)
+        case _:
+            packed_dtype(kind)
+            return (panels, in_features, PANEL)
+
+
+def packed_bytes(kind: WeightKind, out_features: int, in_features: int) -> int:
+    """Bytes of a packed weight. Raises ValueError if the kind does not take a weight of these features."""
+    count = 1
+    for length in packed_shape(kind, out_features, in_features):
+        count *= length
+    return count * packed_dtype(kind).itemsize
+
+
+def check_packed(panels: Tensor, kind: WeightKind, out_features: int, in_features: int) -> None:
+    """Raises ValueError if a tensor cannot hold such a weight."""
+    shape, dtype = packed_shape(kind, out_features, in_features), packed_dtype(kind)
+    if panels.shape != shape or panels.dtype != dtype or not panels.is_contiguous():
+        raise ValueError(
+            f"a packed {kind} weight [{out_features}, {in_features}] is a contiguous {dtype} tensor {list(shape)}, "
+            f"not {panels.dtype} {list(panels.shape)}"
+        )
+
+
+def pack(weight: Tensor, kind: WeightKind, out: Tensor) -> None:
+    """Packs a float weight [out_features, in_features], rounding or quantizing it if need be."""
+    for start in range(0, weight.shape[0], _SLICE_ROWS):
+        part = weight[start : start + _SLICE_ROWS]
+        panels = _panels_of(out, kind, start, part.shape)
+        match kind:
+            case "int4":
+                _fill_int4(panels, *quantize_int4(part.float()))
+            case "int8":
+                _fill_int8(panels, *quantize_int8(part.float()))
+            case _:
+                _fill_floats(panels, part)
+
+
+def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor) -> None:
+    for start in range(0, quants.shape[0], _SLICE_ROWS):
+        rows = slice(start, start + _SLICE_ROWS)
+        panels = _panels_of(out, "int4", start, quants[rows].shape)
+        _fill_int4(panels, quants[rows], scales[rows], minimums[rows])
+
+
+def unpack(panels: Tensor, kind: WeightKind, out_features: int, in_features: int) -> Tensor:
+    """The weight [out_features, in_features]: float32 for the quantized kinds, else of its own type."""
+    match kind:
+        case "int4":
+            rows = _unpack_int4(panels.view(-1, in_features // GROUP, INT4_BLOCK_BYTES))
+        case "int8":
+            rows = _unpack_int8(panels.view(-1, _int8_panel_bytes(in_features)))[:, :in_features]
+        case _:
+            rows = _unpack_floats(panels)
+    return rows[:out_features]
+
+
+def unpack_rows(panels: Tensor, kind: WeightKind, in_features: int, rows: Tensor) -> Tensor:
+    """The rows of these numbers (int64 [T]) of a weight, one a number: [T, in_features], of the type `unpack` gives."""
+    panel, row = rows // PANEL, rows % PANEL
+    match kind:
+        case "int4":
+            blocks = panels.view(-1, in_features // GROUP, INT4_BLOCK_BYTES)[panel]
+            quants = blocks[..., : PANEL * GROUP // 2].unflatten(-1, (4, 4, 16, 4))
+            tokens = torch.arange(len(rows), device=rows.device)
+            mine = quants[tokens, :, row // 16, :, row % 16].flatten(-2)  # [T, groups, 16]
+            scales = blocks[..., PANEL * GROUP // 2 :].contiguous().view(torch.float16).float()
+            scale, minimum = scales[tokens, :, row, None], scales[tokens, :, PANEL + row, None]
+            return (torch.cat([mine & 15, mine >> 4], dim=-1).float() * scale + minimum).flatten(1)
+        case "int8":
+            chosen = panels.view(-1, _int8_panel_bytes(in_features))[panel]
+            tokens = torch.arange(len(rows), device=rows.device)
+            quants = chosen[:, : -4 * PANEL].unflatten(-1, (-1, PANEL, 4))[tokens, :, row].flatten(1)
+            scale = chosen[:, -4 * PANEL :].contiguous().view(torch.float32)[tokens, row]
+            return ((quants.float() - 128) * scale[:, None])[:, :in_features]
+        case _:
+            chosen = panels[panel]
+            tokens = torch.arange(len(rows), device=rows.device)
+            if _in_pairs(panels):
+                return chosen.view(len(rows), -1, PANEL, 2)[tokens, :, row].flatten(1)
+            return chosen[tokens, :, row]
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 [N, K] to uint8 quants [N, K] and float16 scales and minimums [N, K / 32], w = scale * q + minimum.
+
+    Starts from the range of each group, and from ranges a little narrower; scale and minimum are then fitted to the
+    rounded values by least squares, and the best of all is taken (as llama.cpp's `make_qkx2_quants` does).
+    """
+    groups = weight.unflatten(-1, (-1, GROUP))
+    low = groups.amin(-1, keepdim=True).clamp(max=0)
+    high = groups.amax(-1, keepdim=True)
+    best_error = torch.full_like(low, float("inf"))
+    best_scale, best_minimum = torch.zeros_like(low), torch.zeros_like(low)
+    for narrower in (0.0, 0.04, 0.08):
+        margin = (high - low) * (narrower / 2)
+        minimum = low + margin
+        scale = (high - low - 2 * margin) / 15
+        for fit in (False, True):
+            if fit:
+                q = _nearest(groups, scale, minimum)
+                mean_q, mean_w = q.mean(-1, keepdim=True), groups.mean(-1, keepdim=True)
+                spread = (q - mean_q).square().sum(-1, keepdim=True)
+                slope = ((q - mean_q) * (groups - mean_w)).sum(-1, keepdim=True) / spread
+                scale = torch.where((spread > 0) & (slope > 0), slope, scale)
+                minimum = torch.where(spread > 0, mean_w - scale * mean_q, minimum)
+            scale, minimum = scale.half().float(), minimum.half().float()
+            q = _nearest(groups, scale, minimum)
+            error = (q * scale + minimum - groups).square().sum(-1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_minimum = torch.where(better, minimum, best_minimum)
+    quants = _nearest(groups, best_scale, best_minimum).to(torch.uint8).flatten(-2)
+    return quants, best_scale.squeeze(-1).half(), best_minimum.squeeze(-1).half()
+
+
+def _nearest(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return ((groups - minimum) * inverse).round_().clamp_(0, 15)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [N, K] to int8 [N, K] and float32 scales [N], w = scale * q."""
+    scale = weight.abs().amax(-1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    inverse = torch.where(scale > 0, 1 / scale, 0)
+    return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def _panels_of(out: Tensor, kind: WeightKind, first_row: int, shape: torch.Size) -> Tensor:
+    """The panels of a packed tensor that hold rows first_row … of a weight, one a line."""
+    rows, inputs = shape
+    first, last = first_row // PANEL, -(-(first_row + rows) // PANEL)
+    match kind:
+        case "int4":
+            return out.view(-1, inputs // GROUP, INT4_BLOCK_BYTES)[first:last]
+        case "int8":
+            return out.view(-1, _int8_panel_bytes(inputs))[first:last]
+        case _:
+            return out[first:last]
+
+
+def _int8_panel_bytes(in_features: int) -> int:
+    return PANEL * -(-in_features // INT8_MULTIPLE) * INT8_MULTIPLE + 4 * PANEL
+
+
+def _padded(rows: Tensor, panels: int) -> Tensor:
+    """Rows [N, …] and zeros up to whole panels: [panels, 64, …]."""
+    missing = panels * PANEL - len(rows)
+    if missing:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    return rows.unflatten(0, (panels, PANEL))
+
+
+def _fill_int4(panels: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor) -> None:
+    count, groups, _ = panels.shape
+    halves = quants.unflatten(-1, (groups, 2, GROUP // 2))
+    both = _padded(halves[:, :, 0] | (halves[:, :, 1] << 4), count).view(count, 4, 16, groups, 4, 4)
+    size = PANEL * GROUP // 2
+    panels[..., :size].unflatten(-1, (4, 4, 16, 4)).copy_(both.permute(0, 3, 1, 4, 2, 5))
+    for i, values in enumerate((scales, minimums)):
+        start = size + i * 2 * PANEL
+        lines = _padded(values, count).transpose(1, 2).contiguous()
+        panels[..., start : start + 2 * PANEL].copy_(lines.view(torch.uint8))
+
+
+def _unpack_int4(blocks: Tensor) -> Tensor:
+    count, groups, _ = blocks.shape
+    size = PANEL * GROUP // 2
+    both = blocks[..., :size].unflatten(-1, (4, 4, 16, 4)).permute(0, 2, 4, 1, 3, 5).reshape(-1, groups, 16)
+    quants = torch.cat([both & 15, both >> 4], dim=-1).float()
+    values = blocks[..., size:].contiguous().view(torch.float16).float().view(count, groups, 2, PANEL)
+    scales, minimums = values.permute(2, 0, 3, 1).reshape(2, -1, groups, 1)
+    return (quants * scales + minimums).flatten(1)
+
+
+def _fill_int8(panels: Tensor, quants: Tensor, scales: Tensor) -> None:
+    count, size = panels.shape
+    inputs = (size - 4 * PANEL) // PANEL
+    offset = F.pad((quants.short() + 128).to(torch.uint8), (0, inputs - quants.shape[1]), value=128)
+    missing = count * PANEL - len(offset)
+    rows = F.pad(offset, (0, 0, 0, missing), value=128).view(count, PANEL, inputs // 4, 4)
+    panels[:, : -4 * PANEL].unflatten(-1, (inputs // 4, PANEL, 4)).copy_(rows.transpose(1, 2))
+    panels[:, -4 * PANEL :].copy_(_padded(scales, count).contiguous().view(torch.uint8))
+
+
+def _unpack_int8(panels: Tensor) -> Tensor:
+    count = len(panels)
+    quants = panels[:, : -4 * PANEL].unflatten(-1, (-1, PANEL, 4)).transpose(1, 2).reshape(count, PANEL, -1)
+    scales = panels[:, -4 * PANEL :].contiguous().view(torch.float32)
+    return ((quants.float() - 128) * scales[..., None]).flatten(0, 1)
+
+
+def _in_pairs(panels: Tensor) -> bool:
+    """bfloat16 panels hold input features in pairs, as matrix instructions take them."""
+    return panels.dtype == torch.bfloat16 and panels.shape[1] % 2 == 0
+
+
+def _fill_floats(panels: Tensor, weight: Tensor) -> None:
+    count, width = len(panels), weight.shape[1]
+    rows = _padded(weight, count)
+    if _in_pairs(panels):
+        panels.view(count, width // 2, PANEL, 2).copy_(rows.view(count, PANEL, width // 2, 2).transpose(1, 2))
+    else:
+        panels.copy_(rows.transpose(1, 2))
+
+
+def _unpack_floats(panels: Tensor) -> Tensor:
+    count, width, _ = panels.shape
+    if _in_pairs(panels):
+        return panels.view(count, -1, PANEL, 2).transpose(1, 2).reshape(-1, width)
+    return panels.transpose(1, 2).reshape(-1, width)
