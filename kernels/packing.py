@@ -93,7 +93,8 @@ def pack(weight: Tensor, kind: WeightKind, out: Tensor) -> None:
         panels = _panels_of(out, kind, start, part.shape)
         match kind:
             case "int4":
-                _fill_int4(panels, *quantize_int4(part.float()))
+                quants, scales, minimums = quantize_int4(part.float())
+                _fill_int4(panels, _in_halves(quants), scales, minimums)
             case "int8":
                 _fill_int8(panels, *quantize_int8(part.float()))
             case _:
@@ -101,10 +102,9 @@ def pack(weight: Tensor, kind: WeightKind, out: Tensor) -> None:
 
 
 def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor) -> None:
-    for start in range(0, quants.shape[0], _SLICE_ROWS):
-        rows = slice(start, start + _SLICE_ROWS)
-        panels = _panels_of(out, "int4", start, quants[rows].shape)
-        _fill_int4(panels, quants[rows], scales[rows], minimums[rows])
+    """Packs quants [N, K], or [N, K / 32, 16] with two a byte, that have scales and minimums [N, K / 32]."""
+    halves = quants if quants.dim() == 3 else _in_halves(quants)
+    _fill_int4(out.view(-1, scales.shape[1], INT4_BLOCK_BYTES), halves, scales, minimums)
 
 
 def unpack(panels: Tensor, kind: WeightKind, out_features: int, in_features: int) -> Tensor:
@@ -216,16 +216,23 @@ def _padded(rows: Tensor, panels: int) -> Tensor:
     return rows.unflatten(0, (panels, PANEL))
 
 
-def _fill_int4(panels: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor) -> None:
+def _in_halves(quants: Tensor) -> Tensor:
+    """Quants [N, K] two a byte: [N, K / 32, 16]."""
+    first, second = quants.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+    return first | (second << 4)
+
+
+def _fill_int4(panels: Tensor, halves: Tensor, scales: Tensor, minimums: Tensor) -> None:
+    """Fills panels with quants, two a byte, [N, groups, 16]. They are moved four bytes at a time."""
     count, groups, _ = panels.shape
-    halves = quants.unflatten(-1, (groups, 2, GROUP // 2))
-    both = _padded(halves[:, :, 0] | (halves[:, :, 1] << 4), count).view(count, 4, 16, groups, 4, 4)
+    if any(stride % 4 for stride in halves.stride()[:2]) or halves.storage_offset() % 4:
+        halves = halves.contiguous()
+    words = _padded(halves.view(torch.int32), count).view(count, 4, 16, groups, 4)
     size = PANEL * GROUP // 2
-    panels[..., :size].unflatten(-1, (4, 4, 16, 4)).copy_(both.permute(0, 3, 1, 4, 2, 5))
-    for i, values in enumerate((scales, minimums)):
-        start = size + i * 2 * PANEL
-        lines = _padded(values, count).transpose(1, 2).contiguous()
-        panels[..., start : start + 2 * PANEL].copy_(lines.view(torch.uint8))
+    panels.view(torch.int32)[..., : size // 4].unflatten(-1, (4, 4, 16)).copy_(words.permute(0, 3, 1, 4, 2))
+    values = panels.view(torch.float16)[..., size // 2 :].unflatten(-1, (2, PANEL))
+    for i, each in enumerate((scales, minimums)):
+        values[:, :, i].copy_(_padded(each, count).transpose(1, 2))
 
 
 def _unpack_int4(blocks: Tensor) -> Tensor:

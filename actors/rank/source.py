@@ -74,9 +74,9 @@ class GGUFSource:
         if groups is None:
             return None
         quants, scales, minimums = groups
-        start = columns.start % info.block_values
-        inner = slice(start // GROUP, (start + len(columns)) // GROUP)
-        return quants[:, start : start + len(columns)], scales[:, inner], minimums[:, inner]
+        first = columns.start % info.block_values // GROUP
+        inner = slice(first, first + len(columns) // GROUP)
+        return quants[:, inner], scales[:, inner], minimums[:, inner]
 
     def _blocks(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> tuple[TensorInfo, Tensor]:
         """The blocks that hold a part of a tensor, uint8 [rows, blocks, bytes], in Hugging Face's order of rows."""

@@ -158,7 +158,11 @@ def test_blocks_of_four_bits_are_kept(kind: str) -> None:
     groups = four_bits(kind, torch.from_numpy(raw))
     assert groups is not None
     quants, scales, minimums = groups
-    assert (quants.shape, scales.shape, minimums.shape) == ((8, 3 * values), (8, 3 * values // 32), scales.shape)
+    assert (quants.shape, scales.shape, minimums.shape) == (
+        (8, 3 * values // 32, 16),
+        (8, 3 * values // 32),
+        scales.shape,
+    )
     got = reference.dequantize(kernels.pack_int4(quants, scales, minimums)).numpy()
     # Q4_K's scales are products, rounded to float16 here.
     np.testing.assert_allclose(got, wanted, rtol=0 if kind != "Q4_K" else 2e-3, atol=0 if kind != "Q4_K" else 1e-3)
