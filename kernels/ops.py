@@ -160,19 +160,18 @@ def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor | No
     Blocks of GGUF's Q4_1 are that (d and m), those of Q4_0 with -8 d as the minimum, both exact in float16 but for a
     d that overflows. Raises ValueError if the tensors do not fit each other.
     """
-    outputs, count = scales.shape
-    groups = (outputs, count)
-    if quants.dtype != torch.uint8 or quants.shape not in ((outputs, 32 * count), (outputs, count, 16)):
+    if quants.dtype != torch.uint8 or quants.dim() not in (2, 3) or (quants.dim() == 3 and quants.shape[2] != 16):
         raise ValueError(
-            f"pack_int4: quants must be uint8 {[outputs, 32 * count]} or {[outputs, count, 16]}, not {quants.dtype} "
-            f"{list(quants.shape)}"
+            f"pack_int4: quants must be uint8 [N, K] or [N, K / 32, 16], not {quants.dtype} {list(quants.shape)}"
         )
+    outputs, inputs = quants.shape[0], quants.shape[1] * (1 if quants.dim() == 2 else packing.GROUP)
+    packed = _packed(quants, "int4", outputs, inputs, out)
+    groups = (outputs, inputs // packing.GROUP)
     for name, values in (("scales", scales), ("minimums", minimums)):
         if values.shape != groups or values.dtype != torch.float16:
             raise ValueError(
                 f"pack_int4: {name} must be float16 {list(groups)}, not {values.dtype} {list(values.shape)}"
             )
-    packed = _packed(quants, "int4", outputs, 32 * count, out)
     packing.pack_int4(quants, scales, minimums, packed.panels)
     return packed
 
