@@ -226,7 +226,7 @@ def _fill_int4(panels: Tensor, halves: Tensor, scales: Tensor, minimums: Tensor)
     """Fills panels with quants, two a byte, [N, groups, 16]. They are moved four bytes at a time."""
     count, groups, _ = panels.shape
     if any(stride % 4 for stride in halves.stride()[:2]) or halves.storage_offset() % 4:
-        halves = halves.contiguous()
+        halves = halves.clone(memory_format=torch.contiguous_format)
     words = _padded(halves.view(torch.int32), count).view(count, 4, 16, groups, 4)
     size = PANEL * GROUP // 2
     panels.view(torch.int32)[..., : size // 4].unflatten(-1, (4, 4, 16)).copy_(words.permute(0, 3, 1, 4, 2))
