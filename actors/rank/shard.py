@@ -13,7 +13,8 @@ from actors.kv_format import KVDType, KVFormat
 from actors.rank.precision import GROUP, matrix_dtype
 
 ALIGNMENT = 64
-HEADER_BYTES = 65_536
+HEADER_BYTES = 262_144
+"""Before the tensors: what the arena holds. A checkpoint may have a thousand files, and as many types of matrices."""
 PANEL_ROWS = 64
 """Rows of a panel of `kernels.PackedWeight`."""
 INT8_COLUMNS = 64

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import kernels
 from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig
+from actors.checkpoint import ModelConfig, checkpoint_identity
 from actors.dtypes import WeightDType
 from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, Shard, Slot, weight_layout
 from actors.rank.source import Source, open_source
@@ -51,11 +51,15 @@ class Identity(msgspec.Struct, frozen=True):
     """Name, bytes and time of change (ns) of each of the checkpoint's files."""
 
 
-class _Contents(msgspec.Struct, frozen=True):
-    """What stands in front of the weights: a restarted rank need not read the checkpoint."""
+class Contents(msgspec.Struct, frozen=True):
+    """What stands in front of the weights in an arena, so that a restarted rank need not open the checkpoint.
+
+    `checkpoint` is `checkpoint_identity` of the files that the weights were read from.
+    """
 
     identity: Identity
     config: ModelConfig
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,6 @@ class Weights:
     nbytes: int
 
 
-def config_in_arena(descriptor: int) -> ModelConfig | None:
-    """The configuration of the model whose weights an arena holds; None if it does not hold them yet."""
-    contents = _ready_contents(descriptor)
-    return None if contents is None else contents.config
-
-
 def load_weights(
     path: Path,
     config: ModelConfig,
@@ -122,9 +120,10 @@ def load_weights(
     arena_bytes = os.fstat(descriptor).st_size
     if arena_bytes < size:
         raise StartFailure(f"the weights arena has {arena_bytes} bytes and {size} are needed: restart the engine")
-    found = _ready_contents(descriptor)
+    found = contents_of(descriptor)
     if found is None:
-        _pack(descriptor, open_source(path, config), config, shard, slots, identity)
+        contents = Contents(identity, config, checkpoint_identity(path, config))
+        _pack(descriptor, open_source(path, config), contents, shard, slots)
     else:
         _compare(found.identity, identity)
     arena = Arena(descriptor, private=True)
@@ -140,24 +139,28 @@ def _files(path: Path) -> list[Path]:
 
 
 def _state(file: Path) -> tuple[str, int, int]:
-    stat = file.stat()
+    try:
+        stat = file.stat()
+    except FileNotFoundError:  # has been removed since the weights were packed, or the source will say so
+        return file.name, 0, 0
     return file.name, stat.st_size, stat.st_mtime_ns
 
 
-def _ready_contents(descriptor: int) -> _Contents | None:
-    """What the arena holds, or None if it is empty or its packing was not finished."""
+def contents_of(descriptor: int) -> Contents | None:
+    """What an arena holds; None if it is empty or its packing was not finished.
+
+    Raises StartFailure if it is sealed and holds nothing that can be used.
+    """
     header = os.pread(descriptor, HEADER_BYTES, 0)
     magic, state, length = _HEADER.unpack_from(header) if len(header) >= _HEADER.size else (b"", _EMPTY, 0)
-    if magic != _MAGIC or state != _READY:
-        if Arena(descriptor, private=True).sealed:
-            raise StartFailure("the weights arena is sealed but holds no weights: restart the engine")
-        if state == _PACKING:
-            logger.warning("a former incarnation was killed while it packed the weights; packing them again")
-        return None
-    try:
-        return msgspec.json.decode(header[_HEADER.size : _HEADER.size + length], type=_Contents)
-    except msgspec.MsgspecError:
-        return None
+    if magic == _MAGIC and state == _READY:
+        try:
+            return msgspec.json.decode(header[_HEADER.size : _HEADER.size + length], type=Contents)
+        except msgspec.MsgspecError:
+            pass
+    if Arena(descriptor, private=True).sealed:
+        raise StartFailure("the weights arena is sealed but holds no weights: restart the engine")
+    return None
 
 
 def _compare(found: Identity, wanted: Identity) -> None:
@@ -167,23 +170,23 @@ def _compare(found: Identity, wanted: Identity) -> None:
         logger.warning("the checkpoint's files have changed; going on with the weights that this engine started with")
 
 
-def _pack(
-    descriptor: int, source: Source, config: ModelConfig, shard: Shard, slots: list[Slot], identity: Identity
-) -> None:
+def _pack(descriptor: int, source: Source, contents: Contents, shard: Shard, slots: list[Slot]) -> None:
     started = time.perf_counter()
     arena = Arena(descriptor)
-    encoded = msgspec.json.encode(_Contents(identity, config))
+    if _HEADER.unpack_from(arena.buffer)[:2] == (_MAGIC, _PACKING):
+        logger.warning("a former incarnation was killed while it packed the weights; packing them again")
+    encoded = msgspec.json.encode(contents)
     if _HEADER.size + len(encoded) > HEADER_BYTES:
-        encoded = msgspec.json.encode(_Contents(msgspec.structs.replace(identity, files=[]), config))
-    if _HEADER.size + len(encoded) > HEADER_BYTES:
-        raise StartFailure(f"{identity.path}: its description does not fit into {HEADER_BYTES} bytes")
+        raise StartFailure(f"{contents.identity.path}: its description does not fit into {HEADER_BYTES} bytes")
     _HEADER.pack_into(arena.buffer, 0, _MAGIC, _PACKING, len(encoded))
     arena.buffer[_HEADER.size : _HEADER.size + len(encoded)] = encoded
 
     def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
         _fill(*task, source)
 
-    tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), _parts(config, shard, slot.name))]
+    tasks = [
+        task for slot in slots for task in _tasks(slot, _view(arena, slot), _parts(contents.config, shard, slot.name))
+    ]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
