@@ -22,6 +22,7 @@ from kernels.ops import (
     rms_norm,
     sample,
     silu_and_mul,
+    tune,
 )
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
@@ -50,4 +51,5 @@ __all__ = [
     "rotary_table",
     "sample",
     "silu_and_mul",
+    "tune",
 ]

@@ -15,10 +15,12 @@ from torch import Tensor
 from kernels import packing, reference
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
+from kernels.cpu.paths import tune, use_matrix
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 _FLOATS = (torch.float32, torch.bfloat16)
+_QUANTIZED = ("int8", "int4")
 
 
 def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
@@ -131,6 +133,8 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype = t
             return cpu.embedding(native, ids, weight)
     elif weight.panels.device != ids.device:
         raise ValueError(f"embedding: the ids are on {ids.device} and the weight on {weight.panels.device}")
+    elif native and weight.kind in _QUANTIZED and dtype in _FLOATS:
+        return cpu.embedding_quantized(native, ids, weight, dtype)
     return reference.embedding(ids, weight, dtype)
 
 
@@ -197,6 +201,12 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None,
     data = weight.panels if isinstance(weight, PackedWeight) else weight
     if x.stride(1) != 1:
         x = x.contiguous()
+    if isinstance(weight, PackedWeight) and weight.kind in _QUANTIZED:
+        native = _library_for(data, dtype=torch.uint8) if bias is None or bias.is_contiguous() else None
+        if native and x.is_cpu and x.dtype in _FLOATS and (bias is None or bias.dtype == x.dtype):
+            matrix = use_matrix(weight.kind, outputs, inputs, x.shape[0], deterministic)
+            return cpu.linear_quantized(native, x, weight, bias, matrix)
+        return reference.linear(x, weight, bias, deterministic)
     native = _library_for(data) if bias is None else _library_for(data, bias)
     if native and x.is_cpu and x.dtype == data.dtype:
         return cpu.linear(native, x, weight, bias)
@@ -313,4 +323,5 @@ __all__ = [
     "rms_norm",
     "sample",
     "silu_and_mul",
+    "tune",
 ]

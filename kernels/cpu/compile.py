@@ -17,17 +17,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
-HEADERS = ("product.h", "simd.h", "threads.h")
+SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "quantized.cpp", "sampling.cpp", "threads.cpp")
+HEADERS = ("amx.h", "bytes.h", "product.h", "simd.h", "threads.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.
 INSTRUCTION_SETS = {
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma"),
-    "avx2": ("avx2", "fma"),
+    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
+    "avx2": ("avx2", "fma", "f16c"),
 }
-# Used beside AVX-512 where processor and compiler have them.
-MATRIX_EXTENSIONS = ("amx_tile", "amx_bf16")
+# Used beside AVX-512 where processor and compiler have all of a group (names of /proc/cpuinfo, and of the compiler).
+EXTENSIONS = (
+    {"avx512_vnni": "avx512vnni"},
+    {"amx_tile": "amx-tile", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8"},
+)
 COMPILE_SECONDS = 300
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -38,11 +41,11 @@ class BuildError(Exception):
 
 def instruction_sets() -> list[str]:
     """The instruction sets this processor has, of those the kernels are written for, the best first."""
-    flags = _processor_flags()
+    flags = processor_flags()
     return [name for name, needed in INSTRUCTION_SETS.items() if flags.issuperset(needed)]
 
 
-def _processor_flags() -> set[str]:
+def processor_flags() -> set[str]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -63,8 +66,10 @@ def build(instruction_set: str | None = None) -> Path:
         instruction_set = known[0]
     flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set])]
     extensions = []
-    if instruction_set == "avx512" and _processor_flags().issuperset(MATRIX_EXTENSIONS):
-        extensions = [f"-m{name.replace('_', '-')}" for name in MATRIX_EXTENSIONS]
+    if instruction_set == "avx512":
+        processor = processor_flags()
+        groups = [group for group in EXTENSIONS if processor.issuperset(group)]
+        extensions = [f"-m{name}" for group in groups for name in group.values()]
     here = Path(__file__).parent
     content = hashlib.sha256("\0".join([*flags, *extensions]).encode())
     for name in (*SOURCES, *HEADERS):

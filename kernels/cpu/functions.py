@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 _NO_MEMORY, _BAD_INDEX = -1, -2
+_BITS = {"int8": 8, "int4": 4}
 
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 4q f")
@@ -19,6 +20,8 @@ _SILU = struct.Struct("@2P 4q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 7q")
+_LINEAR_QUANTIZED = struct.Struct("@4P 8q")
+_EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
 _SAMPLE = struct.Struct("@P 3q 7P q")
@@ -79,6 +82,24 @@ def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
         )
     )
     _check(result, f"a token is not among the {vocabulary} of the embedding")
+    return out
+
+
+def embedding_quantized(library: ctypes.CDLL, ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(*ids.shape, weight.in_features, dtype=dtype, device="cpu")
+    result = library.embedding_quantized(
+        _EMBEDDING_QUANTIZED.pack(
+            ids.data_ptr(),
+            weight.panels.data_ptr(),
+            out.data_ptr(),
+            ids.numel(),
+            weight.out_features,
+            weight.in_features,
+            _BITS[weight.kind],
+            dtype == torch.bfloat16,
+        )
+    )
+    _check(result, f"a token is not among the {weight.out_features} of the embedding")
     return out
 
 
@@ -168,6 +189,32 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             packed,
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
+        )
+    )
+    _check(result)
+    return out
+
+
+def linear_quantized(
+    library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, matrix: bool
+) -> Tensor:
+    """`matrix`: by matrix instructions, if the processor has them, instead of products of vectors of bytes."""
+    rows, inputs = x.shape
+    out = x.new_empty(rows, weight.out_features)
+    result = library.linear_quantized(
+        _LINEAR_QUANTIZED.pack(
+            x.data_ptr(),
+            weight.panels.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            x.stride(0),
+            rows,
+            inputs,
+            weight.out_features,
+            torch.get_num_threads(),
+            x.dtype == torch.bfloat16,
+            _BITS[weight.kind],
+            matrix,
         )
     )
     _check(result)

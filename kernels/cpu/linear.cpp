@@ -6,17 +6,12 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "product.h"
 #include "threads.h"
 
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
-constexpr int PANEL = 64;  // output features of a packed panel
 constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
 constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
@@ -26,7 +21,7 @@ struct Call {
     void* out;
     int64_t x_stride;  // elements from row to row
     int64_t rows, inputs, outputs;
-    int64_t packed;  // whether the weight is in panels (see pack_weight in reference.py), not rows [outputs, inputs]
+    int64_t packed;  // whether the weight is in panels (see packing.py), not rows [outputs, inputs]
     int64_t threads;
     int64_t narrow;  // everything is bfloat16
 
@@ -156,43 +151,9 @@ void linear(const Call& c) {
 
 #ifdef __AMX_BF16__
 
-constexpr int AMX_ROWS = 16;     // rows of a tile of x and of sums
-constexpr int AMX_DEPTH = 32;    // input features of a tile
+constexpr int AMX_DEPTH = 32;  // input features of a tile
 constexpr int AMX_CHUNK_ROWS = 128;
 constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a panel
-
-// The kernel grants a process the tile registers when asked.
-bool amx_granted() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return granted;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 0, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
-class Tiles {
-  public:
-    Tiles() {
-        _tile_storeconfig(&before_);
-        TileConfig config;
-        config.palette = 1;
-        std::fill_n(config.row_bytes, 8, 64);
-        std::fill_n(config.rows, 8, AMX_ROWS);
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() {
-        if (before_.palette) _tile_loadconfig(&before_);
-        else _tile_release();
-    }
-
-  private:
-    TileConfig before_;
-};
 
 // sums[16][64] = 16 rows of x times a panel.
 void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {

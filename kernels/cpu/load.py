@@ -12,7 +12,9 @@ CHOICES = ("torch", "avx2", "avx512")
 FUNCTIONS = (
     "attention",
     "linear",
+    "linear_quantized",
     "embedding",
+    "embedding_quantized",
     "rms_norm",
     "silu_and_mul",
     "counter_uniform",

@@ -19,6 +19,7 @@ struct bf16 {
 
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
 constexpr int LANES = 16;
+constexpr int PANEL = 64;  // output features of a packed panel, see packing.py
 
 INLINE float widen(float x) { return x; }
 INLINE float widen(bf16 x) {

@@ -9,6 +9,7 @@ import torch
 
 import kernels
 from kernels import cpu
+from kernels.cpu import paths
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +28,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
     def forget() -> None:
         cpu.choice.cache_clear()
         cpu.library.cache_clear()
+        paths._table.cache_clear()
 
     def use(name: str) -> None:
         monkeypatch.setenv("LLM_RUNTIME_KERNELS", name)
@@ -42,6 +44,15 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
     """Runs a test in each of the implementations this processor has."""
     if request.param != "torch" and request.param not in cpu.instruction_sets():
+        pytest.skip(f"this processor has no {request.param}")
+    use_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(params=["avx512", "avx2"])
+def native(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
+    """Runs a test in each of the C++ implementations this processor has."""
+    if request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     use_backend(request.param)
     return request.param

@@ -75,7 +75,7 @@ def test_without_matrix_instructions(use_backend: Callable[[str], None], monkeyp
     """Processors without AMX take another way through bfloat16: with AVX-512 and AVX2 the same to the bit."""
     if cpu.instruction_sets() != ["avx512", "avx2"]:
         pytest.skip("this processor has not both")
-    monkeypatch.setattr("kernels.cpu.compile.MATRIX_EXTENSIONS", ())
+    monkeypatch.setattr("kernels.cpu.compile.EXTENSIONS", ())
     for inputs, outputs in SHAPES:
         weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(40, inputs).bfloat16()
         packed = kernels.pack_weight(weight)

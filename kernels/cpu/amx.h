@@ -1,0 +1,48 @@
+// The tile registers of matrix instructions.
+#pragma once
+
+#ifdef __AMX_TILE__
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdint>
+
+constexpr int AMX_ROWS = 16;  // rows of a tile
+
+// The kernel grants a process the tile registers when asked.
+inline bool amx_granted() {
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted;
+}
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 0, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
+class Tiles {
+  public:
+    Tiles() {
+        _tile_storeconfig(&before_);
+        TileConfig config;
+        config.palette = 1;
+        std::fill_n(config.row_bytes, 8, 64);
+        std::fill_n(config.rows, 8, AMX_ROWS);
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() {
+        if (before_.palette) _tile_loadconfig(&before_);
+        else _tile_release();
+    }
+
+  private:
+    TileConfig before_;
+};
+
+#endif

@@ -1,0 +1,465 @@
+// Linear layers with int4 and int8 weights, laid out as packing.py says.
+//
+// Few rows: activations are rounded to signed bytes on the way, in groups of 32 with a scale each (int4) or by one
+// scale a row (int8), and multiplied as integers. Those sums are exact, and the float32 sums over the groups go in
+// order, so a row's result depends on that row alone, and is the same in every instruction set.
+// Many rows: int8 takes matrix instructions, which give the same integers. int4 may take the way of bfloat16, where a
+// strip of the weight is put together again once for all rows; results are then others, though still of that row alone.
+
+#include <algorithm>
+#include <cmath>
+
+#include "amx.h"
+#include "bytes.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int GROUP = 32;
+constexpr int STRIP = 32;  // output features of a piece of work: half a panel
+constexpr int SIXTEENS = STRIP / LANES;
+constexpr int BLOCK_QUANTS = PANEL * GROUP / 2, BLOCK = BLOCK_QUANTS + 2 * 2 * PANEL;
+constexpr int BYTE_MULTIPLE = 64;  // input features of int8 panels
+constexpr int AHEAD = 2 * BLOCK;   // how far ahead of its use a weight is fetched
+constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
+#ifdef __AVX512F__
+constexpr int MOST_ROWS = 4;
+#else
+constexpr int MOST_ROWS = 2;
+#endif
+
+struct Call {
+    const void* x;
+    const uint8_t* weight;
+    const void* bias;
+    void* out;
+    int64_t x_stride;  // elements from row to row
+    int64_t rows, inputs, outputs, threads;
+    int64_t narrow;    // x, bias and out are bfloat16, else float32
+    int64_t bits;      // of a weight: 4 or 8
+    int64_t matrix;    // whether to take matrix instructions, where there are any
+
+    int64_t groups() const { return inputs / GROUP; }
+    int64_t strips() const { return (outputs + STRIP - 1) / STRIP; }
+    int64_t padded_inputs() const { return (inputs + BYTE_MULTIPLE - 1) / BYTE_MULTIPLE * BYTE_MULTIPLE; }
+};
+
+Scratch& scratch(int which) {
+    thread_local Scratch memory[2];
+    return memory[which];
+}
+
+// Rows of x as signed bytes: x = scale * quant, a scale for each `group` of a row's features; sums = scale * sum of quants.
+struct Activations {
+    int8_t* quants;
+    float *scales, *sums;
+    int64_t stride, groups;
+
+    Activations(const Call& c, int64_t rows, int64_t row_bytes, int64_t groups_) : stride(row_bytes), groups(groups_) {
+        size_t bytes = (rows * stride + 63) & ~size_t(63);
+        quants = scratch(0).take<int8_t>(bytes + 2 * sizeof(float) * rows * groups);
+        scales = (float*)(quants + bytes);
+        sums = scales + rows * groups;
+    }
+};
+
+template <class T>
+INLINE float greatest(const T* x, int64_t count) {
+    V16 most = zeros();
+    for (int64_t i = 0; i < count; i += LANES)
+        most = max(absolute(load_part(x + i, int(std::min<int64_t>(LANES, count - i)))), most);
+    return largest(most);
+}
+
+// Rounds x to quants and zeros up to `end`; returns their sum, which float32 holds exactly.
+template <class T>
+INLINE float round_to_bytes(const T* x, int64_t count, int64_t end, float inverse, int8_t* quants) {
+    V16 sums = zeros();
+    for (int64_t i = 0; i < end; i += LANES) {
+        int part = int(std::min<int64_t>(LANES, std::max<int64_t>(0, count - i)));
+        V16 q = nearest(load_part(x + i, part) * broadcast(inverse));
+        store_bytes(quants + i, q);
+        sums = sums + q;
+    }
+    return sum(sums);
+}
+
+template <class T>
+void quantize_row(const Call& c, const Activations& a, int64_t row) {
+    if (row >= c.rows) {  // fills a tile
+        std::memset(a.quants + row * a.stride, 0, a.stride);
+        std::fill_n(a.scales + row * a.groups, a.groups, 0.0f);
+        std::fill_n(a.sums + row * a.groups, a.groups, 0.0f);
+        return;
+    }
+    const T* x = (const T*)c.x + row * c.x_stride;
+    int64_t count = c.bits == 4 ? GROUP : c.inputs, end = c.bits == 4 ? GROUP : c.padded_inputs();
+    for (int64_t g = 0; g < a.groups; ++g) {
+        float most = greatest(x + g * count, count);
+        float sum = round_to_bytes(x + g * count, count, end, most > 0 ? 127 / most : 0, a.quants + row * a.stride + g * end);
+        a.scales[row * a.groups + g] = most / 127;
+        a.sums[row * a.groups + g] = c.bits == 4 ? most / 127 * sum : sum;
+    }
+}
+
+void quantize(const Call& c, const Activations& a, int64_t rows) {
+    parallel(rows, c.rows * c.inputs < SERIAL_ELEMENTS ? 1 : int(c.threads), [&](int64_t row, int) {
+        c.narrow ? quantize_row<bf16>(c, a, row) : quantize_row<float>(c, a, row);
+    });
+}
+
+template <class T>
+INLINE void finish(const Call& c, int64_t row, int64_t output, V16 sum) {
+    int part = int(std::min<int64_t>(LANES, c.outputs - output));
+    if (part <= 0) return;
+    if (c.bias) sum = sum + load_part((const T*)c.bias + output, part);
+    store_part((T*)c.out + row * c.outputs + output, sum, part);
+}
+INLINE void finish(const Call& c, int64_t row, int64_t output, V16 sum) {
+    c.narrow ? finish<bf16>(c, row, output, sum) : finish<float>(c, row, output, sum);
+}
+
+// Calls f.template operator()<ROWS>(first) for tiles of MOST_ROWS rows and one of what is left.
+template <class F>
+INLINE void for_row_tiles(int64_t rows, F f) {
+    int64_t first = 0;
+    for (; first + MOST_ROWS <= rows; first += MOST_ROWS) f.template operator()<MOST_ROWS>(first);
+    switch (rows - first) {
+        case 1: f.template operator()<1>(first); break;
+        case 2: f.template operator()<std::min(2, MOST_ROWS)>(first); break;
+        case 3: f.template operator()<std::min(3, MOST_ROWS)>(first); break;
+    }
+}
+
+template <int ROWS, bool FETCH>
+void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
+    int64_t groups = c.groups();
+    int sixteen = int(strip % 2) * SIXTEENS;
+    const uint8_t* block = c.weight + strip / 2 * groups * BLOCK;
+    const int8_t* x[ROWS];
+    const float *scales[ROWS], *sums[ROWS];
+    V16 total[ROWS][SIXTEENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = a.quants + (first + r) * a.stride;
+        scales[r] = a.scales + (first + r) * groups;
+        sums[r] = a.sums + (first + r) * groups;
+#pragma GCC unroll 4
+        for (int s = 0; s < SIXTEENS; ++s) total[r][s] = zeros();
+    }
+    for (int64_t g = 0; g < groups; ++g, block += BLOCK) {
+        const uint8_t* quants = block + sixteen * (BLOCK_QUANTS / 4);
+        const uint8_t* steps = block + BLOCK_QUANTS + sixteen * 2 * LANES;
+        if constexpr (FETCH) {
+#pragma GCC unroll 8
+            for (int i = 0; i < SIXTEENS * BLOCK_QUANTS / 4; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
+            _mm_prefetch((const char*)steps + AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char*)steps + AHEAD + 2 * PANEL, _MM_HINT_T0);
+        }
+        W16 products[ROWS][SIXTEENS];
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+            for (int s = 0; s < SIXTEENS; ++s) products[r][s] = no_words();
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+            for (int s = 0; s < SIXTEENS; ++s) {
+                W16 both = load_words(quants + s * (BLOCK_QUANTS / 4) + i * 64);
+                W16 low = low_halves(both), high = high_halves(both);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r) {
+                    const int8_t* at = x[r] + g * GROUP + 4 * i;
+                    products[r][s] = add_products_7bit(products[r][s], low, broadcast_word(at));
+                    products[r][s] = add_products_7bit(products[r][s], high, broadcast_word(at + GROUP / 2));
+                }
+            }
+#pragma GCC unroll 4
+        for (int s = 0; s < SIXTEENS; ++s) {
+            V16 scale = load_halves(steps + s * 2 * LANES), minimum = load_halves(steps + 2 * PANEL + s * 2 * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                total[r][s] = fma(to_floats(products[r][s]) * scale, broadcast(scales[r][g]), total[r][s]);
+                total[r][s] = fma(minimum, broadcast(sums[r][g]), total[r][s]);
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < SIXTEENS; ++s) finish(c, first + r, strip * STRIP + s * LANES, total[r][s]);
+}
+
+void int4_by_integers(const Call& c) {
+    Activations a(c, c.rows, c.inputs, c.groups());
+    quantize(c, a, c.rows);
+    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
+        for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) {
+            first ? int4_tile<ROWS, false>(c, a, strip, first) : int4_tile<ROWS, true>(c, a, strip, first);
+        });
+    });
+}
+
+// What a row's integer products mean: scale * weight scales * (sums less what the offset of 128 added).
+INLINE V16 int8_result(const Activations& a, int64_t row, V16 offset_free, const float* weight_scales) {
+    return offset_free * (load(weight_scales) * broadcast(a.scales[row]));
+}
+
+INLINE const uint8_t* int8_strip(const Call& c, int64_t strip) {
+    return c.weight + strip / 2 * (c.padded_inputs() + 4) * PANEL + strip % 2 * 4 * STRIP;
+}
+INLINE const float* int8_scales(const Call& c, int64_t strip) {
+    return (const float*)(c.weight + (strip / 2 * (c.padded_inputs() + 4) + c.padded_inputs()) * PANEL) + strip % 2 * STRIP;
+}
+
+INLINE W16 less_offset(W16 products, float sum) { return products + broadcast_word(-128 * int32_t(sum)); }
+
+template <int ROWS>
+void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
+    const uint8_t* weight = int8_strip(c, strip);
+    const int8_t* x[ROWS];
+    W16 products[ROWS][SIXTEENS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = a.quants + (first + r) * a.stride;
+#pragma GCC unroll 4
+        for (int s = 0; s < SIXTEENS; ++s) products[r][s] = no_words();
+    }
+    int64_t inputs = c.padded_inputs();
+    for (int64_t k = 0; k < inputs; k += 4, weight += 4 * PANEL) {
+        W16 words[SIXTEENS];
+#pragma GCC unroll 4
+        for (int s = 0; s < SIXTEENS; ++s) {
+            words[s] = load_words(weight + s * 4 * LANES);
+            _mm_prefetch((const char*)weight + 16 * 4 * PANEL + s * 4 * LANES, _MM_HINT_T0);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            W16 values = broadcast_word(x[r] + k);
+#pragma GCC unroll 4
+            for (int s = 0; s < SIXTEENS; ++s) products[r][s] = add_products(products[r][s], words[s], values);
+        }
+    }
+    const float* scales = int8_scales(c, strip);
+    for (int r = 0; r < ROWS; ++r)
+        for (int s = 0; s < SIXTEENS; ++s) {
+            V16 sums = to_floats(less_offset(products[r][s], a.sums[first + r]));
+            V16 result = int8_result(a, first + r, sums, scales + s * LANES);
+            finish(c, first + r, strip * STRIP + s * LANES, result);
+        }
+}
+
+void int8_by_vectors(const Call& c) {
+    Activations a(c, c.rows, c.padded_inputs(), 1);
+    quantize(c, a, c.rows);
+    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
+        for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) { int8_tile<ROWS>(c, a, strip, first); });
+    });
+}
+
+#ifdef __AMX_TILE__
+
+constexpr int TILE_BYTES = 64;          // of a row of a tile
+constexpr int SQUARE = 2 * AMX_ROWS;    // rows of x that are multiplied at a time
+
+// sums[32][32] = 32 (or 16) rows of x times a strip of a weight whose lines, of 4 bytes an output, are `line` apart.
+template <bool BYTES, bool BOTH>
+INLINE void multiply(const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles, void* sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (BOTH) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < tiles; ++k, x += TILE_BYTES, weight += 16 * line) {
+        _tile_loadd(4, x, stride);
+        _tile_loadd(6, weight, line);
+        if constexpr (BYTES) _tile_dpbsud(0, 4, 6);
+        else _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weight + TILE_BYTES, line);
+        if constexpr (BYTES) _tile_dpbsud(1, 4, 7);
+        else _tile_dpbf16ps(1, 4, 7);
+        if constexpr (BOTH) {
+            _tile_loadd(5, x + AMX_ROWS * stride, stride);
+            if constexpr (BYTES) _tile_dpbsud(2, 5, 6);
+            else _tile_dpbf16ps(2, 5, 6);
+            if constexpr (BYTES) _tile_dpbsud(3, 5, 7);
+            else _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    constexpr int64_t STRIDE = STRIP * 4;
+    _tile_stored(0, sums, STRIDE);
+    _tile_stored(1, (char*)sums + TILE_BYTES, STRIDE);
+    if constexpr (BOTH) {
+        _tile_stored(2, (char*)sums + AMX_ROWS * STRIDE, STRIDE);
+        _tile_stored(3, (char*)sums + AMX_ROWS * STRIDE + TILE_BYTES, STRIDE);
+    }
+}
+
+// Calls f(row, sums of a row) for all rows of x times a strip.
+template <bool BYTES, class F>
+INLINE void for_products(const Call& c, const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles, F f) {
+    alignas(64) int32_t sums[SQUARE * STRIP];
+    Tiles configured;
+    for (int64_t row = 0; row < c.rows; row += SQUARE) {
+        int64_t rows = std::min<int64_t>(SQUARE, c.rows - row);
+        rows > AMX_ROWS ? multiply<BYTES, true>(x + row * stride, stride, weight, line, tiles, sums)
+                        : multiply<BYTES, false>(x + row * stride, stride, weight, line, tiles, sums);
+        for (int64_t i = 0; i < rows; ++i) f(row + i, sums + i * STRIP);
+    }
+}
+
+// Rows in whole tiles; 64 bytes more between them keep them off the same cache sets.
+int64_t tile_rows(const Call& c) { return (c.rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS; }
+
+void int8_by_tiles(const Call& c) {
+    int64_t inputs = c.padded_inputs();
+    Activations a(c, tile_rows(c), inputs + TILE_BYTES, 1);
+    quantize(c, a, tile_rows(c));
+    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
+        const float* scales = int8_scales(c, strip);
+        const char* weight = (const char*)int8_strip(c, strip);
+        for_products<true>(c, (const char*)a.quants, a.stride, weight, 4 * PANEL, inputs / TILE_BYTES,
+                           [&](int64_t row, const int32_t* sums) {
+            for (int s = 0; s < SIXTEENS; ++s) {
+                V16 sum = to_floats(less_offset(load_words(sums + s * LANES), a.sums[row]));
+                V16 result = int8_result(a, row, sum, scales + s * LANES);
+                finish(c, row, strip * STRIP + s * LANES, result);
+            }
+        });
+    });
+}
+
+// Two features of sixteen outputs, the first in the low half of each word.
+INLINE __m512i pairs(V16 first, V16 second) {
+    __m512i half = _mm512_set1_epi32(0x8000);  // rounds to the nearest, up where there are two
+    __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(first.v), half), 16);
+    __m512i high = _mm512_add_epi32(_mm512_castps_si512(second.v), half);
+    return _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi32(int(0xffff0000)), 0xf8);  // low | (high & mask)
+}
+
+// A strip of an int4 weight in bfloat16: [inputs / 2][32 outputs][2 inputs].
+void widen_int4(const Call& c, int64_t strip, char* to) {
+    int sixteen = int(strip % 2) * SIXTEENS;
+    const uint8_t* block = c.weight + strip / 2 * c.groups() * BLOCK;
+    constexpr int LINE = STRIP * 4;
+    for (int64_t g = 0; g < c.groups(); ++g, block += BLOCK, to += GROUP / 2 * LINE) {
+        for (int s = 0; s < SIXTEENS; ++s) {
+            const uint8_t* quants = block + (sixteen + s) * (BLOCK_QUANTS / 4);
+            const uint8_t* steps = block + BLOCK_QUANTS + (sixteen + s) * 2 * LANES;
+            V16 scale = load_halves(steps), minimum = load_halves(steps + 2 * PANEL);
+            auto value = [&](W16 words, int shift) {
+                __m512i q = _mm512_and_si512(_mm512_srli_epi32(words.v, shift), _mm512_set1_epi32(15));
+                return fma(to_floats({q}), scale, minimum);
+            };
+            char* line = to + s * TILE_BYTES;
+            for (int i = 0; i < 4; ++i, line += 2 * LINE) {
+                W16 both = load_words(quants + i * 64);
+                _mm512_store_si512(line, pairs(value(both, 0), value(both, 8)));
+                _mm512_store_si512(line + LINE, pairs(value(both, 16), value(both, 24)));
+                _mm512_store_si512(line + 8 * LINE, pairs(value(both, 4), value(both, 12)));
+                _mm512_store_si512(line + 9 * LINE, pairs(value(both, 20), value(both, 28)));
+            }
+        }
+    }
+}
+
+void int4_by_tiles(const Call& c) {
+    int64_t stride = c.inputs + TILE_BYTES / 2;
+    bf16* x = scratch(0).take<bf16>(tile_rows(c) * stride);
+    parallel(tile_rows(c), int(c.threads), [&](int64_t row, int) {
+        for (int64_t k = 0; k < c.inputs; k += LANES) {
+            V16 values = zeros();
+            if (row < c.rows) {
+                int64_t at = row * c.x_stride + k;
+                values = c.narrow ? load((const bf16*)c.x + at) : load((const float*)c.x + at);
+            }
+            store(x + row * stride + k, values);
+        }
+    });
+    size_t own = c.inputs * STRIP * sizeof(bf16);
+    char* memory = scratch(1).take<char>(own * c.threads);
+    parallel(c.strips(), int(c.threads), [&](int64_t strip, int thread) {
+        char* weight = memory + own * thread;
+        widen_int4(c, strip, weight);
+        for_products<false>(c, (const char*)x, stride * sizeof(bf16), weight, 4 * STRIP, c.groups(),
+                            [&](int64_t row, const int32_t* sums) {
+            for (int s = 0; s < SIXTEENS; ++s)
+                finish(c, row, strip * STRIP + s * LANES, load((const float*)sums + s * LANES));
+        });
+    });
+}
+
+#endif
+
+struct EmbeddingCall {
+    const int64_t* ids;
+    const uint8_t* weight;
+    void* out;
+    int64_t count, vocabulary, inputs, bits, narrow;
+};
+
+INLINE float half_to_float(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    return _cvtsh_ss(bits);
+}
+
+// A row of the weight in float32.
+void widen_row(const EmbeddingCall& c, int64_t id, float* to) {
+    int64_t panel = id / PANEL, output = id % PANEL;
+    if (c.bits == 8) {
+        int64_t inputs = (c.inputs + BYTE_MULTIPLE - 1) / BYTE_MULTIPLE * BYTE_MULTIPLE;
+        const uint8_t* weight = c.weight + panel * (inputs + 4) * PANEL;
+        float scale = ((const float*)(weight + inputs * PANEL))[output];
+        for (int64_t k = 0; k < c.inputs; ++k)
+            to[k] = float(weight[k / 4 * 4 * PANEL + output * 4 + k % 4] - 128) * scale;
+        return;
+    }
+    for (int64_t g = 0; g < c.inputs / GROUP; ++g, to += GROUP) {
+        const uint8_t* block = c.weight + (panel * (c.inputs / GROUP) + g) * BLOCK;
+        const uint8_t* quants = block + output / LANES * (BLOCK_QUANTS / 4) + output % LANES * 4;
+        float scale = half_to_float(block + BLOCK_QUANTS + 2 * output);
+        float minimum = half_to_float(block + BLOCK_QUANTS + 2 * (PANEL + output));
+        for (int i = 0; i < GROUP / 2; ++i) {
+            uint8_t both = quants[i / 4 * 64 + i % 4];
+            to[i] = float(both & 15) * scale + minimum;
+            to[i + GROUP / 2] = float(both >> 4) * scale + minimum;
+        }
+    }
+}
+
+}  // namespace
+
+// Returns 0, or -1 without memory.
+EXPORT int linear_quantized(const Call* call) try {
+    const Call& c = *call;
+    if (c.rows == 0) return 0;
+#ifdef __AMX_TILE__
+    if (c.matrix && amx_granted()) {
+        c.bits == 4 ? int4_by_tiles(c) : int8_by_tiles(c);
+        return 0;
+    }
+#endif
+    c.bits == 4 ? int4_by_integers(c) : int8_by_vectors(c);
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}
+
+// Returns 0, -1 without memory, or -2 if an id is not in the vocabulary.
+EXPORT int embedding_quantized(const EmbeddingCall* call) try {
+    const EmbeddingCall& c = *call;
+    for (int64_t i = 0; i < c.count; ++i)
+        if (c.ids[i] < 0 || c.ids[i] >= c.vocabulary) return -2;
+    float* row = scratch(0).take<float>(padded(c.inputs));
+    for (int64_t i = 0; i < c.count; ++i) {
+        widen_row(c, c.ids[i], row);
+        for (int64_t k = 0; k < c.inputs; k += LANES) {
+            int part = int(std::min<int64_t>(LANES, c.inputs - k));
+            if (c.narrow) store_part((bf16*)c.out + i * c.inputs + k, load(row + k), part);
+            else store_part((float*)c.out + i * c.inputs + k, load(row + k), part);
+        }
+    }
+    return 0;
+} catch (const std::bad_alloc&) {
+    return -1;
+}

@@ -1,0 +1,187 @@
+"""int8 and int4 weights: close to the float product, and a row's result the same to the bit whatever the others are."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import cpu, reference
+from kernels.cpu import functions, paths
+
+SHAPES = [(32, 1), (96, 33), (64, 64), (576, 200), (1536, 70)]
+KINDS: list[kernels.WeightKind] = ["int8", "int4"]
+
+
+def rounded(x: Tensor, group: int) -> Tensor:
+    """x in float64 after it was rounded to bytes, `group` features to a scale."""
+    groups = x.float().unflatten(-1, (-1, group))
+    most = groups.abs().amax(-1, keepdim=True)
+    quants = (groups * torch.where(most > 0, 127 / most, 0)).round()
+    return (quants.double() * (most / 127).double()).flatten(-2)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_against_float64(inputs: int, outputs: int, dtype: torch.dtype, kind: kernels.WeightKind) -> None:
+    packed = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
+    weight, bias = reference.dequantize(packed).double(), torch.randn(outputs).to(dtype)
+    for rows in (0, 1, 3, 16, 37, 70):
+        x = torch.randn(rows, inputs).to(dtype) * torch.rand(rows, 1).to(dtype)
+        for added in (None, bias):
+            extra = 0 if added is None else added.double()
+            for deterministic in (False, True):
+                out = kernels.linear(x, packed, added, deterministic=deterministic)
+                assert out.dtype == dtype
+                noise = 0.02 * x.double().norm(dim=-1, keepdim=True) * weight.norm(dim=-1) / inputs**0.5 + 1e-6
+                found = (out.double() - extra - x.double() @ weight.T).abs()
+                assert (found <= 6 * noise + 0.01 * out.double().abs()).all()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_is_the_product_of_rounded_activations(inputs: int, outputs: int, kind: kernels.WeightKind) -> None:
+    packed = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
+    weight = reference.dequantize(packed).double()
+    x = torch.randn(37, inputs) * torch.rand(37, 1)
+    x[5] = 0
+    exact = rounded(x, 32 if kind == "int4" else inputs) @ weight.T
+    for rows in (1, 2, 3, 4, 5, 37):
+        out = kernels.linear(x[:rows], packed, deterministic=True).double()
+        torch.testing.assert_close(out, exact[:rows], atol=2e-5 * inputs**0.5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("backend", "threads")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_same_bits_in_any_batch(inputs: int, outputs: int, kind: kernels.WeightKind) -> None:
+    packed = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
+    bias, x = torch.randn(outputs), torch.randn(150, inputs)
+    torch.set_num_threads(1)
+    whole = kernels.linear(x, packed, bias, deterministic=True)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for length in (1, 2, 3, 4, 16, 33, 100):
+            start = random.randrange(150 - length)
+            part = kernels.linear(x[start : start + length], packed, bias, deterministic=True)
+            assert torch.equal(part, whole[start : start + length]), f"{length} rows, {count} threads"
+        shuffled = torch.randperm(150)
+        assert torch.equal(kernels.linear(x[shuffled], packed, bias, deterministic=True), whole[shuffled])
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_matrix_instructions(inputs: int, outputs: int) -> None:
+    """int8 is the same to the bit, int4 is the product with bfloat16 values; both row by row."""
+    native = cpu.library()
+    assert native is not None
+    x, bias = torch.randn(70, inputs), torch.randn(outputs)
+    eight = kernels.pack_weight(torch.randn(outputs, inputs), kind="int8")
+    four = kernels.pack_weight(torch.randn(outputs, inputs), kind="int4")
+    plain = functions.linear_quantized(native, x, eight, bias, False)
+    whole = functions.linear_quantized(native, x, four, bias, True)
+    exact = x.double() @ reference.dequantize(four).double().T + bias.double()
+    assert (whole.double() - exact).abs().max() < 0.05 * inputs**0.5
+    for rows in (1, 16, 17, 32, 33, 70):
+        assert torch.equal(functions.linear_quantized(native, x[:rows], eight, bias, True), plain[:rows])
+        if "amx_bf16" in cpu.compile.processor_flags():
+            assert torch.equal(functions.linear_quantized(native, x[:rows], four, bias, True), whole[:rows])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_instruction_sets_agree(
+    kind: kernels.WeightKind, use_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AVX2 and AVX-512, without and with products of bytes: the same to the bit."""
+    available = cpu.instruction_sets()
+    if not available:
+        pytest.skip("this processor has neither")
+    for inputs, outputs in SHAPES:
+        packed, x = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind), torch.randn(40, inputs)
+        results = []
+        for name in available:
+            use_backend(name)
+            results.append(kernels.linear(x, packed, deterministic=True))
+        with monkeypatch.context() as patch:
+            patch.setattr("kernels.cpu.compile.EXTENSIONS", ())
+            use_backend(available[0])
+            results.append(kernels.linear(x, packed, deterministic=True))
+        assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", KINDS)
+def test_extremes(kind: kernels.WeightKind) -> None:
+    """The greatest sums of all, and values that are no numbers."""
+    inputs = 65536 if kind == "int8" else 1024
+    packed = kernels.pack_weight(torch.ones(2, inputs) * torch.tensor([[1.0], [-1.0]]), kind=kind)
+    x = torch.ones(20, inputs)
+    x[1] *= -1
+    x[2] *= 1e-30
+    x[3, 7] = torch.nan
+    for rows in (1, 20):
+        out = kernels.linear(x[:rows], packed)
+        torch.testing.assert_close(out[0], torch.tensor([inputs, -inputs]).float(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(out[1], -out[0])
+    torch.testing.assert_close(out[2], out[0] * 1e-30, rtol=1e-5, atol=0)
+    assert not out[3].isfinite().any()
+    assert out[4:].isfinite().all()
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(kind: kernels.WeightKind, dtype: torch.dtype) -> None:
+    packed = kernels.pack_weight(torch.randn(130, 96), kind=kind)
+    ids = torch.tensor([0, 63, 64, 129, 5, 5])
+    expected = reference.dequantize(packed)[ids].to(dtype)
+    torch.testing.assert_close(kernels.embedding(ids, packed, dtype), expected, rtol=1e-6, atol=1e-7)
+    assert kernels.embedding(ids[:0], packed, dtype).shape == (0, 96)
+    for wrong in (-1, 130):
+        with pytest.raises(IndexError):
+            kernels.embedding(torch.tensor([wrong]), packed, dtype)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", KINDS)
+def test_rejects_what_does_not_fit(kind: kernels.WeightKind) -> None:
+    packed = kernels.pack_weight(torch.randn(8, 64), kind=kind)
+    with pytest.raises(ValueError, match="does not fit"):
+        kernels.linear(torch.randn(2, 32), packed)
+    with pytest.raises(ValueError, match="bias"):
+        kernels.linear(torch.randn(2, 64), packed, torch.randn(7))
+
+
+@pytest.mark.usefixtures("native")
+def test_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.json"
+    monkeypatch.setattr(paths, "_path", lambda: path)
+    monkeypatch.setattr(paths, "processor_flags", lambda: set(paths.EXTENSIONS[-1]))
+    paths._table.cache_clear()
+    weights = [kernels.pack_weight(torch.randn(64, 64), kind=kind) for kind in KINDS]
+    try:
+        assert paths.use_matrix("int8", 64, 64, paths.DEFAULT_ROWS["int8"], False)
+        table = kernels.tune([*weights, kernels.pack_weight(torch.randn(4, 4))])
+        assert json.loads(path.read_text()) == table
+        assert {key.rsplit(" ", 1)[0] for key in table} == {"int8 64 64", "int4 64 64"}
+        monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
+        assert kernels.tune(weights) == table
+        path.write_text(json.dumps({key: 5 for key in table}))
+        paths._table.cache_clear()
+        for kind in KINDS:
+            assert not paths.use_matrix(kind, 64, 64, 4, False)
+            assert paths.use_matrix(kind, 64, 64, 5, False)
+        assert not paths.use_matrix("int4", 64, 64, 5, True)
+        for damaged in ("", "[1]", '{"int8 64 64 2": "many"}'):
+            path.write_text(damaged)
+            paths._table.cache_clear()
+            assert not paths.use_matrix("int8", 64, 64, paths.DEFAULT_ROWS["int8"] - 1, False)
+    finally:
+        paths._table.cache_clear()
