@@ -342,6 +342,8 @@ def build_executor(
     exact = config.deterministic or config.dtype == "float32"
     packed = exact and config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
+    if device.type == "cpu":
+        kernels.tune(loaded.packed)
     if device.type == "cuda":
         shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)
         cache = torch.zeros(shape, dtype=getattr(torch, kv_dtype), device=device)

@@ -91,6 +91,14 @@ class Weights:
     layers: list[LayerWeights]
     nbytes: int
 
+    @property
+    def packed(self) -> list[kernels.PackedWeight]:
+        """The matrices that `kernels.linear` takes packed."""
+        matrices: list[Matrix] = [self.lm_head]
+        for layer in self.layers:
+            matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        return [matrix for matrix in matrices if isinstance(matrix, kernels.PackedWeight)]
+
 
 def load_weights(
     path: Path,
