@@ -6,15 +6,12 @@ same memory and goes on. `memfd_create` needs no mount, has no size limit of /de
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import mmap
 import os
 
 # <linux/fcntl.h>: later shared mappings and writes are refused, the mappings that exist go on.
 _F_SEAL_FUTURE_WRITE = 0x0010
-# <linux/mman.h>
-_MADV_POPULATE_READ = 22
 
 
 class Arena:
@@ -57,14 +54,6 @@ class Arena:
     def sealed(self) -> bool:
         """Whether `seal` was called, by this or another process."""
         return bool(fcntl.fcntl(self.descriptor, fcntl.F_GET_SEALS) & _F_SEAL_FUTURE_WRITE)
-
-    def populate(self) -> None:
-        """Maps all pages that are there in one call, rather than one fault after the other when they are first read.
-
-        Needs Linux 5.14, and does nothing before.
-        """
-        with contextlib.suppress(OSError):
-            self._map.madvise(_MADV_POPULATE_READ)
 
     def close(self) -> None:
         """Unmaps the memory. Raises BufferError while a view of the buffer is still in use."""

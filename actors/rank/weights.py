@@ -137,7 +137,6 @@ def load_weights(
     arena = Arena(descriptor, private=True)
     if not arena.sealed:
         arena.seal()
-    arena.populate()
     views = {slot.name: _view(arena, slot).to(device) for slot in slots}
     return _collect(views, slots, config, shard)
 
