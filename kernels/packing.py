@@ -186,9 +186,11 @@ def _nearest(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [N, K] to int8 [N, K] and float32 scales [N], w = scale * q."""
-    scale = weight.abs().amax(-1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    if not weight.shape[1]:
+        return weight.to(torch.int8), weight.new_zeros(weight.shape[0])
+    scale = torch.maximum(weight.amax(-1), weight.amin(-1).neg()) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (weight * inverse[:, None]).round_().to(torch.int8), scale
 
 
 def _panels_of(out: Tensor, kind: WeightKind, first_row: int, shape: torch.Size) -> Tensor:
@@ -248,11 +250,11 @@ def _unpack_int4(blocks: Tensor) -> Tensor:
 def _fill_int8(panels: Tensor, quants: Tensor, scales: Tensor) -> None:
     count, size = panels.shape
     inputs = (size - 4 * PANEL) // PANEL
-    offset = F.pad((quants.short() + 128).to(torch.uint8), (0, inputs - quants.shape[1]), value=128)
-    missing = count * PANEL - len(offset)
-    rows = F.pad(offset, (0, 0, 0, missing), value=128).view(count, PANEL, inputs // 4, 4)
-    panels[:, : -4 * PANEL].unflatten(-1, (inputs // 4, PANEL, 4)).copy_(rows.transpose(1, 2))
-    panels[:, -4 * PANEL :].copy_(_padded(scales, count).contiguous().view(torch.uint8))
+    missing = count * PANEL - len(quants)
+    offset = F.pad(quants.view(torch.uint8) ^ 128, (0, inputs - quants.shape[1], 0, missing), value=128)
+    words = offset.view(torch.int32).view(count, PANEL, inputs // 4)
+    panels.view(torch.int32)[:, :-PANEL].unflatten(-1, (inputs // 4, PANEL)).copy_(words.transpose(1, 2))
+    panels.view(torch.float32)[:, -PANEL:].copy_(_padded(scales, count))
 
 
 def _unpack_int8(panels: Tensor) -> Tensor:
