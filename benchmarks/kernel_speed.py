@@ -1,9 +1,11 @@
 """Times the CPU kernels against plain torch on SmolLM2-135M's shapes: `python benchmarks/kernel_speed.py [name …]`.
 
 Prints a line per operation and shape: microseconds here and in torch (median of repeats), how many times faster,
-and the rate in GFLOP/s or GB/s that ours reaches.
+and the rate in GFLOP/s or GB/s that ours reaches. For quantized linear layers the column of torch is the floor: a bare
+read of as many bytes of memory, by the same threads.
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,6 +105,52 @@ def linear(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> Iterator
     )
 
 
+def quantized(rows: int, inputs: int, outputs: int, kind: kernels.WeightKind) -> Case:
+    first = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
+    copies = max(1, min(60, int(2e8) // first.panels.nbytes))
+    return model(f"[{rows}, {inputs}] x [{inputs}, {outputs}] {kind}", rows, [first] * copies, per_layer=True)
+
+
+def whole_model(rows: int, kind: kernels.WeightKind) -> Case:
+    """The linear layers of a decode step, without what is between them."""
+    shapes = [(HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)]
+    block = [kernels.pack_weight(torch.randn(outputs, inputs), kind=kind) for inputs, outputs in shapes]
+    head = kernels.pack_weight(torch.randn(VOCABULARY, HIDDEN), kind=kind)
+    return model(f"all layers, {rows} rows, {kind}", rows, [*block * 30, head], per_layer=False)
+
+
+def model(shape: str, rows: int, layers: list[kernels.PackedWeight], per_layer: bool) -> Case:
+    """Layers that follow each other in one arena; a call takes the next, or all of them."""
+    arena = torch.cat([layer.panels for layer in layers])
+    ends = list(itertools.accumulate(layer.panels.numel() for layer in layers))
+    placed = [
+        kernels.PackedWeight(arena[end - layer.panels.numel() : end], layer.kind, layer.out_features, layer.in_features)
+        for end, layer in zip(ends, layers, strict=True)
+    ]
+    kernels.tune(placed)
+    x = {layer.in_features: torch.randn(rows, layer.in_features) for layer in placed}
+    words = arena.view(torch.int64)
+    if not per_layer:
+        return Case(
+            "quantized",
+            shape,
+            lambda: [kernels.linear(x[layer.in_features], layer) for layer in placed],
+            lambda: words.sum(),
+            bytes=float(arena.nbytes),
+        )
+    turns = itertools.cycle(range(len(placed)))
+
+    def read() -> torch.Tensor:
+        panels = placed[next(turns)].panels
+        return panels.view(torch.int64).sum()
+
+    def ours() -> torch.Tensor:
+        layer = placed[next(turns)]
+        return kernels.linear(x[layer.in_features], layer)
+
+    return Case("quantized", shape, ours, read, bytes=float(placed[0].panels.nbytes))
+
+
 def rms_norm(rows: int, dtype: torch.dtype) -> Case:
     x, residual = torch.randn(rows, HIDDEN).to(dtype), torch.zeros(rows, HIDDEN).to(dtype)
     weight = torch.ones(HIDDEN, dtype=dtype)
@@ -162,6 +210,13 @@ def cases() -> Iterator[Case]:
             for inputs, outputs in ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)):
                 yield from linear(rows, inputs, outputs, dtype)
         yield from linear(1, HIDDEN, VOCABULARY, dtype)
+    kinds: tuple[kernels.WeightKind, ...] = ("int8", "int4")
+    for kind in kinds:
+        for rows in (1, 4, 16, 64, 256):
+            for inputs, outputs in ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)):
+                yield quantized(rows, inputs, outputs, kind)
+            yield quantized(rows, HIDDEN, VOCABULARY, kind)
+            yield whole_model(rows, kind)
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 16, 256):
             yield rms_norm(rows, dtype)

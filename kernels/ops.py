@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels import packing, reference
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
-from kernels.cpu.paths import tune, use_matrix
+from kernels.cpu.paths import tune, way
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
@@ -201,16 +201,15 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None,
     data = weight.panels if isinstance(weight, PackedWeight) else weight
     if x.stride(1) != 1:
         x = x.contiguous()
+    fits = x.is_cpu and x.dtype in _FLOATS and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
     if isinstance(weight, PackedWeight) and weight.kind in _QUANTIZED:
-        native = _library_for(data, dtype=torch.uint8) if bias is None or bias.is_contiguous() else None
-        if native and x.is_cpu and x.dtype in _FLOATS and (bias is None or bias.dtype == x.dtype):
-            matrix = use_matrix(weight.kind, outputs, inputs, x.shape[0], deterministic)
-            return cpu.linear_quantized(native, x, weight, bias, matrix)
+        if fits and (native := _library_for(data, dtype=torch.uint8)):
+            chosen = way(weight.kind, outputs, inputs, x.shape[0], deterministic)
+            return cpu.linear_quantized(native, x, weight, bias, chosen)
         return reference.linear(x, weight, bias, deterministic)
-    native = _library_for(data) if bias is None else _library_for(data, bias)
-    if native and x.is_cpu and x.dtype == data.dtype:
+    if fits and (native := _library_for(data)):
         return cpu.linear(native, x, weight, bias)
-    return reference.linear(x, weight, bias, deterministic or isinstance(weight, PackedWeight))
+    return reference.linear(x, weight, bias, True)
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -26,14 +26,17 @@ struct alignas(64) TileConfig {
 };
 
 // Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
+// left_bytes: of a row of the tiles 4 and 5; right_rows: of the tiles 6 and 7, where products need less of them.
 class Tiles {
   public:
-    Tiles() {
+    explicit Tiles(int left_bytes = 64, int right_rows = AMX_ROWS) {
         _tile_storeconfig(&before_);
         TileConfig config;
         config.palette = 1;
         std::fill_n(config.row_bytes, 8, 64);
         std::fill_n(config.rows, 8, AMX_ROWS);
+        std::fill_n(config.row_bytes + 4, 2, left_bytes);
+        std::fill_n(config.rows + 6, 2, right_rows);
         _tile_loadconfig(&config);
     }
     ~Tiles() {

@@ -19,7 +19,7 @@ _NORM = struct.Struct("@4P 4q f")
 _SILU = struct.Struct("@2P 4q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
-_LINEAR = struct.Struct("@4P 7q")
+_LINEAR = struct.Struct("@4P 8q")
 _LINEAR_QUANTIZED = struct.Struct("@4P 8q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _UNIFORM = struct.Struct("@3P q")
@@ -188,6 +188,7 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             outputs,
             packed,
             torch.get_num_threads(),
+            data.dtype == torch.bfloat16,
             x.dtype == torch.bfloat16,
         )
     )
@@ -195,10 +196,8 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
     return out
 
 
-def linear_quantized(
-    library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, matrix: bool
-) -> Tensor:
-    """`matrix`: by matrix instructions, if the processor has them, instead of products of vectors of bytes."""
+def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int) -> Tensor:
+    """`way`: one of `kernels.cpu.paths`."""
     rows, inputs = x.shape
     out = x.new_empty(rows, weight.out_features)
     result = library.linear_quantized(
@@ -214,7 +213,7 @@ def linear_quantized(
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
             _BITS[weight.kind],
-            matrix,
+            way,
         )
     )
     _check(result)

@@ -23,7 +23,8 @@ struct Call {
     int64_t rows, inputs, outputs;
     int64_t packed;  // whether the weight is in panels (see packing.py), not rows [outputs, inputs]
     int64_t threads;
-    int64_t narrow;  // everything is bfloat16
+    int64_t narrow;    // the weight is bfloat16, else float32
+    int64_t x_narrow;  // likewise x, bias and out
 
     int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
     int panel_outputs(int64_t panel) const { return int(std::min<int64_t>(PANEL, outputs - panel * PANEL)); }
@@ -103,29 +104,30 @@ void add_packed_block(const Call& c, int64_t panel, int64_t k, int depth, const 
     }
 }
 
-template <class T>
+template <class X>
 void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
     int count = c.panel_outputs(panel);
     for (int n = 0; n < count; n += LANES) {
         int64_t output = panel * PANEL + n;
         int part = std::min(LANES, count - n);
-        V16 bias = c.bias ? load_part((const T*)c.bias + output, part) : zeros();
-        store_part((T*)c.out + row * c.outputs + output, load(sums + n) + bias, part);
+        V16 bias = c.bias ? load_part((const X*)c.bias + output, part) : zeros();
+        store_part((X*)c.out + row * c.outputs + output, load(sums + n) + bias, part);
     }
 }
 
-template <class T>
+// T: of the weight; X: of x, bias and out.
+template <class T, class X>
 void linear(const Call& c) {
     const float* x = (const float*)c.x;
     int64_t x_stride = c.x_stride;
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(X) == 2) {
         x_stride = padded(c.inputs);
         float* wide = scratch(0).take<float>(c.rows * x_stride);
         x = wide;
         parallel(c.rows, int(c.threads), [&](int64_t row, int) {
             for (int64_t k = 0; k < c.inputs; k += LANES)
                 store(wide + row * x_stride + k,
-                      load_part((const T*)c.x + row * c.x_stride + k, int(std::min<int64_t>(LANES, c.inputs - k))));
+                      load_part((const X*)c.x + row * c.x_stride + k, int(std::min<int64_t>(LANES, c.inputs - k))));
         });
     }
     int64_t chunk_rows = c.chunk_rows(CHUNK_ROWS, TILE_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
@@ -145,7 +147,7 @@ void linear(const Call& c) {
                 add_block(a, x_stride, rows, [&](int i) { return block + i * PANEL; }, depth, k == 0, sums);
             }
         }
-        for (int row = 0; row < rows; ++row) finish_row<T>(c, first_row + row, panel, sums + row * PANEL);
+        for (int row = 0; row < rows; ++row) finish_row<X>(c, first_row + row, panel, sums + row * PANEL);
     });
 }
 
@@ -224,6 +226,7 @@ void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf
     }
 }
 
+template <class X>
 void linear_amx(const Call& c) {
     // Rows are copied beside each other with zeros up to whole tiles; 64 bytes more keep them off the same cache sets.
     int64_t depth = (c.inputs + AMX_DEPTH - 1) / AMX_DEPTH * AMX_DEPTH, stride = depth + AMX_DEPTH;
@@ -232,7 +235,15 @@ void linear_amx(const Call& c) {
     parallel(tile_rows, c.rows * c.inputs < (1 << 15) ? 1 : int(c.threads), [&](int64_t row, int) {
         bf16* to = x + row * stride;
         int64_t used = row < c.rows ? c.inputs : 0;
-        std::memcpy(to, (const bf16*)c.x + row * c.x_stride, used * sizeof(bf16));
+        const X* from = (const X*)c.x + row * c.x_stride;
+        if constexpr (sizeof(X) == 2) {
+            std::memcpy(to, from, used * sizeof(bf16));
+        } else {
+            for (int64_t k = 0; k < used; k += LANES) {
+                int part = int(std::min<int64_t>(LANES, used - k));
+                store_part(to + k, load_part(from + k, part), part);
+            }
+        }
         std::memset(to + used, 0, (depth - used) * sizeof(bf16));
     });
     int64_t chunk_rows = c.chunk_rows(AMX_CHUNK_ROWS, 2 * AMX_ROWS), chunks = (c.rows + chunk_rows - 1) / chunk_rows;
@@ -266,25 +277,27 @@ void linear_amx(const Call& c) {
                 amx_square(a, stride, b, c.inputs, end, sums);
                 amx_square(a, stride, b + PANEL, c.inputs, end + PANEL, sums + 2 * LANES);
             }
-            for (int i = 0; i < rows; ++i) finish_row<bf16>(c, row + i, panel, sums + i * PANEL);
+            for (int i = 0; i < rows; ++i) finish_row<X>(c, row + i, panel, sums + i * PANEL);
         }
     });
 }
 
 #endif
 
+template <class X>
 void linear_bf16(const Call& c) {
 #ifdef __AMX_BF16__
-    if (c.inputs % 2 == 0 && amx_granted()) return linear_amx(c);
+    if (c.inputs % 2 == 0 && amx_granted()) return linear_amx<X>(c);
 #endif
-    linear<bf16>(c);
+    linear<bf16, X>(c);
 }
 
 }  // namespace
 
 // Returns 0, or -1 without memory.
 EXPORT int linear(const Call* call) try {
-    call->narrow ? linear_bf16(*call) : linear<float>(*call);
+    if (call->narrow) call->x_narrow ? linear_bf16<bf16>(*call) : linear_bf16<float>(*call);
+    else call->x_narrow ? linear<float, bf16>(*call) : linear<float, float>(*call);
     return 0;
 } catch (const std::bad_alloc&) {
     return -1;

@@ -1,20 +1,20 @@
-"""Which of its two ways a quantized linear layer takes, by the number of rows: a table measured on this machine.
+"""Which of its ways a quantized linear layer takes, by the number of rows: a table measured on this machine.
 
 Products of vectors of bytes are best for few rows, matrix instructions for many; from how many on depends on the
-processor,
-memory, threads and shape. `tune` measures it once and stores it beside the compiled library, under the names of library and
-processor, so that later processes, and a restarted one among them, choose the same. Shapes that were never measured
-take DEFAULT_ROWS.
+processor, its memory, the threads and the shape. `tune` measures it once and stores it beside the compiled library,
+under the names of library and processor, so that later processes, and a restarted one among them, choose the same.
+Shapes that were never measured take DEFAULT_ROWS.
 """
 
 import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -26,26 +26,33 @@ from kernels.cpu.functions import linear_quantized
 from kernels.cpu.load import library
 from kernels.types import PackedWeight
 
-# Rows from which on matrix instructions are taken if nothing was measured.
-DEFAULT_ROWS = {"int8": 4, "int4": 16}
-# Numbers of rows that are compared; more than the last never take the other way.
-ROWS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64, 96, 128)
+VECTORS, BYTE_TILES, BFLOAT16_TILES = 0, 1, 2
+# The ways that each kind has. int8 gives the same bits in both of its; int4 in the first two.
+WAYS = {"int8": (VECTORS, BYTE_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES)}
+# Rows from which on the second way is taken, and the third, if nothing was measured.
+DEFAULT_ROWS = {"int8": [5], "int4": [24, 28]}
+# Numbers of rows that are compared; NEVER if the last is not enough.
+ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
+NEVER = 1 << 30
 REPEATS = 7
 
-
-def use_matrix(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> bool:
-    """Whether a layer takes matrix instructions. int8 has the same results either way; int4 has not."""
-    if kind == "int4" and deterministic:
-        return False
-    return rows >= _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
+Table = dict[str, list[int]]
 
 
-def tune(weights: Sequence[PackedWeight]) -> dict[str, int]:
+def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
+    """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
+    limits = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
+    if rows >= limits[-1] and not (kind == "int4" and deterministic):
+        return len(limits)
+    return int(rows >= limits[0])
+
+
+def tune(weights: Sequence[PackedWeight]) -> Table:
     """Measures the shapes among these weights that the table does not have yet, with the present number of threads.
 
     Give all layers of a model, so that they come from memory as they do in use; other weights than int8 and int4 are
     passed over. Takes a few tenths of a second, and nothing if the table has them; processes that ask at the same
-    time measure once. Returns the table: rows from which on matrix instructions are taken, by
+    time measure once. Returns the table: rows from which on the second way of WAYS is taken, and the third, by
     "kind outputs inputs threads". Without the C++ library or matrix instructions, or a place to store it, it stays
     as it is.
     """
@@ -78,7 +85,7 @@ def _key(kind: str, outputs: int, inputs: int) -> str:
 
 
 @cache
-def _table() -> dict[str, int]:
+def _table() -> Table:
     path = _path()
     return {} if path is None else _read(path)
 
@@ -99,7 +106,7 @@ def _path() -> Path | None:
     return built.with_name(f"{built.stem}-{name}.paths.json")
 
 
-def _read(path: Path) -> dict[str, int]:
+def _read(path: Path) -> Table:
     """What was stored; nothing if that is missing or damaged."""
     try:
         stored = json.loads(path.read_bytes())
@@ -107,35 +114,55 @@ def _read(path: Path) -> dict[str, int]:
         return {}
     if not isinstance(stored, dict):
         return {}
-    return {key: rows for key, rows in stored.items() if isinstance(rows, int) and rows > 0}
+    return {key: limits for key, limits in stored.items() if _is_entry(key, limits)}
 
 
-def _write(path: Path, table: dict[str, int]) -> None:
+def _is_entry(key: str, limits: object) -> bool:
+    expected = DEFAULT_ROWS.get(key.partition(" ")[0])
+    return (
+        expected is not None
+        and isinstance(limits, list)
+        and len(limits) == len(expected)
+        and all(isinstance(rows, int) and rows > 0 for rows in limits)
+    )
+
+
+def _write(path: Path, table: Table) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix="paths-", delete=False) as file:
         json.dump(table, file, indent=0, sort_keys=True)
     os.replace(file.name, path)
 
 
-def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> int:
-    """The least number of ROWS for which matrix instructions are faster, by bisection."""
+def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
+    """An entry of the table."""
+    first, second, *others = WAYS[weights[0].kind]
+    limits = [_first_faster(native, weights, lambda rows: first, second)]
+    for other in others:
+        limits.append(_first_faster(native, weights, lambda rows: second if rows >= limits[0] else first, other))
+    return limits
+
+
+def _first_faster(native: ctypes.CDLL, weights: list[PackedWeight], usual: Callable[[int], int], other: int) -> int:
+    """The least of ROWS for which `other` is faster than the usual way of as many rows, by bisection."""
     low, high = 0, len(ROWS)
     x = torch.randn(ROWS[-1], weights[0].in_features)
     while low < high:
         middle = (low + high) // 2
-        if _is_faster(native, x[: ROWS[middle]], weights):
+        rows = ROWS[middle]
+        if _is_faster(native, x[:rows], weights, usual(rows), other):
             high = middle
         else:
             low = middle + 1
-    return ROWS[low] if low < len(ROWS) else 1 << 30
+    return ROWS[low] if low < len(ROWS) else NEVER
 
 
-def _is_faster(native: ctypes.CDLL, x: Tensor, weights: list[PackedWeight]) -> bool:
-    """Whether matrix instructions are, for this number of rows; the two take turns."""
-    best = {False: float("inf"), True: float("inf")}
+def _is_faster(native: ctypes.CDLL, x: Tensor, weights: list[PackedWeight], usual: int, other: int) -> bool:
+    """Whether `other` is faster than `usual` for these rows; the two take turns."""
+    best = {usual: math.inf, other: math.inf}
     for turn in range(REPEATS):
-        for matrix in best:
-            weight = weights[(2 * turn + matrix) % len(weights)]
+        for i, candidate in enumerate(best):
+            weight = weights[(2 * turn + i) % len(weights)]
             start = time.perf_counter()
-            linear_quantized(native, x, weight, None, matrix)
-            best[matrix] = min(best[matrix], time.perf_counter() - start)
-    return best[True] < best[False]
+            linear_quantized(native, x, weight, None, candidate)
+            best[candidate] = min(best[candidate], time.perf_counter() - start)
+    return best[other] < best[usual]

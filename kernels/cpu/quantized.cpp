@@ -20,10 +20,11 @@ constexpr int STRIP = 32;  // output features of a piece of work: half a panel
 constexpr int SIXTEENS = STRIP / LANES;
 constexpr int BLOCK_QUANTS = PANEL * GROUP / 2, BLOCK = BLOCK_QUANTS + 2 * 2 * PANEL;
 constexpr int BYTE_MULTIPLE = 64;  // input features of int8 panels
-constexpr int AHEAD = 2 * BLOCK;   // how far ahead of its use a weight is fetched
+constexpr int WHOLE_ROWS = 2;  // up to which a whole panel is one piece of work
+constexpr int AHEAD = 4 * BLOCK;  // how far ahead of its use a weight is fetched
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 4;
+constexpr int MOST_ROWS = 6;
 #else
 constexpr int MOST_ROWS = 2;
 #endif
@@ -37,7 +38,7 @@ struct Call {
     int64_t rows, inputs, outputs, threads;
     int64_t narrow;    // x, bias and out are bfloat16, else float32
     int64_t bits;      // of a weight: 4 or 8
-    int64_t matrix;    // whether to take matrix instructions, where there are any
+    int64_t way;       // 0: vectors; 1: matrix instructions of bytes; 2: of bfloat16 (int4 only); 0 where there are none
 
     int64_t groups() const { return inputs / GROUP; }
     int64_t strips() const { return (outputs + STRIP - 1) / STRIP; }
@@ -49,13 +50,18 @@ Scratch& scratch(int which) {
     return memory[which];
 }
 
-// Rows of x as signed bytes: x = scale * quant, a scale for each `group` of a row's features; sums = scale * sum of quants.
+// Rows of x as signed bytes: x = scale * quant, a scale for each group of a row's features. `sums` has the sum of a
+// group's quants (int8), or of what they stand for (int4).
 struct Activations {
     int8_t* quants;
     float *scales, *sums;
-    int64_t stride, groups;
+    int64_t stride;  // bytes from row to row
+    int64_t groups;
+    int64_t row_step, group_step;  // of scales and sums
 
-    Activations(const Call& c, int64_t rows, int64_t row_bytes, int64_t groups_) : stride(row_bytes), groups(groups_) {
+    // by_group: the scales of a group lie side by side, not those of a row.
+    Activations(int64_t rows, int64_t row_bytes, int64_t groups_, bool by_group)
+        : stride(row_bytes), groups(groups_), row_step(by_group ? 1 : groups), group_step(by_group ? rows : 1) {
         size_t bytes = (rows * stride + 63) & ~size_t(63);
         quants = scratch(0).take<int8_t>(bytes + 2 * sizeof(float) * rows * groups);
         scales = (float*)(quants + bytes);
@@ -86,19 +92,16 @@ INLINE float round_to_bytes(const T* x, int64_t count, int64_t end, float invers
 
 template <class T>
 void quantize_row(const Call& c, const Activations& a, int64_t row) {
-    if (row >= c.rows) {  // fills a tile
-        std::memset(a.quants + row * a.stride, 0, a.stride);
-        std::fill_n(a.scales + row * a.groups, a.groups, 0.0f);
-        std::fill_n(a.sums + row * a.groups, a.groups, 0.0f);
-        return;
-    }
     const T* x = (const T*)c.x + row * c.x_stride;
     int64_t count = c.bits == 4 ? GROUP : c.inputs, end = c.bits == 4 ? GROUP : c.padded_inputs();
+    if (row >= c.rows) count = 0;  // fills a tile
     for (int64_t g = 0; g < a.groups; ++g) {
         float most = greatest(x + g * count, count);
-        float sum = round_to_bytes(x + g * count, count, end, most > 0 ? 127 / most : 0, a.quants + row * a.stride + g * end);
-        a.scales[row * a.groups + g] = most / 127;
-        a.sums[row * a.groups + g] = c.bits == 4 ? most / 127 * sum : sum;
+        float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
+        float sum = round_to_bytes(x + g * count, count, end, inverse, a.quants + row * a.stride + g * end);
+        int64_t at = row * a.row_step + g * a.group_step;
+        a.scales[at] = scale;
+        a.sums[at] = c.bits == 4 ? scale * sum : sum;
     }
 }
 
@@ -128,13 +131,15 @@ INLINE void for_row_tiles(int64_t rows, F f) {
         case 1: f.template operator()<1>(first); break;
         case 2: f.template operator()<std::min(2, MOST_ROWS)>(first); break;
         case 3: f.template operator()<std::min(3, MOST_ROWS)>(first); break;
+        case 4: f.template operator()<std::min(4, MOST_ROWS)>(first); break;
+        case 5: f.template operator()<std::min(5, MOST_ROWS)>(first); break;
     }
 }
 
-template <int ROWS, bool FETCH>
+template <int ROWS, int SIXTEENS, bool FETCH>
 void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
     int64_t groups = c.groups();
-    int sixteen = int(strip % 2) * SIXTEENS;
+    int sixteen = int(strip % 2) * 2;
     const uint8_t* block = c.weight + strip / 2 * groups * BLOCK;
     const int8_t* x[ROWS];
     const float *scales[ROWS], *sums[ROWS];
@@ -188,12 +193,19 @@ void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
         for (int s = 0; s < SIXTEENS; ++s) finish(c, first + r, strip * STRIP + s * LANES, total[r][s]);
 }
 
-void int4_by_integers(const Call& c) {
-    Activations a(c, c.rows, c.inputs, c.groups());
+void int4_by_vectors(const Call& c) {
+    Activations a(c.rows, c.inputs, c.groups(), false);
     quantize(c, a, c.rows);
+    if (c.rows <= WHOLE_ROWS && c.strips() >= 32) {
+        parallel((c.strips() + 1) / 2, int(c.threads), [&](int64_t panel, int) {
+            c.rows == 1 ? int4_tile<1, 4, true>(c, a, 2 * panel, 0) : int4_tile<2, 4, true>(c, a, 2 * panel, 0);
+        });
+        return;
+    }
     parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
         for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) {
-            first ? int4_tile<ROWS, false>(c, a, strip, first) : int4_tile<ROWS, true>(c, a, strip, first);
+            first ? int4_tile<ROWS, SIXTEENS, false>(c, a, strip, first)
+                  : int4_tile<ROWS, SIXTEENS, true>(c, a, strip, first);
         });
     });
 }
@@ -248,7 +260,7 @@ void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
 }
 
 void int8_by_vectors(const Call& c) {
-    Activations a(c, c.rows, c.padded_inputs(), 1);
+    Activations a(c.rows, c.padded_inputs(), 1, false);
     quantize(c, a, c.rows);
     parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
         for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) { int8_tile<ROWS>(c, a, strip, first); });
@@ -312,7 +324,7 @@ int64_t tile_rows(const Call& c) { return (c.rows + AMX_ROWS - 1) / AMX_ROWS * A
 
 void int8_by_tiles(const Call& c) {
     int64_t inputs = c.padded_inputs();
-    Activations a(c, tile_rows(c), inputs + TILE_BYTES, 1);
+    Activations a(tile_rows(c), inputs + TILE_BYTES, 1, false);
     quantize(c, a, tile_rows(c));
     parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
         const float* scales = int8_scales(c, strip);
@@ -325,6 +337,103 @@ void int8_by_tiles(const Call& c) {
                 finish(c, row, strip * STRIP + s * LANES, result);
             }
         });
+    });
+}
+
+constexpr int GROUP_LINES = GROUP / 4;             // lines of four features in a group
+constexpr int GROUP_BYTES = GROUP_LINES * TILE_BYTES;  // of sixteen outputs, a byte each
+constexpr int GROUPS_TOGETHER = 8;
+
+// A strip of an int4 weight, a byte each: [groups][2][8 lines][16 outputs][4 inputs].
+void spread_int4(const Call& c, int64_t strip, uint8_t* to) {
+    const uint8_t* quants = c.weight + strip / 2 * c.groups() * BLOCK + strip % 2 * (BLOCK_QUANTS / 2);
+    for (int64_t g = 0; g < c.groups(); ++g, quants += BLOCK) {
+        for (int i = 0; i < BLOCK_QUANTS / 2; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
+        for (int s = 0; s < SIXTEENS; ++s, to += GROUP_BYTES)
+            for (int i = 0; i < GROUP_LINES / 2; ++i) {
+                W16 both = load_words(quants + (s * GROUP_LINES / 2 + i) * TILE_BYTES);
+                _mm512_store_si512(to + i * TILE_BYTES, low_halves(both).v);
+                _mm512_store_si512(to + (GROUP_LINES / 2 + i) * TILE_BYTES, high_halves(both).v);
+            }
+    }
+}
+
+// totals[s][row] (+)= what the products of `count` groups from `group` on mean, in order, for sixteen rows.
+void add_groups(const Call& c, const Activations& a, int64_t strip, int64_t row, int64_t group, int count,
+                const int32_t* products, float* totals) {
+    for (int s = 0; s < SIXTEENS; ++s) {
+        V16 total[AMX_ROWS];
+#pragma GCC unroll 16
+        for (int r = 0; r < AMX_ROWS; ++r) total[r] = group ? load(totals + (s * AMX_ROWS + r) * LANES) : zeros();
+        const uint8_t* steps = c.weight + (strip / 2 * c.groups() + group) * BLOCK + BLOCK_QUANTS +
+                               (strip % 2 * SIXTEENS + s) * 2 * LANES;
+        for (int g = 0; g < count; ++g, steps += BLOCK) {
+            V16 scale = load_halves(steps), minimum = load_halves(steps + 2 * PANEL);
+            const float* scales = a.scales + (group + g) * a.group_step + row;
+            const float* sums = a.sums + (group + g) * a.group_step + row;
+            const int32_t* product = products + (g * SIXTEENS + s) * AMX_ROWS * LANES;
+#pragma GCC unroll 16
+            for (int r = 0; r < AMX_ROWS; ++r) {
+                V16 values = to_floats(load_words(product + r * LANES)) * scale;
+                total[r] = fma(minimum, broadcast(sums[r]), fma(values, broadcast(scales[r]), total[r]));
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < AMX_ROWS; ++r) store(totals + (s * AMX_ROWS + r) * LANES, total[r]);
+    }
+}
+
+// The sums of int4_by_vectors, in the same order.
+void int4_by_tiles(const Call& c) {
+    Activations a(tile_rows(c), c.inputs + GROUP, c.groups(), true);
+    quantize(c, a, tile_rows(c));
+    size_t own = c.groups() * SIXTEENS * GROUP_BYTES;
+    uint8_t* memory = scratch(1).take<uint8_t>(own * c.threads);
+    parallel(c.strips(), int(c.threads), [&](int64_t strip, int thread) {
+        uint8_t* weight = memory + own * thread;
+        spread_int4(c, strip, weight);
+        alignas(64) int32_t products[GROUPS_TOGETHER * SIXTEENS * AMX_ROWS * LANES];
+        alignas(64) float totals[SIXTEENS * AMX_ROWS * LANES];
+        constexpr int PRODUCT = AMX_ROWS * LANES;
+        Tiles configured(GROUP, GROUP_LINES);
+        for (int64_t row = 0; row < c.rows; row += AMX_ROWS) {
+            for (int64_t group = 0; group < c.groups(); group += GROUPS_TOGETHER) {
+                int count = int(std::min<int64_t>(GROUPS_TOGETHER, c.groups() - group));
+                const int8_t* x = a.quants + row * a.stride + group * GROUP;
+                const uint8_t* b = weight + group * SIXTEENS * GROUP_BYTES;
+                int32_t* to = products;
+                // Two groups at a time, in tiles of their own, so that one is stored while the other is multiplied.
+                for (int g = 0; g < count; g += 2, x += 2 * GROUP, b += 4 * GROUP_BYTES, to += 4 * PRODUCT) {
+                    _tile_loadd(4, x, a.stride);
+                    _tile_loadd(6, b, TILE_BYTES);
+                    _tile_loadd(7, b + GROUP_BYTES, TILE_BYTES);
+                    _tile_zero(0);
+                    _tile_dpbsud(0, 4, 6);
+                    _tile_zero(1);
+                    _tile_dpbsud(1, 4, 7);
+                    if (g + 1 < count) {
+                        _tile_loadd(5, x + GROUP, a.stride);
+                        _tile_loadd(6, b + 2 * GROUP_BYTES, TILE_BYTES);
+                        _tile_loadd(7, b + 3 * GROUP_BYTES, TILE_BYTES);
+                        _tile_zero(2);
+                        _tile_dpbsud(2, 5, 6);
+                        _tile_zero(3);
+                        _tile_dpbsud(3, 5, 7);
+                    }
+                    _tile_stored(0, to, TILE_BYTES);
+                    _tile_stored(1, to + PRODUCT, TILE_BYTES);
+                    if (g + 1 < count) {
+                        _tile_stored(2, to + 2 * PRODUCT, TILE_BYTES);
+                        _tile_stored(3, to + 3 * PRODUCT, TILE_BYTES);
+                    }
+                }
+                add_groups(c, a, strip, row, group, count, products, totals);
+            }
+            int64_t rows = std::min<int64_t>(AMX_ROWS, c.rows - row);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int s = 0; s < SIXTEENS; ++s)
+                    finish(c, row + r, strip * STRIP + s * LANES, load(totals + (s * AMX_ROWS + r) * LANES));
+        }
     });
 }
 
@@ -362,7 +471,7 @@ void widen_int4(const Call& c, int64_t strip, char* to) {
     }
 }
 
-void int4_by_tiles(const Call& c) {
+void int4_by_bfloat16(const Call& c) {
     int64_t stride = c.inputs + TILE_BYTES / 2;
     bf16* x = scratch(0).take<bf16>(tile_rows(c) * stride);
     parallel(tile_rows(c), int(c.threads), [&](int64_t row, int) {
@@ -434,12 +543,12 @@ EXPORT int linear_quantized(const Call* call) try {
     const Call& c = *call;
     if (c.rows == 0) return 0;
 #ifdef __AMX_TILE__
-    if (c.matrix && amx_granted()) {
-        c.bits == 4 ? int4_by_tiles(c) : int8_by_tiles(c);
+    if (c.way && amx_granted()) {
+        c.bits == 8 ? int8_by_tiles(c) : c.way == 1 ? int4_by_tiles(c) : int4_by_bfloat16(c);
         return 0;
     }
 #endif
-    c.bits == 4 ? int4_by_integers(c) : int8_by_vectors(c);
+    c.bits == 4 ? int4_by_vectors(c) : int8_by_vectors(c);
     return 0;
 } catch (const std::bad_alloc&) {
     return -1;

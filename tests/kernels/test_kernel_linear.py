@@ -52,6 +52,21 @@ def test_same_bits_in_any_batch(inputs: int, outputs: int, dtype: torch.dtype) -
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+def test_weight_of_another_type(inputs: int, outputs: int) -> None:
+    """As a layer has that cannot be quantized: sums are float32, and only the result is rounded to x's type."""
+    for x_type, kind in ((torch.float32, "bfloat16"), (torch.bfloat16, "float32")):
+        packed = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
+        x, bias = torch.randn(40, inputs).bfloat16().to(x_type), torch.randn(outputs).to(x_type)
+        exact = x.double() @ reference.dequantize(packed).double().T + bias.double()
+        whole = kernels.linear(x, packed, bias)
+        assert whole.dtype == x_type
+        rounding = 1e-5 if x_type == torch.float32 else 1e-2
+        torch.testing.assert_close(whole.double(), exact, atol=5e-6 * inputs**0.5 + 5e-6, rtol=rounding)
+        assert torch.equal(kernels.linear(x[7:9], packed, bias), whole[7:9])
+
+
+@pytest.mark.usefixtures("backend")
 def test_strided_rows_and_shared_panels() -> None:
     x, weight = torch.randn(9, 300)[:, 100:200], torch.randn(130, 100)
     arena = torch.full((3 * 100 * 64 + 5,), torch.nan)

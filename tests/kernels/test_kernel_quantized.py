@@ -77,22 +77,23 @@ def test_same_bits_in_any_batch(inputs: int, outputs: int, kind: kernels.WeightK
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-def test_matrix_instructions(inputs: int, outputs: int) -> None:
-    """int8 is the same to the bit, int4 is the product with bfloat16 values; both row by row."""
+def test_all_ways(inputs: int, outputs: int, kind: kernels.WeightKind) -> None:
+    """Products of bytes are the same to the bit in vectors and tiles; int4 in bfloat16 is close. All go row by row."""
     native = cpu.library()
     assert native is not None
+    packed = kernels.pack_weight(torch.randn(outputs, inputs), kind=kind)
     x, bias = torch.randn(70, inputs), torch.randn(outputs)
-    eight = kernels.pack_weight(torch.randn(outputs, inputs), kind="int8")
-    four = kernels.pack_weight(torch.randn(outputs, inputs), kind="int4")
-    plain = functions.linear_quantized(native, x, eight, bias, False)
-    whole = functions.linear_quantized(native, x, four, bias, True)
-    exact = x.double() @ reference.dequantize(four).double().T + bias.double()
-    assert (whole.double() - exact).abs().max() < 0.05 * inputs**0.5
-    for rows in (1, 16, 17, 32, 33, 70):
-        assert torch.equal(functions.linear_quantized(native, x[:rows], eight, bias, True), plain[:rows])
-        if "amx_bf16" in cpu.compile.processor_flags():
-            assert torch.equal(functions.linear_quantized(native, x[:rows], four, bias, True), whole[:rows])
+    exact = x.double() @ reference.dequantize(packed).double().T + bias.double()
+    vectors = functions.linear_quantized(native, x, packed, bias, paths.VECTORS)
+    for way in paths.WAYS[kind]:
+        whole = functions.linear_quantized(native, x, packed, bias, way)
+        assert (whole.double() - exact).abs().max() < 0.05 * inputs**0.5
+        if way != paths.BFLOAT16_TILES:
+            assert torch.equal(whole, vectors)
+        for rows in (1, 15, 16, 17, 32, 33):
+            assert torch.equal(functions.linear_quantized(native, x[:rows], packed, bias, way), whole[:rows])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -167,21 +168,20 @@ def test_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     paths._table.cache_clear()
     weights = [kernels.pack_weight(torch.randn(64, 64), kind=kind) for kind in KINDS]
     try:
-        assert paths.use_matrix("int8", 64, 64, paths.DEFAULT_ROWS["int8"], False)
         table = kernels.tune([*weights, kernels.pack_weight(torch.randn(4, 4))])
         assert json.loads(path.read_text()) == table
         assert {key.rsplit(" ", 1)[0] for key in table} == {"int8 64 64", "int4 64 64"}
         monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
         assert kernels.tune(weights) == table
-        path.write_text(json.dumps({key: 5 for key in table}))
+        path.write_text(json.dumps({key: [5, 7][: len(limits)] for key, limits in table.items()}))
         paths._table.cache_clear()
-        for kind in KINDS:
-            assert not paths.use_matrix(kind, 64, 64, 4, False)
-            assert paths.use_matrix(kind, 64, 64, 5, False)
-        assert not paths.use_matrix("int4", 64, 64, 5, True)
-        for damaged in ("", "[1]", '{"int8 64 64 2": "many"}'):
+        assert [paths.way("int8", 64, 64, rows, False) for rows in (4, 5, 7)] == [0, 1, 1]
+        assert [paths.way("int4", 64, 64, rows, False) for rows in (4, 5, 6, 7)] == [0, 1, 1, 2]
+        assert [paths.way("int4", 64, 64, rows, True) for rows in (4, 5, 6, 7)] == [0, 1, 1, 1]
+        key = min(table)
+        for damaged in ("", "[1]", f'{{"{key}": "many"}}', f'{{"{key}": [1]}}', f'{{"{key}": [1, -1]}}'):
             path.write_text(damaged)
             paths._table.cache_clear()
-            assert not paths.use_matrix("int8", 64, 64, paths.DEFAULT_ROWS["int8"] - 1, False)
+            assert paths.way("int4", 64, 64, paths.DEFAULT_ROWS["int4"][0] - 1, False) == 0
     finally:
         paths._table.cache_clear()
