@@ -1,10 +1,13 @@
 """What each type of weights costs in quality: perplexity, and agreement with float32.
 
-    python benchmarks/quality.py [--model smollm2-135m-instruct] [--dtypes float32 bfloat16 int8 int4] [--tokens 64]
+    python benchmarks/quality.py [--model smollm2-135m-instruct] [--dtypes float32 bfloat16 int8 int4] [--decode]
 
 Perplexity is over benchmarks/data/prose.txt and code.txt, in windows of 512 tokens, each read from its beginning.
 Agreement is teacher-forced: float32 answers each prompt of tests/rank/prompts.json greedily, and the others are asked
 for their most likely token at every position of that answer. A token that differs does not shift those after it.
+
+Kernels may take another way for the many rows of a prompt than for the few of a decode step. Here all positions are
+computed together; `--decode` computes them as decode steps do (which is what deterministic mode promises).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class Reading(NamedTuple):
 class Reader:
     """Runs one sequence at a time."""
 
-    def __init__(self, model: Path, dtype: str, length: int) -> None:
+    def __init__(self, model: Path, dtype: str, length: int, decode: bool) -> None:
         pages = -(-length // PAGE_SIZE)
         config = RankConfig(
             str(model),
@@ -50,6 +53,7 @@ class Reader:
             max_slots=1,
             max_model_len=pages * PAGE_SIZE,
             page_size=PAGE_SIZE,
+            deterministic=decode,
             threads=os.cpu_count() or 1,
         )
         self.executor: Executor = build_executor(config)
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--decode", action="store_true", help="compute as decode steps do")
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     model = resolve_model(options.model, ROOT).path
@@ -104,7 +109,7 @@ def main() -> None:
     texts = [vocabulary.encode((ROOT / f"benchmarks/data/{name}.txt").read_text(), False) for name in TEXTS]
     prompts: list[list[int]] = list(json.loads((ROOT / "tests/rank/prompts.json").read_text()).values())
 
-    reader = Reader(model, "float32", max(WINDOW, max(map(len, prompts)) + options.tokens))
+    reader = Reader(model, "float32", max(WINDOW, max(map(len, prompts)) + options.tokens), options.decode)
     answers = [reader.answer(prompt, options.tokens) for prompt in prompts]
     total = options.tokens * len(prompts)
     print(f"perplexity of {len(texts[0])} tokens of prose and {len(texts[1])} of code; agreement over {total} tokens\n")
@@ -112,7 +117,7 @@ def main() -> None:
     base = float("nan")
     for dtype in ["float32", *(each for each in options.dtypes if each != "float32")]:
         if dtype != "float32":
-            reader = Reader(model, dtype, reader.executor.config.max_model_len)
+            reader = Reader(model, dtype, reader.executor.config.max_model_len, options.decode)
         each = [perplexity(reader, text) for text in texts]
         weights = [len(text) / sum(map(len, texts)) for text in texts]
         both = float(np.exp(np.dot(weights, np.log(each))))
