@@ -9,9 +9,9 @@ import msgspec
 if TYPE_CHECKING:
     from torch import Tensor
 
-DType = Literal["float32", "bfloat16"]
+KVDType = Literal["float32", "bfloat16"]
 
-ITEM_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2}
 
 
 class KVFormat(msgspec.Struct, frozen=True):
@@ -25,7 +25,7 @@ class KVFormat(msgspec.Struct, frozen=True):
     page_size: int
     kv_heads: int
     head_dim: int
-    dtype: DType
+    dtype: KVDType
 
     @property
     def page_bytes(self) -> int:

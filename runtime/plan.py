@@ -9,7 +9,9 @@ from pathlib import Path
 
 from actors.actor import StartFailure
 from actors.checkpoint import CheckpointError, ModelConfig, read_config
-from actors.kv_format import DType
+from actors.dtypes import WeightDType, compute_dtype
+from actors.kv_format import KVDType
+from actors.rank.precision import auto_dtype
 from actors.rank.shard import kv_format, weight_bytes
 from actors.scheduler.pages import page_ledger_bytes
 from runtime.errors import UserError
@@ -22,6 +24,7 @@ class EnginePlan:
     """One engine, with the sizes that follow from its model.
 
     Attributes:
+        dtype: of the weights. kv_dtype: of cached keys and values.
         num_pages: pages of the KV pool.
         threads: of each rank.
         weight_bytes, kv_bytes: sizes of each rank's arenas.
@@ -30,7 +33,8 @@ class EnginePlan:
 
     name: str
     settings: Engine
-    dtype: DType
+    dtype: WeightDType
+    kv_dtype: KVDType
     num_pages: int
     threads: int
     weight_bytes: list[int]
@@ -103,10 +107,11 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
     engine = loaded.topology.engine[name]
     dtype = loaded.topology.model.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if engine.device == "cuda" else "float32"
+        dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
+    kv_dtype = compute_dtype(dtype)
     num_pages = -(-engine.kv_tokens // engine.page_size)
     try:
-        formats = [kv_format(config, dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
+        formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
         weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
     except StartFailure as failure:
         raise loaded.error(f"engine.{name}.tp", str(failure)) from None
@@ -114,6 +119,7 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
         name=name,
         settings=engine,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         num_pages=num_pages,
         threads=engine.threads or threads,
         weight_bytes=weights,
@@ -135,7 +141,8 @@ def _check_memory(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None
     left = (memory - (needed - pool)) // page * largest.settings.page_size
     problem = f"needs {needed / 2**30:.1f} GiB for weights and KV pools, and this machine has {memory / 2**30:.1f} GiB"
     if left < largest.settings.page_size:
-        raise loaded.error("model.path", f'{problem}; choose a smaller model, or model.dtype = "bfloat16"')
+        smaller = "" if largest.dtype == "int4" else ', or model.dtype = "int4"'
+        raise loaded.error("model.path", f"{problem}; choose a smaller model{smaller}")
     key = f"engine.{largest.name}.kv_tokens"
     raise loaded.error(key, f"is {largest.settings.kv_tokens}, which {problem}; give at most {left}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import msgspec
 
 from actors.checkpoint.errors import CheckpointError
 from actors.checkpoint.gguf import GGUFFile, MetadataValue
+from actors.checkpoint.names import module_of_gguf
 
 HF_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 GGUF_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -22,7 +24,8 @@ ROPE_KINDS = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Kinds of rope scaling and the numbers that each needs."""
-WEIGHT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+"""ggml's names of torch's types."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True):
@@ -33,8 +36,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
         rope_scaling: None, or the numbers of ROPE_KINDS with their kind under "rope_type".
         sliding_window: keys that a query sees, itself included; None for all.
         eos_token_ids: ids that end a generation, the most important first.
-        torch_dtype: of the checkpoint's matrices; quantized ones count as float32.
-        quantized: ggml's name of the most frequent type of the matrices if they are quantized.
+        weight_type: ggml's name of the type that most of the matrices' values have, such as "Q4_1" or "BF16".
+        matrix_types: by Hugging Face's name of the module, the types of the matrices that have another.
     """
 
     architecture: str
@@ -57,8 +60,8 @@ class ModelConfig(msgspec.Struct, frozen=True):
     sliding_window: int | None = None
     bos_token_ids: list[int] = []
     eos_token_ids: list[int] = []
-    torch_dtype: str = "float32"
-    quantized: str | None = None
+    weight_type: str = "F32"
+    matrix_types: dict[str, str] = {}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -217,7 +220,7 @@ def _from_directory(path: Path) -> ModelConfig:
         sliding_window=_sliding_window(path, hf, architecture),
         bos_token_ids=_merge(generation.bos_token_id, hf.bos_token_id),
         eos_token_ids=_merge(generation.eos_token_id, hf.eos_token_id),
-        torch_dtype=hf.dtype or hf.torch_dtype or "float32",
+        weight_type=TORCH_TYPES.get(hf.dtype or hf.torch_dtype or "float32", "F32"),
     )
 
 
@@ -316,8 +319,7 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         raise CheckpointError(f"{file.path}: rotary embeddings of a part of the head are not supported")
     bos = ("tokenizer.ggml.bos_token_id",)
     eos = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    types = [info.type for info in file.tensors.values() if len(info.shape) == 2]
-    weight_type = max(sorted(set(types)), key=types.count)
+    weight_type, matrix_types = _matrix_types(file)
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
@@ -339,9 +341,22 @@ def _from_gguf(file: GGUFFile) -> ModelConfig:
         sliding_window=keys.integer("attention.sliding_window") if keys.has("attention.sliding_window") else None,
         bos_token_ids=_merge(*(general.integer(key) for key in bos if general.has(key))),
         eos_token_ids=_merge(*(general.integer(key) for key in eos if general.has(key))),
-        torch_dtype=WEIGHT_TYPES.get(weight_type, "float32"),
-        quantized=None if weight_type in WEIGHT_TYPES else weight_type,
+        weight_type=weight_type,
+        matrix_types=matrix_types,
     )
+
+
+def _matrix_types(file: GGUFFile) -> tuple[str, dict[str, str]]:
+    """The type that most of the matrices' values have, and by module the types of the other matrices."""
+    values: Counter[str] = Counter()
+    types: dict[str, str] = {}
+    for name, info in file.tensors.items():
+        if len(info.shape) == 2:
+            values[info.type] += math.prod(info.shape)
+            if module := module_of_gguf(name):
+                types[module] = info.type
+    most = max(sorted(values), key=values.__getitem__)
+    return most, {module: each for module, each in types.items() if each != most}
 
 
 def _gguf_rope_scaling(file: GGUFFile, keys: _Keys, head_dim: int) -> dict[str, Any] | None:

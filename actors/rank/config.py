@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from actors.actor import StartFailure
-from actors.kv_format import DType
+from actors.dtypes import ComputeDType, WeightDType, compute_dtype
+from actors.kv_format import KVDType
 
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 
@@ -18,7 +19,8 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         model: a GGUF file or a Hugging Face directory.
-        dtype: of weights, activations and cached keys and values.
+        dtype: of the weights; activations are float32 beside float32 weights, else bfloat16.
+        kv_dtype: of cached keys and values; None for that of the activations.
         deterministic: a token's logits do not depend on what else is in the step, nor on chunking.
         rank: of this process among the `tp` of its group, from 0.
         page_size: tokens in a page. num_pages: pages in this rank's KV arena.
@@ -30,10 +32,11 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     model: str
-    dtype: DType
+    dtype: WeightDType
     num_pages: Positive
     max_slots: Positive
     max_model_len: Positive
+    kv_dtype: KVDType | None = None
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     max_step_tokens: Positive = 16_384
     deterministic: bool = False
@@ -43,9 +46,16 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     process_group_dir: str = ""
 
+    @property
+    def compute_dtype(self) -> ComputeDType:
+        """The type of activations."""
+        return compute_dtype(self.dtype)
+
     def check(self) -> None:
         """Raises StartFailure for settings that do not fit together."""
         if self.rank >= self.tp:
             raise StartFailure(f"rank {self.rank} does not exist in a group of {self.tp}")
         if self.tp > 1 and not Path(self.process_group_dir).is_absolute():
             raise StartFailure("tp is above 1: process_group_dir must be an absolute path")
+        if self.device == "cuda" and self.dtype in ("int8", "int4"):
+            raise StartFailure(f"{self.dtype} weights are for the CPU: set dtype to bfloat16 where device is cuda")

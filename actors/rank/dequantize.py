@@ -17,6 +17,42 @@ def dequantize(type_name: str, blocks: Tensor) -> Tensor:
     return flat.view(*blocks.shape[:-2], -1)
 
 
+def four_bits(type_name: str, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Blocks of a ggml type of 4 bits, uint8 [N, n, bytes of a block], as they are: w = scale * quant + minimum.
+
+    Returns what `kernels.pack_int4` takes: the quants, two a byte, uint8 [N, K / 32, 16], and the scales and minimums
+    of groups of 32, float16 [N, K / 32]; None for other types. Exact but for Q4_K's scales, products that are rounded
+    to float16.
+    """
+    convert = _FOUR_BITS.get(type_name)
+    if convert is None:
+        return None
+    quants, scales, minimums = convert(blocks)
+    return quants, scales.flatten(1), minimums.flatten(1)
+
+
+def _q4_0_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    scales = blocks[..., :2].contiguous().view(torch.float16)
+    return blocks[..., 2:], scales, scales * -8
+
+
+def _q4_1_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    halves = blocks[..., :4].contiguous().view(torch.float16)
+    return blocks[..., 4:], halves[..., :1], halves[..., 1:]
+
+
+def _q4_k_groups(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count, size = blocks.shape
+    flat = blocks.reshape(-1, size)
+    scales, minimums = _k_scales(flat)
+    # A byte here holds a value of one group and the same one of the next; `_nibbles` puts the groups apart.
+    low, high = _nibbles(flat[:, 16:].reshape(-1, 4, 32)).view(rows, 8 * count, 2, 16).unbind(2)
+    return low | (high << 4), scales.half().view(rows, -1), minimums.neg().half().view(rows, -1)
+
+
+_FOUR_BITS = {"Q4_0": _q4_0_groups, "Q4_1": _q4_1_groups, "Q4_K": _q4_k_groups}
+
+
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The float16 number at byte `at` of each block: float32 [n, 1]."""
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()

@@ -20,7 +20,7 @@ from actors.rank.group import Group
 from actors.rank.models import MODELS, Llama
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
-from actors.rank.weights import load_weights
+from actors.rank.weights import contents_of, load_weights
 from kernels import AttentionMeta
 from transport import Arena
 
@@ -324,13 +324,17 @@ def build_executor(
         raise StartFailure("device is cuda, but torch finds no CUDA device here: set device to cpu")
     device = torch.device(config.device, config.rank) if config.device == "cuda" else torch.device("cpu")
     path = Path(config.model)
-    model_config = read_config(path)
+    # What a former incarnation has read need not be read again, nor still be there.
+    packed_before = None if weights is None else contents_of(weights)
+    model_config = packed_before.config if packed_before else read_config(path)
+    checkpoint = packed_before.checkpoint if packed_before else checkpoint_identity(path, model_config)
     if config.max_model_len > model_config.max_position:
         raise StartFailure(
             f"max_model_len = {config.max_model_len} is more than the model's {model_config.max_position}: lower it"
         )
     shard = shard_of(model_config, config.tp, config.rank)
-    pages = kv_format(model_config, config.dtype, config.page_size, config.tp, config.rank)
+    kv_dtype = config.kv_dtype or config.compute_dtype
+    pages = kv_format(model_config, kv_dtype, config.page_size, config.tp, config.rank)
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
@@ -338,9 +342,11 @@ def build_executor(
     exact = config.deterministic or config.dtype == "float32"
     packed = exact and config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
+    if device.type == "cpu":
+        kernels.tune(loaded.packed)
     if device.type == "cuda":
         shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)
-        cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+        cache = torch.zeros(shape, dtype=getattr(torch, kv_dtype), device=device)
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)
@@ -354,12 +360,12 @@ def build_executor(
     model = MODELS[model_config.architecture](
         model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
     )
-    executor = Executor(config, model, cache, group, _fingerprint(path, model_config, config))
+    executor = Executor(config, model, cache, group, _fingerprint(checkpoint, model_config, config))
     executor.warm_up()
     return executor
 
 
-def _fingerprint(path: Path, model_config: ModelConfig, config: RankConfig) -> str:
-    whole = kv_format(model_config, config.dtype, config.page_size, 1, 0)
+def _fingerprint(checkpoint: str, model_config: ModelConfig, config: RankConfig) -> str:
+    whole = kv_format(model_config, config.kv_dtype or config.compute_dtype, config.page_size, 1, 0)
     order = ":deterministic" if config.deterministic else ""
-    return f"{checkpoint_identity(path, model_config)}:{whole.fingerprint}{order}"
+    return f"{checkpoint}:{config.dtype}:{whole.fingerprint}{order}"

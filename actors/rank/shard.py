@@ -8,12 +8,18 @@ from dataclasses import dataclass
 
 from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig
-from actors.kv_format import ITEM_BYTES, DType, KVFormat
+from actors.dtypes import WeightDType, compute_dtype
+from actors.kv_format import KVDType, KVFormat
+from actors.rank.precision import GROUP, matrix_dtype
 
 ALIGNMENT = 64
-HEADER_BYTES = 4096
+HEADER_BYTES = 262_144
+"""Before the tensors: what the arena holds. A checkpoint may have a thousand files, and as many types of matrices."""
 PANEL_ROWS = 64
 """Rows of a panel of `kernels.PackedWeight`."""
+INT8_COLUMNS = 64
+"""Columns of an int8 panel are filled up to a multiple of this."""
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
     )
 
 
-def kv_format(config: ModelConfig, dtype: DType, page_size: int, tp: int, rank: int) -> KVFormat:
+def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank: int) -> KVFormat:
     """The pages of one rank. Raises StartFailure as `shard_of` does."""
     return KVFormat(
         layers=config.num_layers,
@@ -82,20 +88,37 @@ def kv_format(config: ModelConfig, dtype: DType, page_size: int, tp: int, rank: 
 class Slot:
     """A tensor's place in a weights arena.
 
-    A matrix [N, K] is stored as it is, or, `packed`, as panels [ceil(N / 64), K, 64].
+    A matrix [N, K] is stored as it is, or, `packed`, as a `kernels.PackedWeight` of its dtype is.
     """
 
     name: str
     shape: tuple[int, ...]
+    dtype: WeightDType
     packed: bool
     offset: int
 
     @property
+    def stored_dtype(self) -> str:
+        """Torch's name of the type of the stored numbers; packed integers are bytes."""
+        return "uint8" if self.dtype in ("int8", "int4") else self.dtype
+
+    @property
     def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor: `kernels.packed_shape` if it is packed."""
         if not self.packed:
             return self.shape
         rows, columns = self.shape
-        return (-(-rows // PANEL_ROWS), columns, PANEL_ROWS)
+        panels = -(-rows // PANEL_ROWS)
+        if self.dtype == "int4":
+            return (panels * (columns // GROUP) * PANEL_ROWS * (GROUP // 2 + 2 * 2),)
+        if self.dtype == "int8":
+            return (panels * PANEL_ROWS * (-(-columns // INT8_COLUMNS) * INT8_COLUMNS + 4),)
+        return (panels, columns, PANEL_ROWS)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return math.prod(self.stored_shape) * _ITEM_BYTES[self.stored_dtype]
 
 
 def layer_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -121,29 +144,51 @@ def layer_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple
         yield "down_bias", (hidden,)
 
 
-def weight_layout(config: ModelConfig, dtype: DType, shard: Shard, packed: bool) -> tuple[list[Slot], int]:
+def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool) -> tuple[list[Slot], int]:
     """The places of all tensors of a shard, behind a header of HEADER_BYTES, and the bytes of the whole.
 
-    The embedding is whole on every rank. Rows of an output layer that shares the embedding are not stored again unless
-    `packed`.
+    The same for every incarnation of a rank: nothing but the arguments decides. The embedding is whole on every rank.
+    Rows of an output layer that shares the embedding are not stored again unless the embedding is a plain table and
+    the output layer is not, or a shard's rows do not begin where a panel of the embedding does.
+
+    Args:
+        packed: store matrices of floats as panels; those of integers always are.
     """
-    shapes = [("embedding", (config.vocab_size, config.hidden_size)), ("final_norm", (config.hidden_size,))]
-    if packed or not config.tie_embeddings:
-        shapes.append(("lm_head", (len(shard.vocab), config.hidden_size)))
-    named: list[tuple[str, tuple[int, ...]]] = [*shapes]
-    for layer in range(config.num_layers):
-        named.extend((f"{layer}.{name}", shape) for name, shape in layer_shapes(config, shard))
-    slots, offset = [], HEADER_BYTES
-    for name, shape in named:
-        slot = Slot(name, shape, packed and len(shape) == 2 and name != "embedding", offset)
+    first = {"o": shard.heads.start * config.head_dim, "down": shard.intermediate.start}
+    slots: list[Slot] = []
+    offset = HEADER_BYTES
+    for name, shape in _model_shapes(config, shard):
+        stored: WeightDType = compute_dtype(dtype)
+        in_panels = False
+        if len(shape) == 2:
+            stored = matrix_dtype(config, dtype, name, first.get(name.rpartition(".")[2], 0), shape[1])
+            in_panels = stored in ("int8", "int4") or (packed and name != "embedding")
+        if name == "lm_head" and config.tie_embeddings and _shares_embedding(slots[0], in_panels, shard.vocab):
+            continue
+        slot = Slot(name, shape, stored, in_panels, offset)
         slots.append(slot)
-        size = math.prod(slot.stored_shape) * ITEM_BYTES[dtype]
-        offset += -(-size // ALIGNMENT) * ALIGNMENT
+        offset += -(-slot.nbytes // ALIGNMENT) * ALIGNMENT
     return slots, offset
 
 
-def weight_bytes(config: ModelConfig, dtype: DType, tp: int, rank: int) -> int:
-    """Bytes that the weights arena of a rank needs, whichever way its matrices are stored.
+def _model_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of all tensors; see `layer_shapes`."""
+    yield "embedding", (config.vocab_size, config.hidden_size)
+    yield "final_norm", (config.hidden_size,)
+    yield "lm_head", (len(shard.vocab), config.hidden_size)
+    for layer in range(config.num_layers):
+        yield from ((f"{layer}.{name}", shape) for name, shape in layer_shapes(config, shard))
+
+
+def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
+    """Whether an output layer of these rows of the embedding is a part of it as it is stored."""
+    if not embedding.packed:
+        return not in_panels
+    return rows.start % PANEL_ROWS == 0 and (rows.stop % PANEL_ROWS == 0 or rows.stop == embedding.shape[0])
+
+
+def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) -> int:
+    """Bytes that the weights arena of a rank needs, whichever way its matrices of floats are stored.
 
     Raises StartFailure as `shard_of` does.
     """
@@ -151,6 +196,6 @@ def weight_bytes(config: ModelConfig, dtype: DType, tp: int, rank: int) -> int:
     return max(weight_layout(config, dtype, shard, packed)[1] for packed in (False, True))
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: DType, kv_heads: int) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: KVDType, kv_heads: int) -> int:
     """Bytes of keys and values of one token, in all layers, on a rank with `kv_heads` key-value heads."""
     return KVFormat(config.num_layers, 1, kv_heads, config.head_dim, dtype).token_bytes

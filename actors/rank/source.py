@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,25 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actors.checkpoint import CheckpointError, GGUFFile, ModelConfig, TensorInfo
-from actors.rank.dequantize import DEQUANTIZERS, dequantize
-
-GGUF_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-"""llama.cpp's names of modules."""
+from actors.checkpoint.names import gguf_name
+from actors.rank.dequantize import DEQUANTIZERS, dequantize, four_bits
+from actors.rank.precision import GROUP
 
 
 class Source(Protocol):
@@ -41,6 +24,13 @@ class Source(Protocol):
 
         `shape` is what the whole must have. Raises CheckpointError if it has not, or is missing.
         """
+        ...
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], rows: range, columns: range
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """A part of a matrix that the checkpoint has in groups of 4 bits, as `dequantize.four_bits` gives it; None if
+        it has not, or the columns do not begin and end where groups do. Raises CheckpointError as `read` does."""
         ...
 
 
@@ -59,40 +49,55 @@ class GGUFSource:
     def __init__(self, path: Path, config: ModelConfig) -> None:
         self._file = GGUFFile(path)
         self._head_dim = config.head_dim
-        self._interleaved = self._file.metadata.get("general.architecture") == "llama"
+        self._llama = self._file.metadata.get("general.architecture") == "llama"
 
     def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
-        stored = self._stored_name(name)
+        info, blocks = self._blocks(name, shape, rows, columns)
+        if info.type not in DEQUANTIZERS:
+            raise CheckpointError(
+                f"{self._file.path}: tensor {gguf_name(name)!r} is of type {info.type}, which is not supported; "
+                "supported are " + ", ".join(DEQUANTIZERS)
+            )
+        values = dequantize(info.type, blocks)
+        values = values[:, columns.start % info.block_values :][:, : len(columns)]
+        if len(shape) == 2:
+            return values
+        return self._in_order(values[0]) if self._is_interleaved(name) else values[0]
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], rows: range, columns: range
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if columns.start % GROUP or columns.stop % GROUP:
+            return None
+        info, blocks = self._blocks(name, shape, rows, columns)
+        groups = four_bits(info.type, blocks)
+        if groups is None:
+            return None
+        quants, scales, minimums = groups
+        first = columns.start % info.block_values // GROUP
+        inner = slice(first, first + len(columns) // GROUP)
+        return quants[:, inner], scales[:, inner], minimums[:, inner]
+
+    def _blocks(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> tuple[TensorInfo, Tensor]:
+        """The blocks that hold a part of a tensor, uint8 [rows, blocks, bytes], in Hugging Face's order of rows."""
+        stored = gguf_name(name)
         info = self._file.tensors.get(stored)
         _check_shape(self._file.path, stored, info and info.shape, shape)
         assert info is not None
-        if info.type not in DEQUANTIZERS:
-            raise CheckpointError(
-                f"{self._file.path}: tensor {stored!r} is of type {info.type}, which is not supported; supported are "
-                + ", ".join(DEQUANTIZERS)
-            )
-        part = self._part(info, stored, rows, columns)
-        if self._interleaved and ("attn_q." in stored or "attn_k." in stored):
-            halves = part.view(-1, self._head_dim // 2, 2, len(columns) if len(shape) == 2 else 1)
-            part = halves.transpose(1, 2).reshape(part.shape)
-        return part
-
-    def _part(self, info: TensorInfo, stored: str, rows: range, columns: range) -> Tensor:
         blocks = torch.frombuffer(self._file.data(stored), dtype=torch.uint8)
         blocks = blocks.view(-1, info.shape[-1] // info.block_values, info.block_bytes)
-        if len(info.shape) == 2:
+        if len(shape) == 2:
             blocks = blocks[rows.start : rows.stop]
         first, last = columns.start // info.block_values, -(-columns.stop // info.block_values)
-        values = dequantize(info.type, blocks[:, first:last])
-        values = values[:, columns.start - first * info.block_values :][:, : len(columns)]
-        return values if len(info.shape) == 2 else values[0]
+        blocks = blocks[:, first:last]
+        return info, self._in_order(blocks) if len(shape) == 2 and self._is_interleaved(name) else blocks
 
-    def _stored_name(self, name: str) -> str:
-        module, _, kind = name.rpartition(".")
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
-        if layer:
-            return f"blk.{layer[1]}.{GGUF_NAMES[layer[2]]}.{kind}"
-        return f"{GGUF_NAMES[module]}.{kind}"
+    def _is_interleaved(self, name: str) -> bool:
+        return self._llama and ("self_attn.q_proj." in name or "self_attn.k_proj." in name)
+
+    def _in_order(self, rows: Tensor) -> Tensor:
+        """Rows of whole heads [n * head_dim, …] in Hugging Face's order."""
+        return rows.reshape(-1, self._head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 class _Index(msgspec.Struct):
@@ -131,6 +136,11 @@ class SafetensorsSource:
         if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"{self._path / file_name}: tensor {name!r} is {part.dtype}, which is not supported")
         return part
+
+    def read_four_bits(
+        self, name: str, shape: tuple[int, ...], rows: range, columns: range
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        return None
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._files:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
+import os
 import struct
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -15,9 +20,9 @@ from torch import Tensor
 
 import kernels
 from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig
-from actors.kv_format import DType
-from actors.rank.shard import HEADER_BYTES, Shard, Slot, weight_layout
+from actors.checkpoint import ModelConfig, checkpoint_identity
+from actors.dtypes import WeightDType
+from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, Shard, Slot, weight_layout
 from actors.rank.source import Source, open_source
 from transport import Arena
 
@@ -25,9 +30,11 @@ logger = logging.getLogger(__name__)
 
 Matrix = Tensor | kernels.PackedWeight
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+TASK_ROWS = 8192
+"""Rows of a tall matrix that are read and packed at a time: whole panels."""
 _MAGIC = b"weights\0"
-_HEADER = struct.Struct("<8sQI")  # magic, state, bytes of the identity that follows
+_HEADER = struct.Struct("<8sQI")  # magic, state, bytes of the contents' description that follows
 _EMPTY, _PACKING, _READY = 0, 1, 2
 
 
@@ -42,6 +49,17 @@ class Identity(msgspec.Struct, frozen=True):
     packed: bool
     files: list[tuple[str, int, int]]
     """Name, bytes and time of change (ns) of each of the checkpoint's files."""
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What stands in front of the weights in an arena, so that a restarted rank need not open the checkpoint.
+
+    `checkpoint` is `checkpoint_identity` of the files that the weights were read from.
+    """
+
+    identity: Identity
+    config: ModelConfig
+    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -67,17 +85,25 @@ class LayerWeights:
 class Weights:
     """A shard's weights. They use an arena's memory and keep it mapped."""
 
-    embedding: Tensor
+    embedding: Matrix
     final_norm: Tensor
     lm_head: Matrix
     layers: list[LayerWeights]
     nbytes: int
 
+    @property
+    def packed(self) -> list[kernels.PackedWeight]:
+        """The matrices that `kernels.linear` takes packed."""
+        matrices: list[Matrix] = [self.lm_head]
+        for layer in self.layers:
+            matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+        return [matrix for matrix in matrices if isinstance(matrix, kernels.PackedWeight)]
+
 
 def load_weights(
     path: Path,
     config: ModelConfig,
-    dtype: DType,
+    dtype: WeightDType,
     shard: Shard,
     packed: bool,
     descriptor: int,
@@ -88,7 +114,7 @@ def load_weights(
     An incarnation that was killed while it packed leaves a mark, and the next packs again.
 
     Args:
-        packed: store matrices as panels for `kernels.linear`.
+        packed: store matrices of floats as panels for `kernels.linear`.
         descriptor: of the arena, of at least `weight_bytes` bytes.
 
     Raises:
@@ -99,20 +125,20 @@ def load_weights(
     identity = Identity(
         LAYOUT_VERSION, str(path), dtype, shard.tp, shard.rank, packed, [_state(file) for file in _files(path)]
     )
-    arena = Arena(descriptor, private=True)
-    if arena.size < size:
-        raise StartFailure(f"the weights arena has {arena.size} bytes and {size} are needed: restart the engine")
-    found = _ready_identity(arena)
+    arena_bytes = os.fstat(descriptor).st_size
+    if arena_bytes < size:
+        raise StartFailure(f"the weights arena has {arena_bytes} bytes and {size} are needed: restart the engine")
+    found = contents_of(descriptor)
     if found is None:
-        arena.close()
-        _pack(descriptor, open_source(path, config), config, dtype, shard, slots, identity)
-        arena = Arena(descriptor, private=True)
+        contents = Contents(identity, config, checkpoint_identity(path, config))
+        _pack(descriptor, open_source(path, config), contents, shard, slots)
     else:
-        _compare(found, identity)
+        _compare(found.identity, identity)
+    arena = Arena(descriptor, private=True)
     if not arena.sealed:
         arena.seal()
-    views = {slot.name: _view(arena, slot, dtype).to(device) for slot in slots}
-    return _collect(views, slots, config, dtype, shard)
+    views = {slot.name: _view(arena, slot).to(device) for slot in slots}
+    return _collect(views, slots, config, shard)
 
 
 def _files(path: Path) -> list[Path]:
@@ -120,23 +146,28 @@ def _files(path: Path) -> list[Path]:
 
 
 def _state(file: Path) -> tuple[str, int, int]:
-    stat = file.stat()
+    try:
+        stat = file.stat()
+    except FileNotFoundError:  # has been removed since the weights were packed, or the source will say so
+        return file.name, 0, 0
     return file.name, stat.st_size, stat.st_mtime_ns
 
 
-def _ready_identity(arena: Arena) -> Identity | None:
-    """What the arena holds, or None if it is empty or its packing was not finished."""
-    magic, state, length = _HEADER.unpack_from(arena.buffer)
-    if magic != _MAGIC or state != _READY:
-        if arena.sealed:
-            raise StartFailure("the weights arena is sealed but holds no weights: restart the engine")
-        if state == _PACKING:
-            logger.warning("a former incarnation was killed while it packed the weights; packing them again")
-        return None
-    try:
-        return msgspec.json.decode(arena.buffer[_HEADER.size : _HEADER.size + length], type=Identity)
-    except msgspec.MsgspecError:
-        return None
+def contents_of(descriptor: int) -> Contents | None:
+    """What an arena holds; None if it is empty or its packing was not finished.
+
+    Raises StartFailure if it is sealed and holds nothing that can be used.
+    """
+    header = os.pread(descriptor, HEADER_BYTES, 0)
+    magic, state, length = _HEADER.unpack_from(header) if len(header) >= _HEADER.size else (b"", _EMPTY, 0)
+    if magic == _MAGIC and state == _READY:
+        try:
+            return msgspec.json.decode(header[_HEADER.size : _HEADER.size + length], type=Contents)
+        except msgspec.MsgspecError:
+            pass
+    if Arena(descriptor, private=True).sealed:
+        raise StartFailure("the weights arena is sealed but holds no weights: restart the engine")
+    return None
 
 
 def _compare(found: Identity, wanted: Identity) -> None:
@@ -146,73 +177,120 @@ def _compare(found: Identity, wanted: Identity) -> None:
         logger.warning("the checkpoint's files have changed; going on with the weights that this engine started with")
 
 
-def _pack(
-    descriptor: int,
-    source: Source,
-    config: ModelConfig,
-    dtype: DType,
-    shard: Shard,
-    slots: list[Slot],
-    identity: Identity,
-) -> None:
+def _pack(descriptor: int, source: Source, contents: Contents, shard: Shard, slots: list[Slot]) -> None:
     started = time.perf_counter()
     arena = Arena(descriptor)
-    encoded = msgspec.json.encode(identity)
+    if _HEADER.unpack_from(arena.buffer)[:2] == (_MAGIC, _PACKING):
+        logger.warning("a former incarnation was killed while it packed the weights; packing them again")
+    encoded = msgspec.json.encode(contents)
     if _HEADER.size + len(encoded) > HEADER_BYTES:
-        encoded = msgspec.json.encode(msgspec.structs.replace(identity, files=[]))
+        raise StartFailure(f"{contents.identity.path}: its description does not fit into {HEADER_BYTES} bytes")
     _HEADER.pack_into(arena.buffer, 0, _MAGIC, _PACKING, len(encoded))
     arena.buffer[_HEADER.size : _HEADER.size + len(encoded)] = encoded
 
-    def fill(slot: Slot) -> None:
-        _fill(_view(arena, slot, dtype), slot, dtype, _parts(source, config, shard, slot.name))
+    def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
+        _fill(*task, source)
 
+    tasks = [
+        task for slot in slots for task in _tasks(slot, _view(arena, slot), _parts(contents.config, shard, slot.name))
+    ]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(fill, slots):
+            for _ in pool.map(fill, tasks):
                 pass
     finally:
         torch.set_num_threads(threads)
+    del tasks
     _HEADER.pack_into(arena.buffer, 0, _MAGIC, _READY, len(encoded))
     arena.close()
     logger.info("packed the weights in %.2f s", time.perf_counter() - started)
 
 
-def _view(arena: Arena, slot: Slot, dtype: DType) -> Tensor:
-    count = 1
-    for length in slot.stored_shape:
-        count *= length
-    flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, dtype), count=count, offset=slot.offset)
+def _view(arena: Arena, slot: Slot) -> Tensor:
+    count = math.prod(slot.stored_shape)
+    flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, slot.stored_dtype), count=count, offset=slot.offset)
     return flat.view(slot.stored_shape)
 
 
-def _fill(view: Tensor, slot: Slot, dtype: DType, parts: list[Tensor]) -> None:
-    """Writes a tensor's parts, one below the other."""
-    if slot.packed:
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        kernels.pack_weight(whole, view, dtype)
+def _rows_of(slot: Slot, view: Tensor, first: int, count: int) -> Tensor:
+    """Rows of a matrix as they are stored; of a packed one, the panels that they are in."""
+    if not slot.packed:
+        return view[first : first + count]
+    panels = slice(first // PANEL_ROWS, -(-(first + count) // PANEL_ROWS))
+    if view.dim() == 1:
+        return view.view(-(-slot.shape[0] // PANEL_ROWS), -1)[panels].flatten()
+    return view[panels]
+
+
+class Part(NamedTuple):
+    """A part of a checkpoint's tensor: its name, the whole's shape, and the rows and columns that are meant."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: range
+    columns: range
+
+
+def _tasks(slot: Slot, view: Tensor, parts: list[Part]) -> Iterator[tuple[Slot, Tensor, list[Part]]]:
+    """A tensor as one piece of work, or a tall matrix as several: less memory in use at a time."""
+    if len(parts) != 1 or len(slot.shape) == 1:
+        yield slot, view, parts
         return
-    row = 0
+    part = parts[0]
+    for start in range(0, len(part.rows), TASK_ROWS):
+        rows = part.rows[start : start + TASK_ROWS]
+        piece = dataclasses.replace(slot, shape=(len(rows), slot.shape[1]))
+        yield piece, _rows_of(slot, view, start, len(rows)), [part._replace(rows=rows)]
+
+
+def _fill(slot: Slot, view: Tensor, parts: list[Part], source: Source) -> None:
+    """Writes a tensor's parts, one below the other; zeros if there are none."""
+    if not parts:
+        view.zero_()
+    elif not slot.packed:
+        row = 0
+        for part in parts:
+            values = source.read(*part)
+            view[row : row + len(values)].copy_(values)
+            row += len(values)
+    elif slot.dtype == "int4" and (groups := _four_bits(source, parts)):
+        kernels.pack_int4(*groups, view)
+    else:
+        kernels.pack_weight(_joined([source.read(*part) for part in parts]), view, slot.dtype)
+
+
+def _four_bits(source: Source, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Quants, scales and minimums of a matrix that the checkpoint has in groups of 4 bits, else None."""
+    found = []
     for part in parts:
-        view[row : row + len(part)].copy_(part)
-        row += len(part)
+        groups = source.read_four_bits(*part)
+        if groups is None:
+            return None
+        found.append(groups)
+    quants, scales, minimums = (_joined(list(each)) for each in zip(*found, strict=True))
+    return quants, scales, minimums
 
 
-def _parts(source: Source, config: ModelConfig, shard: Shard, name: str) -> list[Tensor]:
-    """What the tensor `name` of a shard is put together from."""
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _parts(config: ModelConfig, shard: Shard, name: str) -> list[Part]:
+    """What the tensor `name` of a shard is put together from; nothing, if it is zeros."""
     hidden, dim = config.hidden_size, config.head_dim
     everything = range(hidden)
     queries = range(shard.heads.start * dim, shard.heads.stop * dim)
     keys = range(shard.kv_heads.start * dim, shard.kv_heads.stop * dim)
     inner = shard.intermediate
 
-    def matrix(module: str, outputs: int, inputs: int, rows: range, columns: range) -> Tensor:
-        return source.read(f"{module}.weight", (outputs, inputs), rows, columns)
+    def matrix(module: str, outputs: int, inputs: int, rows: range, columns: range) -> Part:
+        return Part(f"{module}.weight", (outputs, inputs), rows, columns)
 
-    def vector(tensor: str, length: int, part: range) -> Tensor:
-        return source.read(tensor, (length,), range(1), part)
+    def vector(tensor: str, length: int, part: range) -> Part:
+        return Part(tensor, (length,), range(1), part)
 
     if name == "embedding":
         return [matrix("model.embed_tokens", config.vocab_size, hidden, range(config.vocab_size), everything)]
@@ -248,7 +326,7 @@ def _parts(source: Source, config: ModelConfig, shard: Shard, name: str) -> list
         case "o_bias" | "down_bias":
             # The ranks' results are added up, so one of them adds the bias.
             if shard.rank:
-                return [torch.zeros(hidden)]
+                return []
             module = attention + "o_proj" if kind == "o_bias" else mlp + "down_proj"
             return [vector(f"{module}.bias", hidden, everything)]
         case "q_norm" | "k_norm":
@@ -260,9 +338,9 @@ def _parts(source: Source, config: ModelConfig, shard: Shard, name: str) -> list
     raise AssertionError(name)
 
 
-def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, dtype: DType, shard: Shard) -> Weights:
+def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
     named: dict[str, Matrix] = {
-        slot.name: kernels.PackedWeight(views[slot.name], dtype, *slot.shape) if slot.packed else views[slot.name]
+        slot.name: kernels.PackedWeight(views[slot.name], slot.dtype, *slot.shape) if slot.packed else views[slot.name]
         for slot in slots
     }
     layers: list[dict[str, Matrix]] = [{} for _ in range(config.num_layers)]
@@ -270,11 +348,16 @@ def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, d
         layer, _, kind = name.partition(".")
         if kind:
             layers[int(layer)][kind] = value
-    embedding = views["embedding"]
+    if "lm_head" not in named:  # rows of the embedding
+        table = slots[0]
+        rows = _rows_of(table, views["embedding"], shard.vocab.start, len(shard.vocab))
+        named["lm_head"] = (
+            kernels.PackedWeight(rows, table.dtype, len(shard.vocab), config.hidden_size) if table.packed else rows
+        )
     return Weights(
-        embedding=embedding,
+        embedding=named["embedding"],
         final_norm=views["final_norm"],
-        lm_head=named.get("lm_head", embedding[shard.vocab.start : shard.vocab.stop]),
+        lm_head=named["lm_head"],
         layers=[LayerWeights(**layer) for layer in layers],  # type: ignore[arg-type]
         nbytes=sum(view.nbytes for view in views.values()),
     )

@@ -24,10 +24,12 @@ def run(options: argparse.Namespace) -> int:
     say(f"{options.file}: right")
     say(f"  node    {plan.name}, {plan.url}")
     say(f"  model   {plan.served_name}, {plan.model.path}, requests of up to {plan.max_model_len} tokens")
+    chosen = " (auto)" if plan.topology.model.dtype == "auto" else ""
     for engine in plan.engines:
         weights, kv = sum(engine.weight_bytes) / 2**20, sum(engine.kv_bytes) / 2**20
         say(
-            f"  engine  {engine.name}: {engine.settings.tp} rank(s) on {engine.settings.device}, {engine.dtype}, "
-            f"weights {weights:,.0f} MiB, KV {kv:,.0f} MiB in {engine.num_pages} pages of {engine.settings.page_size}"
+            f"  engine  {engine.name}: {engine.settings.tp} rank(s) on {engine.settings.device}, "
+            f"{engine.dtype}{chosen} weights {weights:,.0f} MiB, "
+            f"{engine.kv_dtype} KV {kv:,.0f} MiB in {engine.num_pages} pages of {engine.settings.page_size}"
         )
     return 0

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from runtime.topology.positions import KeyPath
-from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Topology, describe, fields_of
+from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Model, Topology, describe, fields_of
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -101,14 +101,20 @@ class Check:
 
     def _cross_check(self, topology: Topology) -> None:
         for name, engine in topology.engine.items():
-            self._check_engine(("engine", name), engine, topology.model.max_model_len)
+            self._check_engine(("engine", name), engine, topology.model)
 
-    def _check_engine(self, path: KeyPath, engine: Engine, max_model_len: int | None) -> None:
+    def _check_engine(self, path: KeyPath, engine: Engine, model: Model) -> None:
+        max_model_len = model.max_model_len
         if engine.role != "unified":
             self._report(
                 (*path, "role"),
                 f'is "{engine.role}"; prefill and decode in engines of their own are not built yet: '
                 'give "unified" or remove the key',
+            )
+        if engine.device == "cuda" and model.dtype in ("int8", "int4"):
+            self._report(
+                ("model", "dtype"),
+                f'is "{model.dtype}", which is for the CPU, and {".".join(path)}.device is "cuda"; give "bfloat16"',
             )
         if engine.kv_tokens < engine.page_size:
             self._report(

@@ -44,9 +44,11 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ]
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16"],
+        Literal["auto", "float32", "bfloat16", "int8", "int4"],
         Meta(
-            description="Type of weights, KV cache and arithmetic. `auto` is float32 on the CPU and bfloat16 on a GPU."
+            description="Type of the weights; activations are float32 beside float32 weights, else bfloat16. `auto` "
+            "keeps the precision of the file: int4 for GGUF files of 4 bits, int8 for those of 5 to 8, bfloat16 for "
+            "16 bits, float32 for 32; on a GPU it is bfloat16. `int8` and `int4` are for the CPU."
         ),
     ] = "auto"
     deterministic: Annotated[

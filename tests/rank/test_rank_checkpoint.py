@@ -47,7 +47,8 @@ def test_config_of_smollm2(smollm2: Path) -> None:
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (30, 576, 1536)
     assert (config.vocab_size, config.max_position, config.tie_embeddings) == (49152, 8192, True)
-    assert (config.rope_theta, config.quantized, config.eos_token_ids) == (100000.0, "Q4_1", [2])
+    assert (config.rope_theta, config.weight_type, config.eos_token_ids) == (100000.0, "Q4_1", [2])
+    assert config.matrix_types == {"model.embed_tokens": "Q8_0"}
 
 
 def test_reading_needs_no_torch(smollm2: Path) -> None:
@@ -146,7 +147,7 @@ def test_config_of_transformers_4(tmp_path: Path) -> None:
     hf_config(tmp_path, rope_theta=5e5, rope_scaling=scaling, torch_dtype="bfloat16")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 2]}')
     config = read_config(tmp_path)
-    assert (config.rope_theta, config.torch_dtype, config.eos_token_ids) == (5e5, "bfloat16", [7, 2])
+    assert (config.rope_theta, config.weight_type, config.eos_token_ids) == (5e5, "BF16", [7, 2])
     assert config.rope_scaling is not None
     assert config.rope_scaling["rope_type"] == "llama3"
     assert (config.head_dim, config.qkv_bias, config.tie_embeddings) == (16, False, False)

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def exact(request: pytest.FixtureRequest, checkpoint: Path) -> Executor:
     """A deterministic executor of a tiny model."""
     config = rank_config(checkpoint, dtype=request.param, deterministic=True, max_model_len=512)

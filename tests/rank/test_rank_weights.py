@@ -23,7 +23,7 @@ from actors.messages import SamplingParams
 from actors.rank import build_executor, shard_of, weight_bytes
 from actors.rank import source as source_module
 from actors.rank.dequantize import DEQUANTIZERS, dequantize
-from actors.rank.shard import PANEL_ROWS, split, weight_layout
+from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, split, weight_layout
 from actors.rank.source import open_source
 from actors.rank.weights import load_weights
 from transport import Arena
@@ -238,7 +238,7 @@ def test_killed_while_packing(checkpoint: Path) -> None:
         timeout=60,
     )
     assert process.returncode == -signal.SIGKILL
-    assert any(Arena(descriptor, private=True).buffer[4096:])
+    assert any(Arena(descriptor, private=True).buffer[HEADER_BYTES:])
     assert not Arena(descriptor, private=True).sealed
     (again,) = generate(build_executor(config, descriptor), [PROMPT], SAMPLING)
     (wanted,) = generate(build_executor(config), [PROMPT], SAMPLING)
@@ -289,6 +289,6 @@ def test_layout_has_no_overlap(smollm2: Path) -> None:
     for tp, rank in ((1, 0), (2, 1), (3, 2)):
         for packed in (False, True):
             slots, size = weight_layout(config, "bfloat16", shard_of(config, tp, rank), packed)
-            ends = [slot.offset + 2 * int(np.prod(slot.stored_shape)) for slot in slots]
+            ends = [slot.offset + slot.nbytes for slot in slots]
             assert all(end <= slot.offset for end, slot in zip(ends, slots[1:], strict=False))
             assert ends[-1] <= size <= weight_bytes(config, "bfloat16", tp, rank)

@@ -85,6 +85,10 @@ def test_shipped_files_are_right(file: Path) -> None:
             "x.toml:5: engine.main.kv_tokens: is 1024, too small for one request of model.max_model_len = 4096 tokens; "
             "give at least 4096, or lower model.max_model_len",
         ),
+        (
+            '[model]\npath = "m"\ndtype = "int4"\n[engine.gpu]\ndevice = "cuda"\n',
+            'x.toml:3: model.dtype: is "int4", which is for the CPU, and engine.gpu.device is "cuda"; give "bfloat16"',
+        ),
         (MINIMAL + "tp = 1\ntp = 2\n", "x.toml:5: not valid TOML: Cannot overwrite a value"),
         (MINIMAL + "tp = \n", "x.toml:4: not valid TOML: "),
         (MINIMAL + 'policy = "lpm', "x.toml:4: not valid TOML: "),

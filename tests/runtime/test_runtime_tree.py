@@ -148,6 +148,7 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
     rank, scheduler, ingress = configs["main.rank1"], configs["main.scheduler"], configs["ingress0"]
     rank.check()
     assert (rank.rank, rank.tp, rank.dtype, rank.deterministic, rank.threads) == (1, 2, "bfloat16", True, 3)
+    assert rank.kv_dtype == "bfloat16"
     assert (rank.num_pages, rank.page_size) == (scheduler.num_pages, scheduler.page_size) == (32, 32)
     assert rank.max_model_len == scheduler.max_model_len == ingress.max_model_len == 1000
     assert rank.max_slots >= scheduler.max_running == 8
@@ -171,6 +172,29 @@ def test_memory_and_descriptors(plan_of: Any, tmp_path: Path) -> None:
         assert sizes[f"main.rank{rank}.kv"] == 7 * kv_format(MODEL, "float32", 16, 2, rank).page_bytes
         assert sizes[f"main.rank{rank}.weights"] == weight_bytes(MODEL, "float32", 2, rank)
     assert sizes["main.rank0.kv"] == 2 * sizes["main.rank1.kv"]  # 3 key-value heads, divided 2 and 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "setting", "dtype", "kv_dtype"),
+    [
+        ("F32", "auto", "float32", "float32"),
+        ("Q4_K", "auto", "int4", "bfloat16"),
+        ("Q8_0", "auto", "int8", "bfloat16"),
+        ("F16", "auto", "bfloat16", "bfloat16"),
+        ("Q4_0", "float32", "float32", "float32"),
+        ("BF16", "int4", "int4", "bfloat16"),
+    ],
+)
+def test_types_of_numbers(
+    plan_of: Any, monkeypatch: pytest.MonkeyPatch, stored: str, setting: str, dtype: Any, kv_dtype: Any
+) -> None:
+    config = msgspec.structs.replace(MODEL, weight_type=stored)
+    monkeypatch.setattr(plan_module, "read_config", lambda _: config)
+    plan = plan_of(f"model.dtype={setting}")
+    (engine,) = plan.engines
+    assert (engine.dtype, engine.kv_dtype) == (dtype, kv_dtype)
+    assert engine.weight_bytes == [weight_bytes(config, dtype, 1, 0)]
+    assert engine.kv_bytes == [engine.num_pages * kv_format(config, kv_dtype, 16, 1, 0).page_bytes]
 
 
 def test_a_gpu_has_its_own_memory(plan_of: Any, tmp_path: Path) -> None:

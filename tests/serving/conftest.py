@@ -18,6 +18,7 @@ from openai import OpenAI
 
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
+FLOAT32 = "model.dtype=float32"  # for parity with transformers
 
 
 class Node:
@@ -81,9 +82,9 @@ def start(run_dir: Path, topology: str, *settings: str) -> Iterator[Node]:
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    yield from start(tmp_path_factory.mktemp("node"), "smollm2.toml", "engine.main.chunk_tokens=200")
+    yield from start(tmp_path_factory.mktemp("node"), "smollm2.toml", FLOAT32, "engine.main.chunk_tokens=200")
 
 
 @pytest.fixture(scope="module")
 def tp2_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    yield from start(tmp_path_factory.mktemp("tp2"), "smollm2-tp2.toml")
+    yield from start(tmp_path_factory.mktemp("tp2"), "smollm2-tp2.toml", FLOAT32)

@@ -46,7 +46,7 @@ class Llama:
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
         self.scale = config.head_dim**-0.5
         self.cos, self.sin = kernels.rotary_table(
-            config.head_dim, max_positions, config.rope_theta, config.rope_scaling, weights.embedding.device
+            config.head_dim, max_positions, config.rope_theta, config.rope_scaling, weights.final_norm.device
         )
 
     def hidden(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class Llama:
 
         cache: [num_pages, layers, 2, page_size, Hkv, D]; the new tokens' keys and values are written there.
         """
-        residual = kernels.embedding(ids, self.weights.embedding)
+        residual = kernels.embedding(ids, self.weights.embedding, self.weights.final_norm.dtype)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             x, residual = self._norm(x, layer.attention_norm, residual)

@@ -1,0 +1,67 @@
+"""Which type each matrix of a model is stored in. Imports no torch."""
+
+from __future__ import annotations
+
+from actors.checkpoint import ModelConfig
+from actors.dtypes import WeightDType
+
+GROUP = 32
+"""Inputs that share a scale in int4."""
+INT8_MOST_INPUTS = 65_536
+"""Inputs that an int8 matrix may have in the kernels."""
+
+CLASSES: dict[str, WeightDType] = {
+    "F32": "float32",
+    "F16": "bfloat16",
+    "BF16": "bfloat16",
+    "Q4_0": "int4",
+    "Q4_1": "int4",
+    "Q4_K": "int4",
+    "Q5_0": "int8",
+    "Q5_1": "int8",
+    "Q5_K": "int8",
+    "Q6_K": "int8",
+    "Q8_0": "int8",
+}
+"""The type that holds what a ggml type does, in about as many bits."""
+
+MODULES = {
+    "embedding": ("model.embed_tokens",),
+    "lm_head": ("lm_head",),
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""The modules of a checkpoint that a matrix here is put together from; those of layers without the layer's prefix."""
+
+
+def auto_dtype(config: ModelConfig) -> WeightDType:
+    """The type that keeps what most of a checkpoint's weights hold."""
+    return CLASSES.get(config.weight_type, "bfloat16")
+
+
+def matrix_dtype(config: ModelConfig, dtype: WeightDType, name: str, first: int, inputs: int) -> WeightDType:
+    """The type of one matrix of a model that is loaded as `dtype`.
+
+    int4 is for matrices that the checkpoint has in 4 bits. What stands out of a file of 4 bits in a finer type was left
+    so for its worth, and becomes int8. Of other checkpoints, the layers become int4 and the vocabulary's tables int8.
+
+    Args:
+        name: `embedding`, `lm_head`, or of a layer `3.qkv`, `3.o`, `3.gate_up`, `3.down`.
+        first, inputs: the input features that a rank holds.
+    """
+    if dtype == "int8" and inputs > INT8_MOST_INPUTS:
+        return "bfloat16"
+    if dtype != "int4":
+        return dtype
+    layer, _, kind = name.rpartition(".")
+    if kind == "lm_head" and config.tie_embeddings:
+        kind = "embedding"
+    prefix = f"model.layers.{layer}." if layer else ""
+    types = {config.matrix_types.get(prefix + module, config.weight_type) for module in MODULES[kind]}
+    quantized = CLASSES.get(config.weight_type) == "int4"
+    four_bits = {CLASSES.get(each) for each in types} == {"int4"} if quantized or not layer else True
+    if not four_bits:
+        return "int8" if inputs <= INT8_MOST_INPUTS else "bfloat16"
+    return "bfloat16" if first % GROUP or inputs % GROUP else "int4"
