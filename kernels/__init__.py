@@ -5,6 +5,7 @@ runs no torch operation and starts no thread.
 """
 
 from kernels import cpu
+from kernels.graph import GraphMemory, NotRecordable, StepGraph
 from kernels.ops import (
     add_bias,
     apply_penalties,
@@ -18,14 +19,18 @@ from kernels.ops import (
     rms_norm,
     sample,
     silu_and_mul,
+    widen,
 )
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 __all__ = [
     "AttentionMeta",
+    "GraphMemory",
+    "NotRecordable",
     "PackedWeight",
     "SamplingTensors",
+    "StepGraph",
     "add_bias",
     "apply_penalties",
     "attention",
@@ -40,4 +45,5 @@ __all__ = [
     "rotary_table",
     "sample",
     "silu_and_mul",
+    "widen",
 ]

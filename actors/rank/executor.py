@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
+from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
 from actors.rank.models import MODELS, Llama
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
@@ -26,6 +28,8 @@ from transport import Arena
 
 REMEMBERED = 4
 """Of each slot, the tokens drawn for the last so many positions are kept, so that a step may be run again."""
+_ONE, _UNKNOWN = (np.array([value], "<i4").tobytes() for value in (1, -1))
+_SAMPLES = bytes([SAMPLE])
 PROMPT_ROWS = 128
 """Positions whose logits are held at a time for prompt logprobs."""
 
@@ -64,6 +68,9 @@ class Executor:
         self.group = group
         self.fingerprint = fingerprint
         self.device = cache.device
+        # Of decode steps: how many, and the seconds spent with their arrays, in the model, and drawing.
+        self.decode_steps = 0
+        self.decode_s = np.zeros(3)
         self.vocab_size = model.config.vocab_size
         slots, max_pages = config.max_slots, -(-config.max_model_len // config.page_size)
         self._vocab_widths = [len(split(self.vocab_size, group.tp, rank, 64)) for rank in range(group.tp)]
@@ -71,10 +78,17 @@ class Executor:
         self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32, device=self.device)
         self._host_table = self._page_table.numpy() if self.device.type == "cpu" else self._page_table.cpu().numpy()
         self._drawn = torch.zeros(slots, REMEMBERED, dtype=torch.int64, device=self.device)
+        self._host_drawn = self._drawn.numpy() if self.device.type == "cpu" else np.zeros(0, np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
+        self._slots_known = b""  # of the last decode step, and right
         self._pages_set = np.zeros(slots, np.int64)  # pages of the slot's table that are set, without a gap
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device)
+        # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
+        # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cpu" and group.tp == 1:
+            self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
         self._tails: dict[int, dict[int, Tensor]] = {}
 
@@ -105,6 +119,10 @@ class Executor:
                 `opens` and `pages`.
         """
         started = time.perf_counter()
+        decoded = None if self.graphs is None else self._decode(step, self.graphs)
+        if decoded is not None:
+            tokens, of_tokens = decoded
+            return StepResult(step.number, tokens.tobytes(), of_tokens, [], time.perf_counter() - started)
         rows = self._check(step)
         self._open(step)
         self._check_slots(rows)
@@ -113,6 +131,57 @@ class Executor:
         of_prompts = self._prompt_logprobs(rows, ids, hidden)
         tokens, of_tokens = self._sample(rows, hidden)
         return StepResult(step.number, tokens.tobytes(), of_tokens, of_prompts, time.perf_counter() - started)
+
+    # -- decode steps ---------------------------------------------------------------------------------------------
+
+    def _decode(self, step: Step, graphs: DecodeGraphs) -> tuple[Int32s, list[TopLogprobs]] | None:
+        """Runs a step in which every row has one new token and draws the next, as a kernel graph.
+
+        None if the step is none of that kind or in any way doubtful, or if there is no graph for it: nothing but
+        `pages` has been set then, and the general way does the work or says what is wrong.
+        """
+        began = time.perf_counter()
+        config, n = self.config, len(step.flags)
+        if step.opens or not len(step.slots) == len(step.starts) == len(step.tokens) == 4 * n > 0:
+            return None
+        if step.flags.strip(_SAMPLES) or step.lengths != _ONE * n or n > config.max_step_tokens:
+            return None
+        slots, starts, given = (np.frombuffer(each, "<i4") for each in (step.slots, step.starts, step.tokens))
+        if step.slots != self._slots_known:
+            if slots.min() < 0 or slots.max() >= config.max_slots or len(set(slots.tolist())) < n:
+                return None
+            self._slots_known = step.slots
+        if starts.min() < 0 or starts.max() >= config.max_model_len:
+            return None
+        if step.pages:
+            self._check_pages(step)
+            self._open(step)
+        if not self._opened[slots].all() or (self._pages_set[slots] * config.page_size <= starts).any():
+            return None
+        places = slots * REMEMBERED + starts % REMEMBERED
+        ids = graphs.ids[:n]
+        self._host_drawn.take(places, out=ids, mode="clip")
+        trusted = self._drawn_at.take(places) == starts
+        if step.tokens != _UNKNOWN * n:
+            known = given >= 0
+            if given.min() < -1 or given.max() >= self.vocab_size:
+                return None
+            np.copyto(ids, given, where=known)
+            trusted |= known
+        if not trusted.all():
+            return None
+        graphs.starts[:n], graphs.slots[:n] = starts, slots
+        ready = time.perf_counter()
+        logits = graphs.logits(n)
+        if logits is None:
+            return None
+        computed = time.perf_counter()
+        if history := self._sampler.with_history:
+            self._note_tokens(history, slots, starts, np.arange(n + 1), given)
+        drawn = self._draw(logits, slots, starts + 1, np.arange(n, dtype=np.int32))
+        self.decode_steps += 1
+        self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
+        return drawn
 
     # -- from message to arrays -----------------------------------------------------------------------------------
 
@@ -145,19 +214,23 @@ class Executor:
             raise BadMessage(
                 f"step {step.number}: a token is outside the vocabulary, or -1 and not the first of its row"
             )
-        pages = _int32s(step.pages)
-        if len(pages) % 3:
-            raise BadMessage(f"step {step.number}: pages are no triples")
-        if len(pages):
-            bounds = (config.max_slots, self._page_table.shape[1], len(self.cache))
-            if pages.min() < 0 or (pages.reshape(-1, 3).max(axis=0) >= bounds).any():
-                raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
+        self._check_pages(step)
         for opened in step.opens:
             if opened.slot >= config.max_slots:
                 raise BadMessage(f"step {step.number}: slot {opened.slot} is not in 0 … {config.max_slots - 1}")
             self._sampler.check(opened)
         ends32, offsets32 = ends.astype(np.int32), offsets.astype(np.int32)
         return Rows(slots, starts, lengths, ends32, offsets32, flags, tokens, unknown)
+
+    def _check_pages(self, step: Step) -> None:
+        """Raises BadMessage if the pages make no sense by themselves."""
+        pages = _int32s(step.pages)
+        if len(pages) % 3:
+            raise BadMessage(f"step {step.number}: pages are no triples")
+        if len(pages):
+            bounds = (self.config.max_slots, self._page_table.shape[1], len(self.cache))
+            if pages.min() < 0 or (pages.reshape(-1, 3).max(axis=0) >= bounds).any():
+                raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
 
     def _open(self, step: Step) -> None:
         """Sets up slots and pages."""
@@ -177,9 +250,9 @@ class Executor:
         if self.device.type != "cpu":
             entries = torch.from_numpy(triples.copy()).to(self.device).long()
             self._page_table[entries[:, 0], entries[:, 1]] = entries[:, 2].int()
-        for slot in np.unique(slots):
-            unset = self._host_table[slot] < 0
-            self._pages_set[slot] = unset.argmax() if unset.any() else len(unset)
+        touched = np.unique(slots)
+        unset = self._host_table[touched] < 0
+        self._pages_set[touched] = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
 
     def _check_slots(self, rows: Rows) -> None:
         """Raises BadMessage unless the slots of all rows are ready for them."""
@@ -235,28 +308,38 @@ class Executor:
         slots, positions = rows.slots[sampled], rows.ends[sampled]
         history = self._sampler.with_history
         if history:
-            self._note_tokens(rows, history)
-        logits = self._logits(hidden)
+            self._note_tokens(history, rows.slots, rows.starts, rows.offsets, rows.tokens)
+        return self._draw(self._logits(hidden), slots, positions, sampled)
+
+    def _draw(self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s) -> tuple[Int32s, list[TopLogprobs]]:
+        """Draws the tokens for `positions` of `slots`, which are `rows` of the step, and remembers them: int32 [B]."""
         logprobs: list[TopLogprobs] = []
         if self.group.rank == 0:
             tokens = self._sampler.sample(logits, slots, positions)
-            logprobs = self._sampler.logprobs(logits, slots, sampled, tokens)
+            logprobs = self._sampler.logprobs(logits, slots, rows, tokens)
         else:
-            tokens = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
+            tokens = torch.empty(len(rows), dtype=torch.int32, device=self.device)
         tokens = self.group.broadcast(tokens)
-        self._drawn[self._index(slots), self._index(positions % REMEMBERED)] = tokens.long()
-        self._drawn_at[slots, positions % REMEMBERED] = positions
         drawn: Int32s = tokens.cpu().numpy()
-        for slot, position, token in zip(slots, positions, drawn, strict=True) if history else ():
-            if int(slot) in history:
-                self._sampler.note(int(slot), int(position), np.array([token]))
+        columns = positions % REMEMBERED
+        if self.device.type == "cpu":
+            self._host_drawn[slots, columns] = drawn
+        else:
+            self._drawn[self._index(slots), self._index(columns)] = tokens.long()
+        self._drawn_at[slots, columns] = positions
+        if history := self._sampler.with_history:
+            for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True):
+                if slot in history:
+                    self._sampler.note(slot, position, np.array([token]))
         return drawn, logprobs
 
-    def _note_tokens(self, rows: Rows, history: set[int]) -> None:
-        for row, slot in enumerate(rows.slots.tolist()):
-            tokens = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]]
-            if slot in history and tokens[0] >= 0:
-                self._sampler.note(slot, int(rows.starts[row]), tokens)
+    def _note_tokens(
+        self, history: Collection[int], slots: Int32s, starts: Int32s, offsets: Int32s, tokens: Int32s
+    ) -> None:
+        for row, slot in enumerate(slots.tolist()):
+            new = tokens[offsets[row] : offsets[row + 1]]
+            if slot in history and new[0] >= 0:
+                self._sampler.note(slot, int(starts[row]), new)
 
     def _prompt_logprobs(self, rows: Rows, ids: Tensor, hidden: Tensor) -> list[TopLogprobs]:
         entries = []

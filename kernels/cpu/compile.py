@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
+SOURCES = ("attention.cpp", "elementwise.cpp", "graph.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
 HEADERS = ("product.h", "simd.h", "threads.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")

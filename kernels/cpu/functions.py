@@ -16,6 +16,7 @@ _NO_MEMORY, _BAD_INDEX = -1, -2
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 4q f")
 _SILU = struct.Struct("@2P 4q")
+_WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 7q")
@@ -64,6 +65,12 @@ def silu_and_mul(library: ctypes.CDLL, gate_up: Tensor) -> Tensor:
     return out
 
 
+def widen(library: ctypes.CDLL, x: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    library.widen(_WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()))
+    return out
+
+
 def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
     vocabulary, width = weight.shape
     out = weight.new_empty(*ids.shape, width)
@@ -78,7 +85,7 @@ def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
             torch.get_num_threads(),
         )
     )
-    _check(result, f"a token is not among the {vocabulary} of the embedding")
+    check_result(result, f"a token is not among the {vocabulary} of the embedding")
     return out
 
 
@@ -135,7 +142,7 @@ def attention(
             scale,
         )
     )
-    _check(result, "the page table names a page that the cache does not have")
+    check_result(result, "the page table names a page that the cache does not have")
     return out
 
 
@@ -170,7 +177,7 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             x.dtype == torch.bfloat16,
         )
     )
-    _check(result)
+    check_result(result)
     return out
 
 
@@ -198,7 +205,7 @@ def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds:
             torch.get_num_threads(),
         )
     )
-    _check(result)
+    check_result(result)
     return tokens
 
 
@@ -219,7 +226,7 @@ def logprobs(library: ctypes.CDLL, logits: Tensor, tokens: Tensor, top_n: int) -
             torch.get_num_threads(),
         )
     )
-    _check(result, "a token is not in the vocabulary")
+    check_result(result, "a token is not in the vocabulary")
     return chosen, values, ids
 
 
@@ -245,14 +252,14 @@ def apply_penalties(
             presence.data_ptr(),
         )
     )
-    _check(result, "a penalty is for a row or token that the logits do not have")
+    check_result(result, "a penalty is for a row or token that the logits do not have")
 
 
 def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
     result = library.add_bias(
         _BIAS.pack(*_logits(logits), rows.data_ptr(), token_ids.data_ptr(), values.data_ptr(), rows.numel())
     )
-    _check(result, "a bias is for a row or token that the logits do not have")
+    check_result(result, "a bias is for a row or token that the logits do not have")
 
 
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:
@@ -260,7 +267,8 @@ def _logits(logits: Tensor) -> tuple[int, int, int, int]:
     return logits.data_ptr(), logits.stride(0), *logits.shape
 
 
-def _check(result: int, bad_index: str = "") -> None:
+def check_result(result: int, bad_index: str = "") -> None:
+    """Raises what a C++ function has returned: MemoryError, or IndexError with a text."""
     if result == _NO_MEMORY:
         raise MemoryError("a kernel got no memory to work in")
     if result == _BAD_INDEX:

@@ -15,6 +15,8 @@ FUNCTIONS = (
     "embedding",
     "rms_norm",
     "silu_and_mul",
+    "widen",
+    "graph",
     "counter_uniform",
     "argmax",
     "sample",
