@@ -31,11 +31,8 @@ R = TypeVar("R")
 
 _GRAPH = struct.Struct("@P 2q P")
 _ALIGNMENT = 64
-_EMPTY = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.new_empty.default,
-}
+_EMPTY_LIKE = torch.ops.aten.empty_like.default
+_EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, _EMPTY_LIKE}
 
 
 class NotRecordable(Exception):
@@ -156,7 +153,8 @@ class _Recorder(TorchDispatchMode):
             shape = list(like.shape) if like is not None and len(args) == 1 else list(args[-1])
             dtype = kwargs.get("dtype") or (torch.get_default_dtype() if like is None else like.dtype)
             device = kwargs.get("device") or ("cpu" if like is None else like.device)
-            if torch.device(device).type != "cpu" or (like is not None and not like.is_contiguous()):
+            strided = func is _EMPTY_LIKE and not args[0].is_contiguous()
+            if strided or torch.device(device).type != "cpu":
                 raise NotRecordable(f"{func} makes a tensor that is not contiguous on the CPU")
             return self._take(shape, dtype)
         if func._schema.is_mutable or func is torch.ops.aten.lift_fresh.default:

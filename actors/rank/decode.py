@@ -8,13 +8,14 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
+import kernels
 from actors.rank.models import Llama
-from kernels import AttentionMeta, GraphMemory, NotRecordable, StepGraph
+from kernels import AttentionMeta, GraphMemory, NotRecordable, SamplingTensors, StepGraph
 
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
-"""Numbers of rows whose graphs are kept; a graph is some hundred arguments, and the memory is shared."""
+"""Graphs that are kept; each is some hundred arguments, and the memory is shared."""
 
 
 class DecodeGraphs:
@@ -40,14 +41,17 @@ class DecodeGraphs:
         self._offsets = torch.arange(rows + 1, dtype=torch.int32)
         self.ids, self.starts, self.slots = (each.numpy() for each in (self._ids, self._starts, self._slots))
         self._memory = GraphMemory()
-        self._graphs: OrderedDict[int, StepGraph[Tensor]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, bool], StepGraph[tuple[Tensor, Tensor | None]]] = OrderedDict()
         self._refused = False
 
-    def logits(self, n: int) -> Tensor | None:
-        """The logits float32 [n, V] of a step, valid until the next; None if this model's steps cannot be recorded."""
-        graph = self._graphs.get(n)
+    def run(self, n: int, greedy: bool) -> tuple[Tensor, Tensor | None] | None:
+        """The logits float32 [n, V] of a step and, if `greedy`, the most likely tokens int32 [n]; valid until the next.
+
+        None if this model's steps cannot be recorded.
+        """
+        graph = self._graphs.get((n, greedy))
         if graph is not None:
-            self._graphs.move_to_end(n)
+            self._graphs.move_to_end((n, greedy))
             return graph.replay()
         if self._refused:
             return None
@@ -62,18 +66,24 @@ class DecodeGraphs:
             max_query=1,
             max_context=self._max_context,
         )
+        most_likely = SamplingTensors.build([0.0] * n)
+
+        def step() -> tuple[Tensor, Tensor | None]:
+            logits = self._model.decode(ids, meta, self._cache)
+            return logits, kernels.sample(logits, most_likely, ids, ids) if greedy else None
+
         try:
-            graph = StepGraph(lambda: self._model.decode(ids, meta, self._cache), self._memory)
+            graph = StepGraph(step, self._memory)
         except NotRecordable as reason:
             logger.info("decode steps are run without kernel graphs: %s", reason)
             self._refused = True
             return None
-        self._graphs[n] = graph
+        self._graphs[n, greedy] = graph
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return graph.result
 
     def timed(self, n: int) -> list[tuple[str, float]]:
-        """Runs the last step of n rows again: each kernel's name and seconds, in order; empty without such a graph."""
-        graph = self._graphs.get(n)
+        """Runs the last greedy step of n rows again: each kernel's name and seconds, in order; none before one."""
+        graph = self._graphs.get((n, True))
         return [] if graph is None else list(zip(graph.names, graph.timed(), strict=True))

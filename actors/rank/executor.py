@@ -172,13 +172,14 @@ class Executor:
             return None
         graphs.starts[:n], graphs.slots[:n] = starts, slots
         ready = time.perf_counter()
-        logits = graphs.logits(n)
-        if logits is None:
+        outcome = graphs.run(n, self._sampler.is_greedy(slots))
+        if outcome is None:
             return None
+        logits, tokens = outcome
         computed = time.perf_counter()
         if history := self._sampler.with_history:
             self._note_tokens(history, slots, starts, np.arange(n + 1), given)
-        drawn = self._draw(logits, slots, starts + 1, np.arange(n, dtype=np.int32))
+        drawn = self._draw(logits, slots, starts + 1, np.arange(n, dtype=np.int32), tokens)
         self.decode_steps += 1
         self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
         return drawn
@@ -311,11 +312,17 @@ class Executor:
             self._note_tokens(history, rows.slots, rows.starts, rows.offsets, rows.tokens)
         return self._draw(self._logits(hidden), slots, positions, sampled)
 
-    def _draw(self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s) -> tuple[Int32s, list[TopLogprobs]]:
-        """Draws the tokens for `positions` of `slots`, which are `rows` of the step, and remembers them: int32 [B]."""
+    def _draw(
+        self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s, tokens: Tensor | None = None
+    ) -> tuple[Int32s, list[TopLogprobs]]:
+        """Draws the tokens for `positions` of `slots`, which are `rows` of the step, and remembers them: int32 [B].
+
+        tokens: they, if they have been drawn already.
+        """
         logprobs: list[TopLogprobs] = []
         if self.group.rank == 0:
-            tokens = self._sampler.sample(logits, slots, positions)
+            if tokens is None:
+                tokens = self._sampler.sample(logits, slots, positions)
             logprobs = self._sampler.logprobs(logits, slots, rows, tokens)
         else:
             tokens = torch.empty(len(rows), dtype=torch.int32, device=self.device)

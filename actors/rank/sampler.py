@@ -156,6 +156,11 @@ class Sampler:
             self._change(logits, slots, positions)
         return kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
 
+    def is_greedy(self, slots: Int32s) -> bool:
+        """Whether all of the slots take the most likely token of the logits as they are."""
+        drawing = self._drawing(slots)
+        return drawing.params.all_greedy and not drawing.changes
+
     def _drawing(self, slots: Int32s) -> Drawing:
         """Decode steps have the slots of the step before, mostly."""
         key = slots.tobytes()

@@ -63,6 +63,7 @@ struct NormCall {
     const void* weight;
     void* out;
     int64_t rows, width, threads, narrow;  // narrow: everything is bfloat16
+    int64_t heads, stride;  // rows of x side by side, and elements from one such group to the next
     float eps;
 };
 
@@ -90,7 +91,8 @@ void norm_rows(const NormCall& c) {
     for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
         int64_t at = row * c.width;
         T* residual = c.residual ? (T*)c.residual + at : nullptr;
-        rms_norm((const T*)c.x + at, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
+        const T* x = (const T*)c.x + row / c.heads * c.stride + row % c.heads * c.width;
+        rms_norm(x, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
     });
 }
 

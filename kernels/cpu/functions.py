@@ -14,7 +14,7 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 _NO_MEMORY, _BAD_INDEX = -1, -2
 
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
-_NORM = struct.Struct("@4P 4q f")
+_NORM = struct.Struct("@4P 6q f")
 _SILU = struct.Struct("@2P 4q")
 _WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
@@ -31,8 +31,9 @@ _BIAS = struct.Struct("@P 3q 3P q")
 def rms_norm(
     library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     width = weight.shape[0]
+    heads = x.shape[-2] if x.dim() > 2 else 1
     library.rms_norm(
         _NORM.pack(
             x.data_ptr(),
@@ -43,6 +44,8 @@ def rms_norm(
             width,
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
+            heads,
+            x.stride(0) if x.dim() > 2 else width,
             eps,
         )
     )

@@ -114,5 +114,4 @@ class Llama:
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Normalizes each head of [T, heads, D] by itself."""
-        normalized, _ = kernels.rms_norm(x.reshape(-1, self.head_dim), weight, self.config.rms_eps)
-        return normalized.view(x.shape)
+        return kernels.rms_norm(x, weight, self.config.rms_eps)[0]
