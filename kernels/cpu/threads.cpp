@@ -136,17 +136,19 @@ bool Team::start_helper() {
     return started;
 }
 
-// Threads do not survive a fork: a child makes its own team.
+std::atomic<Team*> current{nullptr};
+
 Team& team() {
+    if (Team* known = current.load(std::memory_order_acquire)) return *known;
     static std::mutex guard;
-    static Team* current = nullptr;
-    static pid_t owner = 0;
     std::lock_guard<std::mutex> lock(guard);
-    if (owner != getpid()) {
-        current = new Team;
-        owner = getpid();
+    if (!current.load(std::memory_order_relaxed)) {
+        // Threads do not survive a fork: a child makes its own team.
+        static int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+        (void)registered;
+        current.store(new Team, std::memory_order_release);
     }
-    return *current;
+    return *current.load(std::memory_order_relaxed);
 }
 
 }  // namespace
