@@ -146,6 +146,11 @@ class _Recorder(TorchDispatchMode):
         self._free = memory.blocks()
         self._own: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """True, torch's default, would import its compiler here: two seconds, and a hundred megabytes."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _EMPTY:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +47,17 @@ class Rows:
     unknown: NDArray[np.int64]  # rows whose first token is one that was drawn here
 
 
+@dataclass(frozen=True)
+class DecodingSlots:
+    """What decode steps of the same slots have in common."""
+
+    packed: bytes
+    slots: Int32s  # [n]
+    places: Int32s  # [n]: where each slot's tokens begin among those drawn
+    greedy: bool
+    plain: bool  # tokens are all that is asked for, and none depends on those before
+
+
 class Executor:
     """Runs steps on one rank's part of a model.
 
@@ -81,8 +91,9 @@ class Executor:
         self._host_drawn = self._drawn.numpy() if self.device.type == "cpu" else np.zeros(0, np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
-        self._slots_known = b""  # of the last decode step, and right
-        self._pages_set = np.zeros(slots, np.int64)  # pages of the slot's table that are set, without a gap
+        self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
+        self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
+        self._decoding: DecodingSlots | None = None  # of the last decode step
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device)
         # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
         # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
@@ -100,6 +111,8 @@ class Executor:
     def reset(self) -> None:
         """Closes all slots."""
         self._opened[:] = False
+        self._room[:] = 0
+        self._decoding = None
         self._tails.clear()
 
     @torch.inference_mode()
@@ -146,43 +159,64 @@ class Executor:
             return None
         if step.flags.strip(_SAMPLES) or step.lengths != _ONE * n or n > config.max_step_tokens:
             return None
-        slots, starts, given = (np.frombuffer(each, "<i4") for each in (step.slots, step.starts, step.tokens))
-        if step.slots != self._slots_known:
-            if slots.min() < 0 or slots.max() >= config.max_slots or len(set(slots.tolist())) < n:
+        batch = self._decoding
+        if batch is None or batch.packed != step.slots:
+            batch = self._decoding_slots(step.slots)
+            if batch is None:
                 return None
-            self._slots_known = step.slots
-        if starts.min() < 0 or starts.max() >= config.max_model_len:
-            return None
+            graphs.slots[:n] = batch.slots
         if step.pages:
-            self._check_pages(step)
-            self._open(step)
-        if not self._opened[slots].all() or (self._pages_set[slots] * config.page_size <= starts).any():
+            self._set_pages(step)
+        starts = np.frombuffer(step.starts, "<i4")
+        # A negative start is a large one without its sign.
+        if (starts.view(np.uint32) >= self._room.take(batch.slots)).any():
             return None
-        places = slots * REMEMBERED + starts % REMEMBERED
+        places = batch.places + starts % REMEMBERED
         ids = graphs.ids[:n]
         self._host_drawn.take(places, out=ids, mode="clip")
-        trusted = self._drawn_at.take(places) == starts
+        unknown = self._drawn_at.take(places) != starts
         if step.tokens != _UNKNOWN * n:
-            known = given >= 0
+            given = np.frombuffer(step.tokens, "<i4")
             if given.min() < -1 or given.max() >= self.vocab_size:
                 return None
+            known = given >= 0
             np.copyto(ids, given, where=known)
-            trusted |= known
-        if not trusted.all():
+            unknown &= ~known
+        if unknown.any():
             return None
-        graphs.starts[:n], graphs.slots[:n] = starts, slots
+        graphs.starts[:n] = starts
         ready = time.perf_counter()
-        outcome = graphs.run(n, self._sampler.is_greedy(slots))
+        outcome = graphs.run(n, batch.greedy)
         if outcome is None:
             return None
         logits, tokens = outcome
         computed = time.perf_counter()
-        if history := self._sampler.with_history:
-            self._note_tokens(history, slots, starts, np.arange(n + 1), given)
-        drawn = self._draw(logits, slots, starts + 1, np.arange(n, dtype=np.int32), tokens)
+        positions = starts + 1
+        if batch.plain and tokens is not None:
+            drawn: Int32s = tokens.numpy()
+            places = batch.places + positions % REMEMBERED
+            self._host_drawn.put(places, drawn)
+            self._drawn_at.put(places, positions)
+            logprobs: list[TopLogprobs] = []
+        else:
+            given = np.frombuffer(step.tokens, "<i4")
+            self._note_tokens(batch.slots, starts, np.arange(n + 1, dtype=np.int32), given)
+            drawn, logprobs = self._draw(logits, batch.slots, positions, np.arange(n, dtype=np.int32), tokens)
         self.decode_steps += 1
         self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
-        return drawn
+        return drawn, logprobs
+
+    def _decoding_slots(self, packed: bytes) -> DecodingSlots | None:
+        """The slots of a decode step, until others are opened; None if they are not all open, or one comes twice."""
+        slots: Int32s = np.frombuffer(packed, "<i4")
+        if slots.min() < 0 or slots.max() >= self.config.max_slots or len(set(slots.tolist())) < len(slots):
+            return None
+        if not self._opened[slots].all():
+            return None
+        self._decoding = DecodingSlots(
+            packed, slots, slots * REMEMBERED, self._sampler.is_greedy(slots), self._sampler.draws_only(slots)
+        )
+        return self._decoding
 
     # -- from message to arrays -----------------------------------------------------------------------------------
 
@@ -228,23 +262,27 @@ class Executor:
         pages = _int32s(step.pages)
         if len(pages) % 3:
             raise BadMessage(f"step {step.number}: pages are no triples")
-        if len(pages):
-            bounds = (self.config.max_slots, self._page_table.shape[1], len(self.cache))
-            if pages.min() < 0 or (pages.reshape(-1, 3).max(axis=0) >= bounds).any():
-                raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
+        if (pages.view(np.uint32).reshape(-1, 3) >= self._page_bounds).any():
+            bounds = tuple(self._page_bounds.tolist())
+            raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
 
     def _open(self, step: Step) -> None:
         """Sets up slots and pages."""
         for opened in step.opens:
             slot = opened.slot
             self._sampler.open(opened)
+            self._decoding = None
             self._opened[slot] = True
-            self._pages_set[slot] = 0
+            self._room[slot] = 0
             self._host_table[slot] = -1
             self._drawn_at[slot] = -1
             self._tails.pop(slot, None)
-        if not step.pages:
-            return
+        if step.pages:
+            self._set_pages(step)
+
+    def _set_pages(self, step: Step) -> None:
+        """Raises BadMessage, before anything is set, if the pages make no sense by themselves."""
+        self._check_pages(step)
         triples = _int32s(step.pages).reshape(-1, 3)
         slots, indices, pages = triples.T
         self._host_table[slots, indices] = pages
@@ -253,13 +291,15 @@ class Executor:
             self._page_table[entries[:, 0], entries[:, 1]] = entries[:, 2].int()
         touched = np.unique(slots)
         unset = self._host_table[touched] < 0
-        self._pages_set[touched] = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
+        set_pages = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
+        room = np.minimum(set_pages * self.config.page_size, self.config.max_model_len)
+        self._room[touched] = room * self._opened[touched]
 
     def _check_slots(self, rows: Rows) -> None:
         """Raises BadMessage unless the slots of all rows are ready for them."""
         if not self._opened[rows.slots].all():
             raise BadMessage("a row's slot is not open")
-        if (self._pages_set[rows.slots] * self.config.page_size < rows.ends).any():
+        if (self._room[rows.slots] < rows.ends).any():
             raise BadMessage("a row has positions without a page")
         slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
         if (self._drawn_at[slots, starts % REMEMBERED] != starts).any():
@@ -307,9 +347,7 @@ class Executor:
         if len(sampled) != len(hidden):
             hidden = hidden[self._index(rows.offsets[sampled + 1] - 1)]
         slots, positions = rows.slots[sampled], rows.ends[sampled]
-        history = self._sampler.with_history
-        if history:
-            self._note_tokens(history, rows.slots, rows.starts, rows.offsets, rows.tokens)
+        self._note_tokens(rows.slots, rows.starts, rows.offsets, rows.tokens)
         return self._draw(self._logits(hidden), slots, positions, sampled)
 
     def _draw(
@@ -334,16 +372,15 @@ class Executor:
         else:
             self._drawn[self._index(slots), self._index(columns)] = tokens.long()
         self._drawn_at[slots, columns] = positions
-        if history := self._sampler.with_history:
-            for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True):
-                if slot in history:
-                    self._sampler.note(slot, position, np.array([token]))
+        history = self._sampler.with_history
+        for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True) if history else ():
+            if slot in history:
+                self._sampler.note(slot, position, np.array([token]))
         return drawn, logprobs
 
-    def _note_tokens(
-        self, history: Collection[int], slots: Int32s, starts: Int32s, offsets: Int32s, tokens: Int32s
-    ) -> None:
-        for row, slot in enumerate(slots.tolist()):
+    def _note_tokens(self, slots: Int32s, starts: Int32s, offsets: Int32s, tokens: Int32s) -> None:
+        history = self._sampler.with_history
+        for row, slot in enumerate(slots.tolist()) if history else ():
             new = tokens[offsets[row] : offsets[row + 1]]
             if slot in history and new[0] >= 0:
                 self._sampler.note(slot, int(starts[row]), new)

@@ -161,6 +161,10 @@ class Sampler:
         drawing = self._drawing(slots)
         return drawing.params.all_greedy and not drawing.changes
 
+    def draws_only(self, slots: Int32s) -> bool:
+        """Whether none of the slots reports logprobs or depends on the tokens before."""
+        return not len(self._drawing(slots).reported) and self._histories.keys().isdisjoint(slots.tolist())
+
     def _drawing(self, slots: Int32s) -> Drawing:
         """Decode steps have the slots of the step before, mostly."""
         key = slots.tobytes()
