@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +22,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.cpu import library
-from kernels.cpu.functions import check_result
+from kernels.cpu import functions, library
 from kernels.cpu.load import FUNCTIONS
 
 R = TypeVar("R")
 
-_GRAPH = struct.Struct("@P 2q P")
 _ALIGNMENT = 64
 _EMPTY_LIKE = torch.ops.aten.empty_like.default
 _EMPTY = {torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default, _EMPTY_LIKE}
@@ -98,30 +95,24 @@ class StepGraph(Generic[R]):
         self._operations = np.empty((len(calls), 2), np.uint64)
         self._operations[:, 0] = [call.address for call in calls]
         self._operations[:, 1] = places[:-1] + (self._arguments.ctypes.data + start)
+        self._address = self._operations.ctypes.data
         self.names = [call.name for call in calls]
         """The kernels, in the order in which they run."""
-        self._threads = torch.get_num_threads()
-        self._call = _GRAPH.pack(self._operations.ctypes.data, len(calls), self._threads, 0)
 
     def replay(self) -> R:
         """Runs the kernels again: `result`, with new content.
 
         Raises MemoryError and IndexError as the kernels do.
         """
-        self._run(self._call)
+        functions.graph(self._library, self._address, len(self.names), 0)
         return self.result
 
     def timed(self) -> list[float]:
         """As `replay`; returns the seconds that each kernel took."""
         times = np.empty(len(self.names) + 1, np.int64)
-        self._run(_GRAPH.pack(self._operations.ctypes.data, len(self.names), self._threads, times.ctypes.data))
+        functions.graph(self._library, self._address, len(self.names), times.ctypes.data)
         seconds: list[float] = (np.diff(times) / 1e9).tolist()
         return seconds
-
-    def _run(self, call: bytes) -> None:
-        result = self._library.graph(call)
-        if result:
-            check_result(result, "a token or page is out of bounds")
 
 
 @dataclass(frozen=True)

@@ -461,9 +461,8 @@ def build_executor(
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
-    # Panels are the fast form in float32, and the exact one in both types; torch's bfloat16 products are faster still.
-    exact = config.deterministic or config.dtype == "float32"
-    packed = exact and config.device == "cpu" and kernels.backend() != "torch"
+    # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
+    packed = config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
     if device.type == "cuda":
         shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)

@@ -20,6 +20,7 @@ _WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 7q")
+_GRAPH = struct.Struct("@P 2q P")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
 _SAMPLE = struct.Struct("@P 3q 7P q")
@@ -88,7 +89,7 @@ def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
             torch.get_num_threads(),
         )
     )
-    check_result(result, f"a token is not among the {vocabulary} of the embedding")
+    _check(result, f"a token is not among the {vocabulary} of the embedding")
     return out
 
 
@@ -145,7 +146,7 @@ def attention(
             scale,
         )
     )
-    check_result(result, "the page table names a page that the cache does not have")
+    _check(result, "the page table names a page that the cache does not have")
     return out
 
 
@@ -180,7 +181,7 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             x.dtype == torch.bfloat16,
         )
     )
-    check_result(result)
+    _check(result)
     return out
 
 
@@ -208,7 +209,7 @@ def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds:
             torch.get_num_threads(),
         )
     )
-    check_result(result)
+    _check(result)
     return tokens
 
 
@@ -229,7 +230,7 @@ def logprobs(library: ctypes.CDLL, logits: Tensor, tokens: Tensor, top_n: int) -
             torch.get_num_threads(),
         )
     )
-    check_result(result, "a token is not in the vocabulary")
+    _check(result, "a token is not in the vocabulary")
     return chosen, values, ids
 
 
@@ -255,14 +256,14 @@ def apply_penalties(
             presence.data_ptr(),
         )
     )
-    check_result(result, "a penalty is for a row or token that the logits do not have")
+    _check(result, "a penalty is for a row or token that the logits do not have")
 
 
 def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
     result = library.add_bias(
         _BIAS.pack(*_logits(logits), rows.data_ptr(), token_ids.data_ptr(), values.data_ptr(), rows.numel())
     )
-    check_result(result, "a bias is for a row or token that the logits do not have")
+    _check(result, "a bias is for a row or token that the logits do not have")
 
 
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:
@@ -270,8 +271,14 @@ def _logits(logits: Tensor) -> tuple[int, int, int, int]:
     return logits.data_ptr(), logits.stride(0), *logits.shape
 
 
-def check_result(result: int, bad_index: str = "") -> None:
-    """Raises what a C++ function has returned: MemoryError, or IndexError with a text."""
+def graph(library: ctypes.CDLL, operations: int, count: int, times: int) -> None:
+    """Runs `count` operations (address of a function, address of its argument) at the address `operations`; writes
+    count + 1 times to `times`, unless that is 0."""
+    result = library.graph(_GRAPH.pack(operations, count, torch.get_num_threads(), times))
+    _check(result, "a token or a page is out of bounds")
+
+
+def _check(result: int, bad_index: str = "") -> None:
     if result == _NO_MEMORY:
         raise MemoryError("a kernel got no memory to work in")
     if result == _BAD_INDEX:

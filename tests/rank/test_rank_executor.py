@@ -94,7 +94,7 @@ def test_kernel_graphs_change_no_bit(checkpoint: Path, dtype: str, deterministic
         ]
         assert len(sequences) == 17
         driver.run(sequences, repeat=True)
-        assert bool(executor.decode_steps) == (graphs and (deterministic or dtype == "float32"))
+        assert bool(executor.decode_steps) == graphs
         outputs.append([(sequence.output, sequence.logprobs) for sequence in sequences])
     assert outputs[0] == outputs[1]
 
