@@ -93,13 +93,14 @@ class Executor:
         self._opened = np.zeros(slots, np.bool_)
         self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
         self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
+        self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device)
         # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
         # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
         self.graphs: DecodeGraphs | None = None
         if self.device.type == "cpu" and group.tp == 1:
-            self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len)
+            self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len, config.max_step_tokens)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
         self._tails: dict[int, dict[int, Tensor]] = {}
 
@@ -185,8 +186,9 @@ class Executor:
         if unknown.any():
             return None
         graphs.starts[:n] = starts
+        graphs.offsets[: n + 1] = self._one_each[: n + 1]
         ready = time.perf_counter()
-        outcome = graphs.run(n, batch.greedy)
+        outcome = graphs.run(n, n, batch.greedy)
         if outcome is None:
             return None
         logits, tokens = outcome
@@ -200,8 +202,8 @@ class Executor:
             logprobs: list[TopLogprobs] = []
         else:
             given = np.frombuffer(step.tokens, "<i4")
-            self._note_tokens(batch.slots, starts, np.arange(n + 1, dtype=np.int32), given)
-            drawn, logprobs = self._draw(logits, batch.slots, positions, np.arange(n, dtype=np.int32), tokens)
+            self._note_tokens(batch.slots, starts, self._one_each, given)
+            drawn, logprobs = self._draw(logits, batch.slots, positions, self._one_each[:n], tokens)
         self.decode_steps += 1
         self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
         return drawn, logprobs

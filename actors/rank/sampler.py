@@ -8,7 +8,7 @@ else here is a function of the tokens before it, so a step that is run again dra
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import KeysView, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,7 +141,7 @@ class Sampler:
         self._histories[slot].tokens[start : start + len(tokens)] = tokens
 
     @property
-    def with_history(self) -> Collection[int]:
+    def with_history(self) -> KeysView[int]:
         """Slots whose tokens depend on those before."""
         return self._histories.keys()
 
