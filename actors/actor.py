@@ -131,6 +131,8 @@ class Actor:
             self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
         )
         self.bad_messages = 0
+        self.began = time.perf_counter()
+        self.waited_s = 0.0
         self._timers: list[tuple[float, int, Callable[[], None], float | None]] = []
         self._timer_ids = itertools.count()
 
@@ -207,7 +209,9 @@ class Actor:
             timeout_ms = self._milliseconds_to_next_timer()
             if timeout_ms != 0:
                 link.idle()
+                idle_since = time.perf_counter()
                 poller.poll(timeout_ms)
+                self.waited_s += time.perf_counter() - idle_since
             link.doing("messages", limit)
             self.drain()
             self._run_timers()
@@ -233,11 +237,12 @@ class Actor:
         """A peer is ready. All there is to do happens in `peer_started`, by its first frame."""
 
     def all_stats(self) -> dict[str, float]:
-        """The role's figures and the mailbox's counters."""
+        """The role's figures, the mailbox's counters, and how much of its life it has waited for messages."""
         counters = {
             f"messages_{name}": float(count) for name, count in msgspec.structs.asdict(self.mailbox.counters).items()
         }
-        return {**counters, "messages_bad": float(self.bad_messages), **self.stats()}
+        times = {"alive_seconds": time.perf_counter() - self.began, "waited_seconds": self.waited_s}
+        return {**counters, "messages_bad": float(self.bad_messages), **times, **self.stats()}
 
     def _report(self) -> None:
         report = ActorStats(self.incarnation, self.all_stats())

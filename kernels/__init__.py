@@ -5,6 +5,7 @@ runs no torch operation and starts no thread.
 """
 
 from kernels import cpu
+from kernels.graph import GraphMemory, NotRecordable, StepGraph
 from kernels.ops import (
     add_bias,
     apply_penalties,
@@ -23,6 +24,7 @@ from kernels.ops import (
     sample,
     silu_and_mul,
     tune,
+    widen,
 )
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
@@ -30,9 +32,12 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 __all__ = [
     "AttentionMeta",
+    "GraphMemory",
+    "NotRecordable",
     "PackedWeight",
     "SamplingTensors",
     "WeightKind",
+    "StepGraph",
     "add_bias",
     "apply_penalties",
     "attention",
@@ -52,4 +57,5 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
+    "widen",
 ]

@@ -40,12 +40,15 @@ def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.C
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Root mean square norm, with the addition before it: returns (normalized, residual).
 
-    x: [T, H] float32 or bfloat16; weight: [H] of the same dtype. If `residual` [T, H] is given, x is added to it in
+    x: [T, H], or heads [T, heads, H] with any stride between tokens, float32 or bfloat16; weight: [H] of the same
+    dtype. If `residual` [T, H] is given, x is added to it in
     place and the sum is normalized; otherwise x itself is normalized and returned as the residual. Sums are
     float32, and the normalized values are rounded to the dtype before the product with the weight, as in Hugging
     Face's Llama.
     """
-    given = (x, weight) if residual is None else (x, weight, residual)
+    # Tokens may lie apart where each token's heads are side by side.
+    token = x[0] if x.dim() == 3 and len(x) and residual is None else x
+    given = (token, weight) if residual is None else (token, weight, residual)
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(f"rms_norm: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)} or the residual")
     if native := _library_for(*given):
@@ -60,6 +63,13 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     if native := _library_for(gate_up):
         return cpu.silu_and_mul(native, gate_up)
     return reference.silu_and_mul(gate_up)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x as float32; x itself if it is that already."""
+    if x.dtype == torch.bfloat16 and (native := _library_for(x)):
+        return cpu.widen(native, x)
+    return x.float()
 
 
 def attention(
@@ -331,4 +341,5 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
+    "widen",
 ]

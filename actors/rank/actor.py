@@ -109,13 +109,19 @@ class Rank(Actor):
 
     def stats(self) -> dict[str, float]:
         """Steps and tokens run, seconds spent in them, and steps ignored, since the start of this incarnation."""
+        executor = self.executor
+        arrays_s, model_s, drawing_s = executor.decode_s.tolist()
         return {
             "steps": float(self.steps_run),
             "tokens": float(self.tokens_run),
             "busy_seconds": self.busy_s,
             "steps_ignored": float(self.steps_ignored),
-            "weights_bytes": float(self.executor.weights_bytes),
-            "kv_bytes": float(self.executor.cache.nbytes),
+            "decode_steps": float(executor.decode_steps),
+            "decode_arrays_seconds": arrays_s,
+            "decode_model_seconds": model_s,
+            "decode_drawing_seconds": drawing_s,
+            "weights_bytes": float(executor.weights_bytes),
+            "kv_bytes": float(executor.cache.nbytes),
         }
 
     def _run(self, step: Step) -> None:

@@ -16,6 +16,7 @@ from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
+from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
 from actors.rank.models import MODELS, Llama
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
@@ -26,6 +27,8 @@ from transport import Arena
 
 REMEMBERED = 4
 """Of each slot, the tokens drawn for the last so many positions are kept, so that a step may be run again."""
+_ONE, _UNKNOWN = (np.array([value], "<i4").tobytes() for value in (1, -1))
+_SAMPLES = bytes([SAMPLE])
 PROMPT_ROWS = 128
 """Positions whose logits are held at a time for prompt logprobs."""
 
@@ -42,6 +45,17 @@ class Rows:
     flags: NDArray[np.uint8]  # [n]
     tokens: Int32s  # [T]
     unknown: NDArray[np.int64]  # rows whose first token is one that was drawn here
+
+
+@dataclass(frozen=True)
+class DecodingSlots:
+    """What decode steps of the same slots have in common."""
+
+    packed: bytes
+    slots: Int32s  # [n]
+    places: Int32s  # [n]: where each slot's tokens begin among those drawn
+    greedy: bool
+    plain: bool  # tokens are all that is asked for, and none depends on those before
 
 
 class Executor:
@@ -64,6 +78,9 @@ class Executor:
         self.group = group
         self.fingerprint = fingerprint
         self.device = cache.device
+        # Of decode steps: how many, and the seconds spent with their arrays, in the model, and drawing.
+        self.decode_steps = 0
+        self.decode_s = np.zeros(3)
         self.vocab_size = model.config.vocab_size
         slots, max_pages = config.max_slots, -(-config.max_model_len // config.page_size)
         self._vocab_widths = [len(split(self.vocab_size, group.tp, rank, 64)) for rank in range(group.tp)]
@@ -71,10 +88,19 @@ class Executor:
         self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32, device=self.device)
         self._host_table = self._page_table.numpy() if self.device.type == "cpu" else self._page_table.cpu().numpy()
         self._drawn = torch.zeros(slots, REMEMBERED, dtype=torch.int64, device=self.device)
+        self._host_drawn = self._drawn.numpy() if self.device.type == "cpu" else np.zeros(0, np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
-        self._pages_set = np.zeros(slots, np.int64)  # pages of the slot's table that are set, without a gap
+        self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
+        self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
+        self._one_each = np.arange(slots + 1, dtype=np.int32)
+        self._decoding: DecodingSlots | None = None  # of the last decode step
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device)
+        # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
+        # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
+        self.graphs: DecodeGraphs | None = None
+        if self.device.type == "cpu" and group.tp == 1:
+            self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len, config.max_step_tokens)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
         self._tails: dict[int, dict[int, Tensor]] = {}
 
@@ -86,6 +112,8 @@ class Executor:
     def reset(self) -> None:
         """Closes all slots."""
         self._opened[:] = False
+        self._room[:] = 0
+        self._decoding = None
         self._tails.clear()
 
     @torch.inference_mode()
@@ -105,6 +133,10 @@ class Executor:
                 `opens` and `pages`.
         """
         started = time.perf_counter()
+        decoded = None if self.graphs is None else self._decode(step, self.graphs)
+        if decoded is not None:
+            tokens, of_tokens = decoded
+            return StepResult(step.number, tokens.tobytes(), of_tokens, [], time.perf_counter() - started)
         rows = self._check(step)
         self._open(step)
         self._check_slots(rows)
@@ -113,6 +145,80 @@ class Executor:
         of_prompts = self._prompt_logprobs(rows, ids, hidden)
         tokens, of_tokens = self._sample(rows, hidden)
         return StepResult(step.number, tokens.tobytes(), of_tokens, of_prompts, time.perf_counter() - started)
+
+    # -- decode steps ---------------------------------------------------------------------------------------------
+
+    def _decode(self, step: Step, graphs: DecodeGraphs) -> tuple[Int32s, list[TopLogprobs]] | None:
+        """Runs a step in which every row has one new token and draws the next, as a kernel graph.
+
+        None if the step is none of that kind or in any way doubtful, or if there is no graph for it: nothing but
+        `pages` has been set then, and the general way does the work or says what is wrong.
+        """
+        began = time.perf_counter()
+        config, n = self.config, len(step.flags)
+        if step.opens or not len(step.slots) == len(step.starts) == len(step.tokens) == 4 * n > 0:
+            return None
+        if step.flags.strip(_SAMPLES) or step.lengths != _ONE * n or n > config.max_step_tokens:
+            return None
+        batch = self._decoding
+        if batch is None or batch.packed != step.slots:
+            batch = self._decoding_slots(step.slots)
+            if batch is None:
+                return None
+            graphs.slots[:n] = batch.slots
+        if step.pages:
+            self._set_pages(step)
+        starts = np.frombuffer(step.starts, "<i4")
+        # A negative start is a large one without its sign.
+        if (starts.view(np.uint32) >= self._room.take(batch.slots)).any():
+            return None
+        places = batch.places + starts % REMEMBERED
+        ids = graphs.ids[:n]
+        self._host_drawn.take(places, out=ids, mode="clip")
+        unknown = self._drawn_at.take(places) != starts
+        if step.tokens != _UNKNOWN * n:
+            given = np.frombuffer(step.tokens, "<i4")
+            if given.min() < -1 or given.max() >= self.vocab_size:
+                return None
+            known = given >= 0
+            np.copyto(ids, given, where=known)
+            unknown &= ~known
+        if unknown.any():
+            return None
+        graphs.starts[:n] = starts
+        graphs.offsets[: n + 1] = self._one_each[: n + 1]
+        ready = time.perf_counter()
+        outcome = graphs.run(n, n, batch.greedy)
+        if outcome is None:
+            return None
+        logits, tokens = outcome
+        computed = time.perf_counter()
+        positions = starts + 1
+        if batch.plain and tokens is not None:
+            drawn: Int32s = tokens.numpy()
+            places = batch.places + positions % REMEMBERED
+            self._host_drawn.put(places, drawn)
+            self._drawn_at.put(places, positions)
+            logprobs: list[TopLogprobs] = []
+        else:
+            given = np.frombuffer(step.tokens, "<i4")
+            self._note_tokens(batch.slots, starts, self._one_each, given)
+            drawn, logprobs = self._draw(logits, batch.slots, positions, self._one_each[:n], tokens)
+        self.decode_steps += 1
+        self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
+        return drawn, logprobs
+
+    def _decoding_slots(self, packed: bytes) -> DecodingSlots | None:
+        """The slots of a decode step, until others are opened; None if they are not all open, or one comes twice."""
+        slots: Int32s = np.frombuffer(packed, "<i4")
+        if slots.min() < 0 or slots.max() >= self.config.max_slots or len(set(slots.tolist())) < len(slots):
+            return None
+        if not self._opened[slots].all():
+            return None
+        self._decoding = DecodingSlots(
+            packed, slots, slots * REMEMBERED, self._sampler.is_greedy(slots), self._sampler.draws_only(slots)
+        )
+        return self._decoding
 
     # -- from message to arrays -----------------------------------------------------------------------------------
 
@@ -145,13 +251,7 @@ class Executor:
             raise BadMessage(
                 f"step {step.number}: a token is outside the vocabulary, or -1 and not the first of its row"
             )
-        pages = _int32s(step.pages)
-        if len(pages) % 3:
-            raise BadMessage(f"step {step.number}: pages are no triples")
-        if len(pages):
-            bounds = (config.max_slots, self._page_table.shape[1], len(self.cache))
-            if pages.min() < 0 or (pages.reshape(-1, 3).max(axis=0) >= bounds).any():
-                raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
+        self._check_pages(step)
         for opened in step.opens:
             if opened.slot >= config.max_slots:
                 raise BadMessage(f"step {step.number}: slot {opened.slot} is not in 0 … {config.max_slots - 1}")
@@ -159,33 +259,49 @@ class Executor:
         ends32, offsets32 = ends.astype(np.int32), offsets.astype(np.int32)
         return Rows(slots, starts, lengths, ends32, offsets32, flags, tokens, unknown)
 
+    def _check_pages(self, step: Step) -> None:
+        """Raises BadMessage if the pages make no sense by themselves."""
+        pages = _int32s(step.pages)
+        if len(pages) % 3:
+            raise BadMessage(f"step {step.number}: pages are no triples")
+        if (pages.view(np.uint32).reshape(-1, 3) >= self._page_bounds).any():
+            bounds = tuple(self._page_bounds.tolist())
+            raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
+
     def _open(self, step: Step) -> None:
         """Sets up slots and pages."""
         for opened in step.opens:
             slot = opened.slot
             self._sampler.open(opened)
+            self._decoding = None
             self._opened[slot] = True
-            self._pages_set[slot] = 0
+            self._room[slot] = 0
             self._host_table[slot] = -1
             self._drawn_at[slot] = -1
             self._tails.pop(slot, None)
-        if not step.pages:
-            return
+        if step.pages:
+            self._set_pages(step)
+
+    def _set_pages(self, step: Step) -> None:
+        """Raises BadMessage, before anything is set, if the pages make no sense by themselves."""
+        self._check_pages(step)
         triples = _int32s(step.pages).reshape(-1, 3)
         slots, indices, pages = triples.T
         self._host_table[slots, indices] = pages
         if self.device.type != "cpu":
             entries = torch.from_numpy(triples.copy()).to(self.device).long()
             self._page_table[entries[:, 0], entries[:, 1]] = entries[:, 2].int()
-        for slot in np.unique(slots):
-            unset = self._host_table[slot] < 0
-            self._pages_set[slot] = unset.argmax() if unset.any() else len(unset)
+        touched = np.unique(slots)
+        unset = self._host_table[touched] < 0
+        set_pages = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
+        room = np.minimum(set_pages * self.config.page_size, self.config.max_model_len)
+        self._room[touched] = room * self._opened[touched]
 
     def _check_slots(self, rows: Rows) -> None:
         """Raises BadMessage unless the slots of all rows are ready for them."""
         if not self._opened[rows.slots].all():
             raise BadMessage("a row's slot is not open")
-        if (self._pages_set[rows.slots] * self.config.page_size < rows.ends).any():
+        if (self._room[rows.slots] < rows.ends).any():
             raise BadMessage("a row has positions without a page")
         slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
         if (self._drawn_at[slots, starts % REMEMBERED] != starts).any():
@@ -233,30 +349,43 @@ class Executor:
         if len(sampled) != len(hidden):
             hidden = hidden[self._index(rows.offsets[sampled + 1] - 1)]
         slots, positions = rows.slots[sampled], rows.ends[sampled]
-        history = self._sampler.with_history
-        if history:
-            self._note_tokens(rows, history)
-        logits = self._logits(hidden)
+        self._note_tokens(rows.slots, rows.starts, rows.offsets, rows.tokens)
+        return self._draw(self._logits(hidden), slots, positions, sampled)
+
+    def _draw(
+        self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s, tokens: Tensor | None = None
+    ) -> tuple[Int32s, list[TopLogprobs]]:
+        """Draws the tokens for `positions` of `slots`, which are `rows` of the step, and remembers them: int32 [B].
+
+        tokens: they, if they have been drawn already.
+        """
         logprobs: list[TopLogprobs] = []
         if self.group.rank == 0:
-            tokens = self._sampler.sample(logits, slots, positions)
-            logprobs = self._sampler.logprobs(logits, slots, sampled, tokens)
+            if tokens is None:
+                tokens = self._sampler.sample(logits, slots, positions)
+            logprobs = self._sampler.logprobs(logits, slots, rows, tokens)
         else:
-            tokens = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
+            tokens = torch.empty(len(rows), dtype=torch.int32, device=self.device)
         tokens = self.group.broadcast(tokens)
-        self._drawn[self._index(slots), self._index(positions % REMEMBERED)] = tokens.long()
-        self._drawn_at[slots, positions % REMEMBERED] = positions
         drawn: Int32s = tokens.cpu().numpy()
-        for slot, position, token in zip(slots, positions, drawn, strict=True) if history else ():
-            if int(slot) in history:
-                self._sampler.note(int(slot), int(position), np.array([token]))
+        columns = positions % REMEMBERED
+        if self.device.type == "cpu":
+            self._host_drawn[slots, columns] = drawn
+        else:
+            self._drawn[self._index(slots), self._index(columns)] = tokens.long()
+        self._drawn_at[slots, columns] = positions
+        history = self._sampler.with_history
+        for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True) if history else ():
+            if slot in history:
+                self._sampler.note(slot, position, np.array([token]))
         return drawn, logprobs
 
-    def _note_tokens(self, rows: Rows, history: set[int]) -> None:
-        for row, slot in enumerate(rows.slots.tolist()):
-            tokens = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]]
-            if slot in history and tokens[0] >= 0:
-                self._sampler.note(slot, int(rows.starts[row]), tokens)
+    def _note_tokens(self, slots: Int32s, starts: Int32s, offsets: Int32s, tokens: Int32s) -> None:
+        history = self._sampler.with_history
+        for row, slot in enumerate(slots.tolist()) if history else ():
+            new = tokens[offsets[row] : offsets[row + 1]]
+            if slot in history and new[0] >= 0:
+                self._sampler.note(slot, int(starts[row]), new)
 
     def _prompt_logprobs(self, rows: Rows, ids: Tensor, hidden: Tensor) -> list[TopLogprobs]:
         entries = []
@@ -338,9 +467,8 @@ def build_executor(
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
-    # Panels are the fast form in float32, and the exact one in both types; torch's bfloat16 products are faster still.
-    exact = config.deterministic or config.dtype == "float32"
-    packed = exact and config.device == "cpu" and kernels.backend() != "torch"
+    # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
+    packed = config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
     if device.type == "cpu":
         kernels.tune(loaded.packed)

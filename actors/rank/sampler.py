@@ -8,7 +8,8 @@ else here is a function of the tokens before it, so a step that is run again dra
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import KeysView, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,6 +59,17 @@ class History:
         return self._ids[: len(self._entries)], self._counts[: len(self._entries)]
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How the slots of a batch are sampled: what steps with the same slots have in common."""
+
+    slots: bytes
+    params: SamplingTensors
+    seeds: Tensor  # int64 [B]
+    changes: bool  # some slots' logits are changed first
+    reported: NDArray[np.int64]  # rows that report logprobs
+
+
 class Sampler:
     """Sampling parameters by slot. Every rank of a group has one, and rank 0 draws.
 
@@ -82,6 +94,7 @@ class Sampler:
         self._bias: dict[int, tuple[Int32s, NDArray[np.float32]]] = {}
         self._histories: dict[int, History] = {}
         self._min_lengths: dict[int, tuple[int, Int32s]] = {}
+        self._last_drawing: Drawing | None = None
 
     def check(self, opened: OpenSlot) -> None:
         """Raises BadMessage for parameters that cannot be served."""
@@ -102,6 +115,7 @@ class Sampler:
     def open(self, opened: OpenSlot) -> None:
         """Sets up a slot, whose parameters `check` has accepted."""
         slot, sampling = opened.slot, opened.sampling
+        self._last_drawing = None
         self._params[slot] = sampling
         self._temperature[slot] = min(sampling.temperature, FLOAT32_MAX)
         self._top_k[slot] = min(sampling.top_k, self.vocab_size)
@@ -127,37 +141,55 @@ class Sampler:
         self._histories[slot].tokens[start : start + len(tokens)] = tokens
 
     @property
-    def with_history(self) -> set[int]:
+    def with_history(self) -> KeysView[int]:
         """Slots whose tokens depend on those before."""
-        return set(self._histories)
+        return self._histories.keys()
 
     def sample(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
         """Draws a token for each row: int32 [B].
 
         logits: float32 [B, V], not changed; slots, positions: [B], each row's slot and the position of its token.
         """
-        if self._changes[slots].any():
+        drawing = self._drawing(slots)
+        if drawing.changes:
             logits = logits.clone()
             self._change(logits, slots, positions)
-        return kernels.sample(
-            logits,
-            SamplingTensors(
-                temperature=self._to_device(self._temperature[slots]),
-                top_k=self._to_device(self._top_k[slots]),
-                top_p=self._to_device(self._top_p[slots]),
-                log_min_p=self._to_device(self._log_min_p[slots]),
-                all_greedy=not self._temperature[slots].any(),
-            ),
-            self._to_device(self._seeds[slots]),
-            self._to_device(positions.astype(np.int64)),
-        )
+        return kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
+
+    def is_greedy(self, slots: Int32s) -> bool:
+        """Whether all of the slots take the most likely token of the logits as they are."""
+        drawing = self._drawing(slots)
+        return drawing.params.all_greedy and not drawing.changes
+
+    def draws_only(self, slots: Int32s) -> bool:
+        """Whether none of the slots reports logprobs or depends on the tokens before."""
+        return not len(self._drawing(slots).reported) and self._histories.keys().isdisjoint(slots.tolist())
+
+    def _drawing(self, slots: Int32s) -> Drawing:
+        """Decode steps have the slots of the step before, mostly."""
+        key = slots.tobytes()
+        if self._last_drawing is None or self._last_drawing.slots != key:
+            self._last_drawing = Drawing(
+                key,
+                SamplingTensors(
+                    temperature=self._to_device(self._temperature[slots]),
+                    top_k=self._to_device(self._top_k[slots]),
+                    top_p=self._to_device(self._top_p[slots]),
+                    log_min_p=self._to_device(self._log_min_p[slots]),
+                    all_greedy=not self._temperature[slots].any(),
+                ),
+                self._to_device(self._seeds[slots]),
+                bool(self._changes[slots].any()),
+                np.flatnonzero(self._logprobs[slots] >= 0),
+            )
+        return self._last_drawing
 
     def logprobs(self, logits: Tensor, slots: Int32s, rows: Int32s, tokens: Tensor) -> list[TopLogprobs]:
         """What the slots ask to know of their drawn tokens, from the logits as the model gave them.
 
         logits: float32 [B, V]; slots, rows: [B], `rows` being each row's number in the step; tokens: int32 [B].
         """
-        wanted = np.flatnonzero(self._logprobs[slots] >= 0)
+        wanted = self._drawing(slots).reported
         if not len(wanted):
             return []
         tops = np.minimum(self._logprobs[slots[wanted]], self.vocab_size)

@@ -20,6 +20,7 @@ from pathlib import Path
 SOURCES = (
     "attention.cpp",
     "elementwise.cpp",
+    "graph.cpp",
     "linear.cpp",
     "quantize.cpp",
     "quantized.cpp",

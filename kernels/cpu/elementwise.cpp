@@ -63,6 +63,7 @@ struct NormCall {
     const void* weight;
     void* out;
     int64_t rows, width, threads, narrow;  // narrow: everything is bfloat16
+    int64_t heads, stride;  // rows of x side by side, and elements from one such group to the next
     float eps;
 };
 
@@ -70,6 +71,12 @@ struct SiluCall {
     const void* gate_up;  // [rows, 2 width]
     void* out;            // [rows, width]
     int64_t rows, width, threads, narrow;
+};
+
+struct WidenCall {
+    const bf16* x;
+    float* out;
+    int64_t count, threads;
 };
 
 struct EmbeddingCall {
@@ -84,7 +91,8 @@ void norm_rows(const NormCall& c) {
     for_rows(c.rows, c.width, c.threads, [&](int64_t row) {
         int64_t at = row * c.width;
         T* residual = c.residual ? (T*)c.residual + at : nullptr;
-        rms_norm((const T*)c.x + at, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
+        const T* x = (const T*)c.x + row / c.heads * c.stride + row % c.heads * c.width;
+        rms_norm(x, residual, (const T*)c.weight, (T*)c.out + at, c.width, c.eps);
     });
 }
 
@@ -116,5 +124,15 @@ EXPORT int rms_norm(const NormCall* call) {
 
 EXPORT int silu_and_mul(const SiluCall* call) {
     call->narrow ? silu_rows<bf16>(*call) : silu_rows<float>(*call);
+    return 0;
+}
+
+EXPORT int widen(const WidenCall* call) {
+    const WidenCall& c = *call;
+    parallel((c.count + PIECE_ELEMENTS - 1) / PIECE_ELEMENTS, int(c.threads), [&](int64_t piece, int) {
+        int64_t end = std::min((piece + 1) * PIECE_ELEMENTS, c.count), i = piece * PIECE_ELEMENTS;
+        for (; i + LANES <= end; i += LANES) store(c.out + i, load(c.x + i));
+        if (i < end) store_part(c.out + i, load_part(c.x + i, int(end - i)), int(end - i));
+    });
     return 0;
 }

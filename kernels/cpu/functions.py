@@ -16,14 +16,16 @@ _NO_MEMORY, _BAD_INDEX = -1, -2
 _BITS = {"int8": 8, "int4": 4}
 
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
-_NORM = struct.Struct("@4P 4q f")
+_NORM = struct.Struct("@4P 6q f")
 _SILU = struct.Struct("@2P 4q")
+_WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 8q")
 _LINEAR_QUANTIZED = struct.Struct("@4P 8q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _QUANTIZE = struct.Struct("@4P 2q")
+_GRAPH = struct.Struct("@P 2q P")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
 _SAMPLE = struct.Struct("@P 3q 7P q")
@@ -35,8 +37,9 @@ _BIAS = struct.Struct("@P 3q 3P q")
 def rms_norm(
     library: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(x)
+    out = x.new_empty(x.shape)
     width = weight.shape[0]
+    heads = x.shape[-2] if x.dim() > 2 else 1
     library.rms_norm(
         _NORM.pack(
             x.data_ptr(),
@@ -47,6 +50,8 @@ def rms_norm(
             width,
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
+            heads,
+            x.stride(0) if x.dim() > 2 else width,
             eps,
         )
     )
@@ -66,6 +71,12 @@ def silu_and_mul(library: ctypes.CDLL, gate_up: Tensor) -> Tensor:
             gate_up.dtype == torch.bfloat16,
         )
     )
+    return out
+
+
+def widen(library: ctypes.CDLL, x: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    library.widen(_WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()))
     return out
 
 
@@ -325,6 +336,13 @@ def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tens
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:
     """The struct `Logits`."""
     return logits.data_ptr(), logits.stride(0), *logits.shape
+
+
+def graph(library: ctypes.CDLL, operations: int, count: int, times: int) -> None:
+    """Runs `count` operations (address of a function, address of its argument) at the address `operations`; writes
+    count + 1 times to `times`, unless that is 0."""
+    result = library.graph(_GRAPH.pack(operations, count, torch.get_num_threads(), times))
+    _check(result, "a token or a page is out of bounds")
 
 
 def _check(result: int, bad_index: str = "") -> None:

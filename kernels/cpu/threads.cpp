@@ -12,8 +12,8 @@
 
 namespace {
 
-// How long a helper looks for work before it sleeps: longer than the gaps between the calls of a decode step, so
-// that it is awake through one, and short enough to leave the core to others between steps.
+// How long a helper looks for work before it sleeps, outside of a session: longer than the gaps between the calls of
+// a step, so that it is awake through one, and short enough to leave the core to others between steps.
 constexpr int64_t SPIN_CYCLES = 200000;
 
 struct Job {
@@ -45,6 +45,13 @@ class Team {
         for (int i = 0; inside_.load(std::memory_order_seq_cst); ++i) i < 2000 ? _mm_pause() : nap();
     }
 
+    // A session: helpers stay awake from begin to end, and sleep at once behind it. Sessions may overlap.
+    void begin(int threads) {
+        sessions_.fetch_add(1, std::memory_order_seq_cst);
+        if (sleeping_.load(std::memory_order_seq_cst)) wake(threads - 1);
+    }
+    void end() { sessions_.fetch_sub(1, std::memory_order_seq_cst); }
+
   private:
     std::mutex turn_;
     Job job_{};
@@ -53,6 +60,7 @@ class Team {
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> inside_{0};
     std::atomic<int> sleeping_{0};
+    alignas(64) std::atomic<int> sessions_{0};
 
     void work(int thread) {
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < job_.count;)
@@ -82,10 +90,13 @@ class Team {
 
     uint32_t wait_for_change(uint32_t seen) {
         uint64_t start = __rdtsc();
-        for (;;) {
+        for (bool in_session = false;;) {
             uint32_t epoch = epoch_.load(std::memory_order_acquire);
             if (epoch != seen) return epoch;
-            if (int64_t(__rdtsc() - start) > SPIN_CYCLES && epoch % 2 == 0) {
+            bool was_in_session = in_session;
+            in_session = sessions_.load(std::memory_order_relaxed) > 0;
+            bool patient = in_session || (!was_in_session && int64_t(__rdtsc() - start) < SPIN_CYCLES);
+            if (!patient && epoch % 2 == 0) {
                 sleeping_.fetch_add(1, std::memory_order_seq_cst);
                 syscall(SYS_futex, &epoch_, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
                 sleeping_.fetch_sub(1, std::memory_order_seq_cst);
@@ -125,20 +136,30 @@ bool Team::start_helper() {
     return started;
 }
 
-// Threads do not survive a fork: a child makes its own team.
+std::atomic<Team*> current{nullptr};
+
 Team& team() {
+    if (Team* known = current.load(std::memory_order_acquire)) return *known;
     static std::mutex guard;
-    static Team* current = nullptr;
-    static pid_t owner = 0;
     std::lock_guard<std::mutex> lock(guard);
-    if (owner != getpid()) {
-        current = new Team;
-        owner = getpid();
+    if (!current.load(std::memory_order_relaxed)) {
+        // Threads do not survive a fork: a child makes its own team.
+        static int registered = pthread_atfork(nullptr, nullptr, [] { current.store(nullptr); });
+        (void)registered;
+        current.store(new Team, std::memory_order_release);
     }
-    return *current;
+    return *current.load(std::memory_order_relaxed);
 }
 
 }  // namespace
+
+Session::Session(int threads) : threads_(threads) {
+    if (threads_ > 1) team().begin(threads_);
+}
+
+Session::~Session() {
+    if (threads_ > 1) team().end();
+}
 
 void run_pieces(int64_t count, int threads, Piece piece, void* context) {
     team().run({piece, context, count, threads});

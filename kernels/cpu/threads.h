@@ -26,6 +26,17 @@ void parallel(int64_t count, int threads, F f) {
     run_pieces(count, threads, piece, &f);
 }
 
+// While one lives, helpers wait for work without sleeping; behind it they sleep at once, and leave their cores to others.
+class Session {
+  public:
+    explicit Session(int threads);
+    ~Session();
+    Session(const Session&) = delete;
+
+  private:
+    int threads_;
+};
+
 // Memory that is kept from call to call and grows when it must, aligned to cache lines.
 class Scratch {
   public:

@@ -34,6 +34,18 @@ def test_rms_norm(rows: int, width: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_heads(dtype: torch.dtype) -> None:
+    """Heads in a fused projection: tokens lie apart."""
+    weight = torch.randn(48).to(dtype)
+    for tokens in (0, 1, 30):
+        heads = torch.randn(tokens, 9, 48).to(dtype)
+        for part in (heads[:, :4], heads[:, 4:7], heads[:, 7:], heads):
+            out, _ = kernels.rms_norm(part, weight, 1e-5)
+            assert torch.equal(out, kernels.rms_norm(part.reshape(-1, 48), weight, 1e-5)[0].view(part.shape))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 15, 64, 577])
 def test_silu_and_mul(width: int, dtype: torch.dtype) -> None:
     x = (torch.randn(33, 2 * width) * 20).to(dtype)
@@ -76,3 +88,11 @@ def test_embedding(dtype: torch.dtype) -> None:
     for bad in (-1, 1000):
         with pytest.raises(IndexError):
             kernels.embedding(torch.tensor([5, bad]), weight)
+
+
+@pytest.mark.usefixtures("backend")
+def test_widen() -> None:
+    for count in (0, 1, 17, 40_000):
+        x = torch.randn(count).bfloat16()
+        assert torch.equal(kernels.widen(x), x.float())
+    assert kernels.widen(wide := torch.randn(3)) is wide

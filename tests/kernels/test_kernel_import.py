@@ -85,3 +85,18 @@ assert not wrong
 print("same")
 """
     assert run(code) == "same"
+
+
+def test_recording_imports_no_compiler() -> None:
+    """torch has a way of importing torch._dynamo, and with it sympy, where a mode sees its first operation."""
+    code = """
+import sys, torch, kernels
+x = torch.randn(4, 8)
+try:
+    graph = kernels.StepGraph(lambda: kernels.silu_and_mul(x.view(2, 16)), kernels.GraphMemory())
+except kernels.NotRecordable:
+    pass
+assert "torch._dynamo" not in sys.modules
+print("recorded")
+"""
+    assert run(code) == "recorded"

@@ -72,6 +72,41 @@ def test_bits_of_smollm2(deterministic: Executor, prompts: list[list[int]]) -> N
             ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernel_graphs_change_no_bit(checkpoint: Path, dtype: str, deterministic: bool) -> None:
+    """1 to 17 rows that end one after the other, half of them drawn at random, with their logprobs to the bit."""
+    config = rank_config(checkpoint, dtype=dtype, deterministic=deterministic, max_model_len=512)
+    outputs = []
+    for graphs in (True, False):
+        executor = build_executor(config)
+        assert executor.graphs is not None
+        if not graphs:
+            executor.graphs = None
+        driver = Driver(executor)
+        sequences = [
+            driver.sequence(
+                slot,
+                prompt,
+                SamplingParams(max_tokens=slot + 2, seed=slot, temperature=slot % 2, logprobs=20 if slot % 3 else -1),
+            )
+            for slot, prompt in enumerate(prompts_of(*range(1, 171, 10)))
+        ]
+        assert len(sequences) == 17
+        driver.run(sequences, repeat=True)
+        assert bool(executor.decode_steps) == graphs
+        outputs.append([(sequence.output, sequence.logprobs) for sequence in sequences])
+    assert outputs[0] == outputs[1]
+
+
+def test_a_decode_step_may_name_its_tokens(tiny: Executor) -> None:
+    prompts = prompts_of(3, 20, 33)
+    left_to_the_rank = generate(tiny, prompts)
+    named = generate(tiny, prompts, explicit=True)
+    assert [each.output for each in named] == [each.output for each in left_to_the_rank]
+    assert tiny.decode_steps > 100
+
+
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 

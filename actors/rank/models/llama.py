@@ -54,6 +54,17 @@ class Llama:
 
         cache: [num_pages, layers, 2, page_size, Hkv, D]; the new tokens' keys and values are written there.
         """
+        x, residual = self._layers(ids, meta, cache)
+        return residual if x is None else residual + x
+
+    def decode(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> Tensor:
+        """`hidden` and then `logits` of all new tokens: float32 [T, V]. Kernels alone, so that they can be recorded."""
+        x, residual = self._layers(ids, meta, cache)
+        x, _ = self._norm(x, self.weights.final_norm, residual)
+        return kernels.widen(self._linear(x, self.weights.lm_head))
+
+    def _layers(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What is to be added to the residual stream behind the last layer, and the stream."""
         residual = kernels.embedding(ids, self.weights.embedding, self.weights.final_norm.dtype)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
@@ -61,12 +72,12 @@ class Llama:
             x = self.reduce(self._attention(x, layer, meta, cache[:, index]))
             x, residual = self._norm(x, layer.mlp_norm, residual)
             x = self.reduce(self._mlp(x, layer))
-        return residual if x is None else residual + x
+        return x, residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of states [B, H]: float32 [B, V]."""
         x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
-        return self._linear(x, self.weights.lm_head).float()
+        return kernels.widen(self._linear(x, self.weights.lm_head))
 
     def _attention(self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor) -> Tensor:
         tokens, heads, kv_heads = x.shape[0], self.heads, self.kv_heads
@@ -103,5 +114,4 @@ class Llama:
 
     def _head_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """Normalizes each head of [T, heads, D] by itself."""
-        normalized, _ = kernels.rms_norm(x.reshape(-1, self.head_dim), weight, self.config.rms_eps)
-        return normalized.view(x.shape)
+        return kernels.rms_norm(x, weight, self.config.rms_eps)[0]
