@@ -20,10 +20,11 @@ from kernels.ops import (
     silu_and_mul,
 )
 from kernels.rotary import rotary_table
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
 
 __all__ = [
     "AttentionMeta",
+    "KVCache",
     "PackedWeight",
     "SamplingTensors",
     "add_bias",

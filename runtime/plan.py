@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.actor import StartFailure
 from actors.checkpoint import CheckpointError, ModelConfig, read_config
-from actors.kv_format import DType
+from actors.kv_format import DType, KVDType
 from actors.rank.shard import kv_format, weight_bytes
 from actors.scheduler.pages import page_ledger_bytes
 from runtime.errors import UserError
@@ -22,6 +22,7 @@ class EnginePlan:
     """One engine, with the sizes that follow from its model.
 
     Attributes:
+        kv_dtype: of cached keys and values.
         num_pages: pages of the KV pool.
         threads: of each rank.
         weight_bytes, kv_bytes: sizes of each rank's arenas.
@@ -31,6 +32,7 @@ class EnginePlan:
     name: str
     settings: Engine
     dtype: DType
+    kv_dtype: KVDType
     num_pages: int
     threads: int
     weight_bytes: list[int]
@@ -104,9 +106,10 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
     dtype = loaded.topology.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if engine.device == "cuda" else "float32"
+    kv_dtype = dtype if engine.kv_dtype == "auto" else engine.kv_dtype
     num_pages = -(-engine.kv_tokens // engine.page_size)
     try:
-        formats = [kv_format(config, dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
+        formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
         weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
     except StartFailure as failure:
         raise loaded.error(f"engine.{name}.tp", str(failure)) from None
@@ -114,6 +117,7 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
         name=name,
         settings=engine,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         num_pages=num_pages,
         threads=engine.threads or threads,
         weight_bytes=weights,

@@ -129,6 +129,7 @@ class _Builder:
             config={
                 "model": str(self.plan.model.path),
                 "dtype": engine.dtype,
+                "kv_dtype": engine.kv_dtype,
                 "deterministic": self.plan.topology.model.deterministic,
                 "device": settings.device,
                 "rank": rank,

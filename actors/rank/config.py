@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from actors.actor import StartFailure
-from actors.kv_format import DType
+from actors.kv_format import DType, KVDType
 
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 
@@ -18,7 +18,8 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         model: a GGUF file or a Hugging Face directory.
-        dtype: of weights, activations and cached keys and values.
+        dtype: of weights and activations.
+        kv_dtype: of cached keys and values; None for that of the activations.
         deterministic: a token's logits do not depend on what else is in the step, nor on chunking.
         rank: of this process among the `tp` of its group, from 0.
         page_size: tokens in a page. num_pages: pages in this rank's KV arena.
@@ -34,6 +35,7 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
     num_pages: Positive
     max_slots: Positive
     max_model_len: Positive
+    kv_dtype: KVDType | None = None
     page_size: Annotated[int, Meta(ge=1, le=1024)] = 16
     max_step_tokens: Positive = 16_384
     deterministic: bool = False

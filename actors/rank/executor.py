@@ -21,7 +21,7 @@ from actors.rank.models import MODELS, Llama
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
-from kernels import AttentionMeta
+from kernels import AttentionMeta, KVCache
 from transport import Arena
 
 REMEMBERED = 4
@@ -52,12 +52,12 @@ class Executor:
     Args:
         config: sizes and limits.
         model: the rank's part of the model.
-        cache: the KV pages [num_pages, layers, 2, page_size, kv_heads, head_dim].
+        cache: the KV pages.
         group: the ranks that share the model.
         fingerprint: names model, dtype and page format; see `Attached`.
     """
 
-    def __init__(self, config: RankConfig, model: Llama, cache: Tensor, group: Group, fingerprint: str) -> None:
+    def __init__(self, config: RankConfig, model: Llama, cache: KVCache, group: Group, fingerprint: str) -> None:
         self.config = config
         self.model = model
         self.cache = cache
@@ -94,7 +94,9 @@ class Executor:
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         meta = AttentionMeta.build([0], [1], table)
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.model.logits(self.model.hidden(ids, meta, torch.zeros_like(self.cache[:1])))
+        vectors, scales = self.cache.vectors, self.cache.scales
+        page = KVCache(torch.zeros_like(vectors[:1]), None if scales is None else torch.zeros_like(scales[:1]))
+        self.model.logits(self.model.hidden(ids, meta, page))
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -330,7 +332,8 @@ def build_executor(
             f"max_model_len = {config.max_model_len} is more than the model's {model_config.max_position}: lower it"
         )
     shard = shard_of(model_config, config.tp, config.rank)
-    pages = kv_format(model_config, config.dtype, config.page_size, config.tp, config.rank)
+    kv_dtype = config.kv_dtype or config.dtype
+    pages = kv_format(model_config, kv_dtype, config.page_size, config.tp, config.rank)
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
@@ -339,8 +342,7 @@ def build_executor(
     packed = exact and config.device == "cpu" and kernels.backend() != "torch"
     loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
     if device.type == "cuda":
-        shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)
-        cache = torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+        cache = pages.new_cache(config.num_pages, device)
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)
@@ -350,7 +352,7 @@ def build_executor(
                 f"the KV arena has {arena.size} bytes and {config.num_pages * pages.page_bytes} are needed for "
                 f"{config.num_pages} pages: restart the engine"
             )
-        cache = pages.tensor(arena.buffer, config.num_pages)
+        cache = pages.cache(arena.buffer, config.num_pages)
     model = MODELS[model_config.architecture](
         model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
     )
@@ -360,6 +362,6 @@ def build_executor(
 
 
 def _fingerprint(path: Path, model_config: ModelConfig, config: RankConfig) -> str:
-    whole = kv_format(model_config, config.dtype, config.page_size, 1, 0)
+    whole = kv_format(model_config, config.kv_dtype or config.dtype, config.page_size, 1, 0)
     order = ":deterministic" if config.deterministic else ""
     return f"{checkpoint_identity(path, model_config)}:{whole.fingerprint}{order}"

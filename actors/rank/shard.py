@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig
-from actors.kv_format import ITEM_BYTES, DType, KVFormat
+from actors.kv_format import ITEM_BYTES, DType, KVDType, KVFormat
 
 ALIGNMENT = 64
 HEADER_BYTES = 4096
@@ -67,7 +67,7 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
     )
 
 
-def kv_format(config: ModelConfig, dtype: DType, page_size: int, tp: int, rank: int) -> KVFormat:
+def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank: int) -> KVFormat:
     """The pages of one rank. Raises StartFailure as `shard_of` does."""
     return KVFormat(
         layers=config.num_layers,
@@ -151,6 +151,6 @@ def weight_bytes(config: ModelConfig, dtype: DType, tp: int, rank: int) -> int:
     return max(weight_layout(config, dtype, shard, packed)[1] for packed in (False, True))
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: DType, kv_heads: int) -> int:
+def kv_bytes_per_token(config: ModelConfig, dtype: KVDType, kv_heads: int) -> int:
     """Bytes of keys and values of one token, in all layers, on a rank with `kv_heads` key-value heads."""
     return KVFormat(config.num_layers, 1, kv_heads, config.head_dim, dtype).token_bytes

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
-HEADERS = ("product.h", "simd.h", "threads.h")
+HEADERS = ("attention.h", "attention_floats.h", "attention_tiles.h", "product.h", "simd.h", "threads.h", "tiles.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.
@@ -27,7 +27,7 @@ INSTRUCTION_SETS = {
     "avx2": ("avx2", "fma"),
 }
 # Used beside AVX-512 where processor and compiler have them.
-MATRIX_EXTENSIONS = ("amx_tile", "amx_bf16")
+MATRIX_EXTENSIONS = ("amx_tile", "amx_bf16", "amx_int8")
 COMPILE_SECONDS = 300
 DIGEST_BYTES = hashlib.sha256().digest_size
 

@@ -8,11 +8,7 @@
 
 #include "product.h"
 #include "threads.h"
-
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
@@ -160,39 +156,6 @@ constexpr int AMX_ROWS = 16;     // rows of a tile of x and of sums
 constexpr int AMX_DEPTH = 32;    // input features of a tile
 constexpr int AMX_CHUNK_ROWS = 128;
 constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a panel
-
-// The kernel grants a process the tile registers when asked.
-bool amx_granted() {
-    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
-    return granted;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 0, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
-class Tiles {
-  public:
-    Tiles() {
-        _tile_storeconfig(&before_);
-        TileConfig config;
-        config.palette = 1;
-        std::fill_n(config.row_bytes, 8, 64);
-        std::fill_n(config.rows, 8, AMX_ROWS);
-        _tile_loadconfig(&config);
-    }
-    ~Tiles() {
-        if (before_.palette) _tile_loadconfig(&before_);
-        else _tile_release();
-    }
-
-  private:
-    TileConfig before_;
-};
 
 // sums[16][64] = 16 rows of x times a panel.
 void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {

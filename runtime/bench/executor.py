@@ -65,6 +65,7 @@ def executor_for(plan: NodePlan, batch: Batch) -> Executor:
     config = RankConfig(
         model=str(plan.model.path),
         dtype=engine.dtype,
+        kv_dtype=engine.kv_dtype,
         num_pages=batch.slots * _pages_each(length, engine.settings.page_size),
         max_slots=batch.slots,
         max_model_len=length,
