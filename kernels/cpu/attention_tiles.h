@@ -226,18 +226,18 @@ class TileBlocks {
         void pack_keys(Head<KV> head, int j, int count, int32_t* packed_keys) {
             alignas(64) static const KV nothing[LINE] = {};
             for (int line = 0; line < width / LINE; ++line) {
-                const KV* rows[LANES];
+                const float* rows[LANES];
                 KV ends[LANES][LINE];
                 int left = std::min<int>(LINE, int(c.dim) - line * LINE);
                 if (left < LINE) std::memset(ends, 0, sizeof(ends));
                 for (int i = 0; i < LANES; ++i) {
-                    rows[i] = nothing;
+                    rows[i] = (const float*)nothing;
                     if (j + i >= count) continue;
-                    rows[i] = head.key(j + i) + line * LINE;
-                    if (left < LINE) rows[i] = (const KV*)std::memcpy(ends[i], rows[i], left * sizeof(KV));
+                    rows[i] = (const float*)(head.key(j + i) + line * LINE);
+                    if (left < LINE) rows[i] = (const float*)std::memcpy(ends[i], rows[i], left * sizeof(KV));
                 }
                 int32_t* tile = packed_keys + (line * BLOCK_VECTORS + j / LANES) * TILE;
-                transpose16((const float* const*)rows, 0, (float*)tile, LANES);
+                transpose16(rows, 0, (float*)tile, LANES);
             }
         }
 
@@ -279,6 +279,7 @@ class TileBlocks {
 
         // sums = the slot's queries times the block's keys.
         void score(const Slot& slot) {
+            written();
             const KV* q = queries + (slot.rows.query + slot.row) * DIGITS * width;
             _tile_zero(0);
             _tile_zero(1);
@@ -304,6 +305,7 @@ class TileBlocks {
 
         // mixes = the slot's weights times the block's values.
         void mix(const Slot& slot) {
+            written();
             int vectors = width / LANES;
             for (int at = 0; at < vectors; at += 2) {
                 _tile_zero(0);

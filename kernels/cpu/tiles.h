@@ -20,6 +20,9 @@ inline bool amx_granted() {
     return granted;
 }
 
+// To stand before loads of tiles: compilers do not know that these read memory.
+inline void written() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 0, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
