@@ -208,7 +208,7 @@ def test_killed_rank_goes_on_from_its_arenas(directory: Path, kv_dtype: str) -> 
     with engine_of(directory, kv_dtype=kv_dtype) as engine:
         engine.start()
         engine.attach()
-        driver = Driver(Remote(engine, local.config))  # type: ignore[arg-type]
+        driver = Driver(Remote(engine, config))  # type: ignore[arg-type]
         sequence = driver.sequence(0, PROMPT, SAMPLING)
         while len(sequence.output) < 5:
             rows = [(sequence, len(sequence.tokens) - sequence.computed)]

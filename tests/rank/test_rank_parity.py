@@ -46,7 +46,7 @@ def test_int8_cache(smollm2: Path, executor: Executor, prompts: list[list[int]])
         np.concatenate([sequence.prompt_logprobs[1:] for sequence in generate(each, chosen, sampling, chunk=64)])
         for each in (executor, quantized)
     )
-    assert len(exact) > 300
+    assert len(exact) > 250
     assert 0 < np.abs(exact - close).mean() < 0.03
 
 
