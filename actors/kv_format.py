@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
-KVDType = Literal["float32", "bfloat16"]
+    from kernels import KVCache
 
-ITEM_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2}
+KVDType = Literal["float32", "bfloat16", "int8"]
+
+ITEM_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+SCALE_BYTES = 4
 
 
 class KVFormat(msgspec.Struct, frozen=True):
     """Pages of keys and values as one rank holds them.
 
-    A page holds `page_size` tokens of all layers: [layers, 2 (key, value), page_size, kv_heads, head_dim], contiguous.
+    A page holds `page_size` tokens of all layers: [layers, 2 (key, value)] halves, each the vectors
+    [page_size, kv_heads, head_dim] and, if they are int8, behind them their scales, float32 [page_size, kv_heads].
     An arena is pages one after the other, so a page can be copied or sent as one run of bytes.
     """
 
@@ -30,17 +34,32 @@ class KVFormat(msgspec.Struct, frozen=True):
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.page_size * self.token_bytes
+        return self.layers * 2 * self._half_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all layers."""
-        return self.layers * 2 * self.kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
+        return self.layers * 2 * self.kv_heads * (self.head_dim * ITEM_BYTES[self.dtype] + self._scale_bytes)
 
     @property
     def fingerprint(self) -> str:
         """Names the layout: two ranks may exchange pages as bytes if theirs are equal."""
-        return f"mha:{self.layers}x2x{self.page_size}x{self.kv_heads}x{self.head_dim}:{self.dtype}"
+        scales = "+scales" if self._scale_bytes else ""
+        return f"mha:{self.layers}x2x{self.page_size}x{self.kv_heads}x{self.head_dim}:{self.dtype}{scales}"
+
+    @property
+    def _scale_bytes(self) -> int:
+        return SCALE_BYTES if self.dtype == "int8" else 0
+
+    @property
+    def _vectors_bytes(self) -> int:
+        """Bytes from the beginning of a half to its scales."""
+        size = self.page_size * self.kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
+        return -(-size // SCALE_BYTES) * SCALE_BYTES if self._scale_bytes else size
+
+    @property
+    def _half_bytes(self) -> int:
+        return self._vectors_bytes + self.page_size * self.kv_heads * self._scale_bytes
 
     def pages(self, buffer: memoryview, page: int, count: int = 1) -> memoryview:
         """The bytes of `count` pages from `page` on, of an arena's buffer. Raises IndexError outside of it."""
@@ -49,16 +68,33 @@ class KVFormat(msgspec.Struct, frozen=True):
             raise IndexError(f"pages {page} to {page + count} are outside an arena of {len(buffer)} bytes")
         return buffer[page * self.page_bytes : end]
 
-    def tensor(self, buffer: memoryview, num_pages: int) -> Tensor:
-        """The first `num_pages` pages of a writable buffer: [num_pages, layers, 2, page_size, kv_heads, head_dim].
-
-        Raises IndexError if the buffer is too small.
-        """
+    def cache(self, buffer: memoryview, num_pages: int) -> KVCache:
+        """The first `num_pages` pages of a writable buffer. Raises IndexError if it is too small."""
         import torch
 
         if num_pages * self.page_bytes > len(buffer):
             raise IndexError(f"{num_pages} pages do not fit into an arena of {len(buffer)} bytes")
-        flat = torch.frombuffer(
-            buffer, dtype=getattr(torch, self.dtype), count=num_pages * self.page_bytes // ITEM_BYTES[self.dtype]
-        )
-        return flat.view(num_pages, self.layers, 2, self.page_size, self.kv_heads, self.head_dim)
+        return self._views(torch.frombuffer(buffer, dtype=torch.uint8, count=num_pages * self.page_bytes), num_pages)
+
+    def new_cache(self, num_pages: int, device: torch.device) -> KVCache:
+        """Pages of zeros in memory of their own."""
+        import torch
+
+        return self._views(torch.zeros(num_pages * self.page_bytes, dtype=torch.uint8, device=device), num_pages)
+
+    def _views(self, memory: torch.Tensor, num_pages: int) -> KVCache:
+        import torch
+
+        from kernels import KVCache
+
+        def view(dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+            size = dtype.itemsize
+            outer = self.page_bytes // size, 2 * self._half_bytes // size, self._half_bytes // size
+            shape, strides = (num_pages, self.layers, 2, *shape), (*outer, *strides)
+            return memory.view(dtype).as_strided(shape, strides, offset // size)
+
+        heads, dim = self.kv_heads, self.head_dim
+        vectors = view(getattr(torch, self.dtype), 0, (self.page_size, heads, dim), (heads * dim, dim, 1))
+        if not self._scale_bytes:
+            return KVCache(vectors, None)
+        return KVCache(vectors, view(torch.float32, self._vectors_bytes, (self.page_size, heads), (heads, 1)))

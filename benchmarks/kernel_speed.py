@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from actors.kv_format import KVFormat
 from kernels import reference
 
 QUERY_HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCABULARY = 9, 3, 64, 576, 1536, 49152
@@ -43,35 +44,47 @@ def microseconds(call: Callable[[], object], seconds: float = 0.25) -> float:
     return sorted(times)[len(times) // 2] * 1e6
 
 
-def attention(rows: int, context: int, new: int, dtype: torch.dtype) -> Case:
-    """One layer of 30, taken in turns so that no cache holds the keys: `rows` sequences with `new` tokens each, up
-    to `context`."""
-    layers = 30
+def attention(rows: int, context: int, new: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> Case:
+    """One layer of up to 30, taken in turns so that no cache holds the keys: `rows` sequences with `new` tokens each,
+    up to `context`."""
     pages = -(-context // PAGE)
-    arena = torch.randn(rows * pages, layers, 2, PAGE, KV_HEADS, DIM).to(dtype)
+    layers = max(2, min(30, 2**30 // (rows * pages * 2 * PAGE * KV_HEADS * DIM * kv_dtype.itemsize)))
+    name = str(kv_dtype).removeprefix("torch.")
+    kv_format = KVFormat(layers, PAGE, KV_HEADS, DIM, name)  # type: ignore[arg-type]
+    cache = kv_format.new_cache(rows * pages, torch.device("cpu"))
+    cache.vectors.copy_(torch.randn(1, layers, 2, PAGE, KV_HEADS, DIM) * (30 if kv_dtype == torch.int8 else 1))
+    if cache.scales is not None:
+        cache.scales.fill_(1 / 30)
     table = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
     meta = kernels.AttentionMeta.build([context - new] * rows, [new] * rows, table)
     cos, sin = kernels.rotary_table(DIM, context, 1e5)
-    qkv = torch.randn(rows * new, (QUERY_HEADS + 2 * KV_HEADS) * DIM)
+    qkv = torch.randn(rows * new, (QUERY_HEADS + 2 * KV_HEADS) * DIM).to(dtype)
     q, k, v = (
         x.unflatten(-1, (-1, DIM)) for x in qkv.split([QUERY_HEADS * DIM, KV_HEADS * DIM, KV_HEADS * DIM], dim=-1)
     )
-    caches = [arena[:, layer] for layer in range(layers)]
     turn = 0
 
-    def next_cache() -> torch.Tensor:
+    def next_layer() -> tuple[torch.Tensor, torch.Tensor | None]:
         nonlocal turn
         turn = (turn + 1) % layers
-        return caches[turn]
+        return cache.layers[turn]
+
+    def ours() -> torch.Tensor:
+        vectors, scales = next_layer()
+        return kernels.attention(q, k, v, vectors, meta, cos, sin, DIM**-0.5, cache_scales=scales)
+
+    def plain() -> torch.Tensor:
+        vectors, scales = next_layer()
+        return reference.attention(q, k, v, vectors, meta, cos, sin, DIM**-0.5, None, False, scales)
 
     seen = rows * sum(range(context - new + 1, context + 1))
     return Case(
         "attention",
-        f"{rows} x {new} of {context}, KV {str(dtype)[6:]}",
-        lambda: kernels.attention(q, k, v, next_cache(), meta, cos, sin, DIM**-0.5),
-        lambda: reference.attention(q, k, v, next_cache(), meta, cos, sin, DIM**-0.5, None, False),
+        f"{rows} x {new} of {context}, {str(dtype)[6:]}, KV {name}",
+        ours,
+        plain,
         flops=4 * seen * QUERY_HEADS * DIM,
-        bytes=rows * context * 2 * KV_HEADS * DIM * dtype.itemsize if new == 1 else 0,
+        bytes=rows * context * kv_format.token_bytes / layers if new == 1 else 0,
     )
 
 
@@ -201,10 +214,22 @@ def logprobs(rows: int) -> Case:
     )
 
 
+def memory_rate() -> float:
+    """GB/s at which this machine's memory is read."""
+    block = torch.ones(64 * 2**20)
+    return block.nbytes / microseconds(lambda: block.sum(), 1.0) / 1e3
+
+
 def attention_cases() -> Iterator[Case]:
-    for dtype in (torch.float32, torch.bfloat16):
-        for rows, context, new in ((1, 384, 1), (16, 384, 1), (1, 4096, 1), (1, 256, 256), (1, 4096, 256)):
-            yield attention(rows, context, new, dtype)
+    for dtype, kv_dtype in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.int8),
+    ):
+        for rows, context in itertools.product((1, 4, 16, 64), (384, 1500)):
+            yield attention(rows, context, 1, dtype, kv_dtype)
+        for context, new in ((256, 256), (512, 512), (4096, 256)):
+            yield attention(1, context, new, dtype, kv_dtype)
 
 
 def linear_cases() -> Iterator[Case]:
@@ -254,6 +279,8 @@ def main() -> None:
     if unknown := set(wanted) - CASES.keys():
         sys.exit(f"there are no cases named {', '.join(unknown)}: use some of {', '.join(CASES)}")
     print(f"backend {kernels.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    floor = memory_rate()
+    print(f"memory: {floor:.1f} GB/s read by torch from all threads")
     print(f"{'operation':14} {'shape':42} {'ours, us':>10} {'torch, us':>10} {'ratio':>6}  rate")
     torch.manual_seed(0)
     with torch.inference_mode():
@@ -261,7 +288,7 @@ def main() -> None:
             ours, plain = microseconds(case.ours), microseconds(case.torch)
             rate = ""
             if case.bytes:
-                rate = f"{case.bytes / ours / 1e3:.1f} GB/s"
+                rate = f"{case.bytes / ours / 1e3:.1f} GB/s, floor {case.bytes / floor / 1e3:.1f} us"
             elif case.flops:
                 rate = f"{case.flops / ours / 1e3:.0f} GFLOP/s"
             print(f"{case.name:14} {case.shape:42} {ours:10.1f} {plain:10.1f} {plain / ours:6.2f}  {rate}", flush=True)

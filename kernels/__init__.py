@@ -28,16 +28,17 @@ from kernels.ops import (
 )
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
 
 __all__ = [
     "AttentionMeta",
     "GraphMemory",
+    "KVCache",
     "NotRecordable",
     "PackedWeight",
     "SamplingTensors",
-    "WeightKind",
     "StepGraph",
+    "WeightKind",
     "add_bias",
     "apply_penalties",
     "attention",

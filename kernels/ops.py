@@ -83,31 +83,44 @@ def attention(
     scale: float,
     window: int | None = None,
     deterministic: bool = False,
+    cache_scales: Tensor | None = None,
 ) -> Tensor:
     """Rotates q and k, writes k and v into the cache, and attends causally: [T, Hq, D] of q's dtype.
 
     q: [T, Hq, D], k and v: [T, Hkv, D], float32 or bfloat16, heads contiguous, any stride between tokens (they may
-    be parts of one fused projection); cache: one layer's pages [num_pages, 2 (k, v), page_size, Hkv, D], float32 or
-    bfloat16, any stride between pages; cos, sin: float32 [max_positions, R / 2], the tables of `rotary_table`,
+    be parts of one fused projection); cache: one layer's pages [num_pages, 2 (k, v), page_size, Hkv, D], float32,
+    bfloat16 or int8, any stride between pages; cos, sin: float32 [max_positions, R / 2], the tables of `rotary_table`,
     where R <= D dimensions are rotated; scale: factor on the scores, usually D ** -0.5; window: number of keys a
-    query sees, itself included (all if None). The C++ kernel is deterministic always: a token's result depends on
-    its position and its keys alone, to the bit. `deterministic` asks the same of the torch path, which is slow
-    then.
+    query sees, itself included (all if None); cache_scales: float32 [num_pages, 2, page_size, Hkv], what the vectors
+    of an int8 cache are to be multiplied with, written along with them; None for other caches.
+
+    The C++ kernel is deterministic always: a token's result depends on its position and its keys alone, to the bit.
+    `deterministic` asks the same of the torch path, which is slow then. Where the processor has matrix registers
+    (AMX) and queries and cache are bfloat16, rotated queries and the weights of keys are rounded to it too.
     """
-    _check_attention(q, k, v, cache, meta, cos, sin, window)
+    _check_attention(q, k, v, cache, meta, cos, sin, window, cache_scales)
     if (
         (native := _library_for(cos, sin, dtype=torch.float32))
         and q.dtype == k.dtype == v.dtype in _FLOATS
-        and cache.dtype in _FLOATS
+        and (cache.dtype in _FLOATS or cache.dtype == torch.int8)
         and cache.is_cpu
         and cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1)
+        and (cache_scales is None or cache_scales.stride()[2:] == (k.shape[1], 1))
     ):
-        return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window)
-    return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic)
+        return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window, cache_scales)
+    return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic, cache_scales)
 
 
 def _check_attention(
-    q: Tensor, k: Tensor, v: Tensor, cache: Tensor, meta: AttentionMeta, cos: Tensor, sin: Tensor, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache: Tensor,
+    meta: AttentionMeta,
+    cos: Tensor,
+    sin: Tensor,
+    window: int | None,
+    cache_scales: Tensor | None,
 ) -> None:
     """Raises ValueError if the tensors do not fit each other or the step."""
     tokens, query_heads, dim = q.shape
@@ -117,6 +130,10 @@ def _check_attention(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and the cache "
             f"{tuple(cache.shape)} do not fit each other"
         )
+    if (cache.dtype == torch.int8) != (cache_scales is not None) or (
+        cache_scales is not None and (cache_scales.shape != cache.shape[:-1] or cache_scales.dtype != torch.float32)
+    ):
+        raise ValueError("attention: an int8 cache needs float32 scales, one a vector, and others have none")
     if query_heads % kv_heads:
         raise ValueError(f"attention: {query_heads} query heads cannot share {kv_heads} key heads equally")
     if tokens != meta.num_tokens:

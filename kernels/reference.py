@@ -17,6 +17,7 @@ PRODUCT_DEPTH = 256
 
 WEIGHT_BITS = 40  # sampling weights are integers, 2**40 for the most likely token
 LOWEST = torch.finfo(torch.float32).min
+SMALLEST = 1e-30  # vectors with nothing above it are cached as zeros in int8
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,7 @@ def attention(
     scale: float,
     window: int | None,
     deterministic: bool,
+    cache_scales: Tensor | None = None,
 ) -> Tensor:
     if meta.num_tokens == 0:
         return q.new_empty(q.shape)
@@ -62,16 +64,24 @@ def attention(
     q = rotate(q, cos, sin)
     slots = meta.row_slots.long()
     pages = meta.page_table[slots[meta.row_of_token], positions // page_size].long()
-    cache[pages, 0, positions % page_size] = rotate(k, cos, sin).to(cache.dtype)
-    cache[pages, 1, positions % page_size] = v.to(cache.dtype)
+    for half, vectors in enumerate((rotate(k, cos, sin), v)):
+        at = pages, half, positions % page_size
+        if cache_scales is None:
+            cache[at] = vectors.to(cache.dtype)
+        else:
+            cache[at], cache_scales[at] = quantize(vectors)
     if deterministic:
-        return _attention_one_order(q, cache, meta, scale, window).to(v.dtype)
+        return _attention_one_order(q, cache, cache_scales, meta, scale, window).to(v.dtype)
 
     # Keys of every row, padded to the longest: [n, context, 2, Hkv, D]. Pages past a row's end are whatever the table
     # says, and masked.
     count = -(-meta.max_context // page_size)
     pages = meta.page_table[slots, :count].long().clamp(0, cache.shape[0] - 1)
-    keys, values = cache[pages].transpose(1, 2).flatten(2, 3).unbind(1)
+    dtype = cache.dtype if q.is_cuda and cache_scales is None else torch.float32
+    cached = cache[pages].to(dtype)
+    if cache_scales is not None:
+        cached *= cache_scales[pages][..., None]
+    keys, values = cached.transpose(1, 2).flatten(2, 3).unbind(1)
     key_positions = torch.arange(keys.shape[1], device=q.device)
     # Queries of every row, padded to the longest; what is past a row's end is not read back.
     column = positions - meta.row_starts.long()[meta.row_of_token]
@@ -86,11 +96,10 @@ def attention(
     written = key_positions < (meta.row_starts + meta.row_offsets.diff())[:, None]
     values = values.masked_fill(~written[..., None, None], 0)
     keys = keys.masked_fill(~written[..., None, None], 0)
-    dtype = cache.dtype if q.is_cuda else torch.float32
     out = F.scaled_dot_product_attention(
         queries.transpose(1, 2).to(dtype),
-        keys.transpose(1, 2).to(dtype),
-        values.transpose(1, 2).to(dtype),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
         attn_mask=seen[:, None],
         scale=scale,
         enable_gqa=True,
@@ -98,7 +107,17 @@ def attention(
     return out.transpose(1, 2)[meta.row_of_token, column].to(v.dtype)
 
 
-def _attention_one_order(q: Tensor, cache: Tensor, meta: AttentionMeta, scale: float, window: int | None) -> Tensor:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors x [..., D] as int8, and the float32 [...] that they are to be multiplied with."""
+    x = x.float()
+    most = x.abs().amax(-1)
+    factor = torch.where(most >= SMALLEST, 127 / most, 0.0)
+    return torch.round(x * factor[..., None]).clamp(-128, 127).to(torch.int8), most * (1 / 127)
+
+
+def _attention_one_order(
+    q: Tensor, cache: Tensor, cache_scales: Tensor | None, meta: AttentionMeta, scale: float, window: int | None
+) -> Tensor:
     """Attention one token after the other over blocks of 64 keys, always in products of one shape: slow, and the same
     to the bit whatever else is in the step. q is rotated, float32 [T, Hq, D]."""
     page_size, kv_heads, dim = cache.shape[2:]
@@ -115,7 +134,10 @@ def _attention_one_order(q: Tensor, cache: Tensor, meta: AttentionMeta, scale: f
             at = block + start
             seen = (at <= position) & (at >= first)
             at = at.clamp(max=position)
-            keys, values = cache[table[at // page_size], :, at % page_size].float().permute(1, 2, 0, 3).contiguous()
+            cached = cache[table[at // page_size], :, at % page_size].float()
+            if cache_scales is not None:
+                cached *= cache_scales[table[at // page_size], :, at % page_size][..., None]
+            keys, values = cached.permute(1, 2, 0, 3).contiguous()
             scores = torch.bmm(query, keys.transpose(1, 2)).masked_fill(~seen, float("-inf"))
             block_peak = scores.amax(-1)
             weights = torch.exp(scores - block_peak[..., None])

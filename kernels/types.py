@@ -92,6 +92,33 @@ class AttentionMeta:
 
 
 @dataclass(frozen=True)
+class KVCache:
+    """Cached keys and values of all layers, in pages."""
+
+    vectors: Tensor  # [num_pages, layers, 2 (key, value), page_size, Hkv, D], float32, bfloat16 or int8
+    scales: Tensor | None  # float32 [num_pages, layers, 2, page_size, Hkv]: factors of int8 vectors
+
+    def __len__(self) -> int:
+        """The number of pages."""
+        return self.vectors.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.vectors.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    @cached_property
+    def layers(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Of each layer what `attention` takes: vectors [num_pages, 2, page_size, Hkv, D], and their scales."""
+        vectors = self.vectors.unbind(1)
+        scales = [None] * len(vectors) if self.scales is None else self.scales.unbind(1)
+        return list(zip(vectors, scales, strict=True))
+
+
+@dataclass(frozen=True)
 class SamplingTensors:
     """How each row of a batch is sampled; see `sample`. All of one length B and on one device."""
 

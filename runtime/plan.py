@@ -108,7 +108,7 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
     dtype = loaded.topology.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
-    kv_dtype = compute_dtype(dtype)
+    kv_dtype = compute_dtype(dtype) if engine.kv_dtype == "auto" else engine.kv_dtype
     num_pages = -(-engine.kv_tokens // engine.page_size)
     try:
         formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from actors.rank.models import Llama
-from kernels import AttentionMeta, GraphMemory, NotRecordable, SamplingTensors, StepGraph
+from kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SamplingTensors, StepGraph
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class DecodeGraphs:
             of the page table.
     """
 
-    def __init__(self, model: Llama, cache: Tensor, page_table: Tensor, max_context: int, max_tokens: int) -> None:
+    def __init__(self, model: Llama, cache: KVCache, page_table: Tensor, max_context: int, max_tokens: int) -> None:
         self._model = model
         self._cache = cache
         self._page_table = page_table

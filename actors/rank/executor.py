@@ -22,7 +22,7 @@ from actors.rank.models import MODELS, Llama
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import contents_of, load_weights
-from kernels import AttentionMeta
+from kernels import AttentionMeta, KVCache
 from transport import Arena
 
 REMEMBERED = 4
@@ -66,12 +66,12 @@ class Executor:
     Args:
         config: sizes and limits.
         model: the rank's part of the model.
-        cache: the KV pages [num_pages, layers, 2, page_size, kv_heads, head_dim].
+        cache: the KV pages.
         group: the ranks that share the model.
         fingerprint: names model, dtype and page format; see `Attached`.
     """
 
-    def __init__(self, config: RankConfig, model: Llama, cache: Tensor, group: Group, fingerprint: str) -> None:
+    def __init__(self, config: RankConfig, model: Llama, cache: KVCache, group: Group, fingerprint: str) -> None:
         self.config = config
         self.model = model
         self.cache = cache
@@ -122,7 +122,9 @@ class Executor:
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         meta = AttentionMeta.build([0], [1], table)
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self.model.logits(self.model.hidden(ids, meta, torch.zeros_like(self.cache[:1])))
+        vectors, scales = self.cache.vectors, self.cache.scales
+        page = KVCache(torch.zeros_like(vectors[:1]), None if scales is None else torch.zeros_like(scales[:1]))
+        self.model.logits(self.model.hidden(ids, meta, page))
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -473,8 +475,7 @@ def build_executor(
     if device.type == "cpu":
         kernels.tune(loaded.packed)
     if device.type == "cuda":
-        shape = (config.num_pages, pages.layers, 2, pages.page_size, pages.kv_heads, pages.head_dim)
-        cache = torch.zeros(shape, dtype=getattr(torch, kv_dtype), device=device)
+        cache = pages.new_cache(config.num_pages, device)
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)
@@ -484,7 +485,7 @@ def build_executor(
                 f"the KV arena has {arena.size} bytes and {config.num_pages * pages.page_bytes} are needed for "
                 f"{config.num_pages} pages: restart the engine"
             )
-        cache = pages.tensor(arena.buffer, config.num_pages)
+        cache = pages.cache(arena.buffer, config.num_pages)
     model = MODELS[model_config.architecture](
         model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
     )

@@ -27,7 +27,16 @@ SOURCES = (
     "sampling.cpp",
     "threads.cpp",
 )
-HEADERS = ("amx.h", "bytes.h", "product.h", "simd.h", "threads.h")
+HEADERS = (
+    "amx.h",
+    "attention.h",
+    "attention_floats.h",
+    "attention_tiles.h",
+    "bytes.h",
+    "product.h",
+    "simd.h",
+    "threads.h",
+)
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.

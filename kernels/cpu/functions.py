@@ -15,12 +15,14 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 _NO_MEMORY, _BAD_INDEX = -1, -2
 _BITS = {"int8": 8, "int4": 4}
 
+_CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 6q f")
 _SILU = struct.Struct("@2P 4q")
 _WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
-_ATTENTION = struct.Struct("@11P 18q f")
+_ATTENTION = struct.Struct("@12P 20q f")
 _LINEAR = struct.Struct("@4P 8q")
 _LINEAR_QUANTIZED = struct.Struct("@4P 8q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
@@ -127,10 +129,12 @@ def attention(
     sin: Tensor,
     scale: float,
     window: int | None,
+    cache_scales: Tensor | None,
 ) -> Tensor:
     tokens, query_heads, dim = q.shape
     pages, _, page_size, kv_heads, _ = cache.shape
     page_stride, value_stride, *_ = cache.stride()
+    scale_page_stride, scale_value_stride, *_ = (0, 0) if cache_scales is None else cache_scales.stride()
     q, q_stride = _heads_together(q)
     k, k_stride = _heads_together(k)
     v, v_stride = _heads_together(v)
@@ -142,6 +146,7 @@ def attention(
             v.data_ptr(),
             out.data_ptr(),
             cache.data_ptr(),
+            0 if cache_scales is None else cache_scales.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             meta.row_offsets.data_ptr(),
@@ -153,6 +158,8 @@ def attention(
             v_stride,
             page_stride,
             value_stride,
+            scale_page_stride,
+            scale_value_stride,
             meta.page_table.stride(0),
             meta.num_rows,
             tokens,
@@ -165,7 +172,7 @@ def attention(
             window or 0,
             torch.get_num_threads(),
             q.dtype == torch.bfloat16,
-            cache.dtype == torch.bfloat16,
+            _CACHE_TYPES[cache.dtype],
             scale,
         )
     )

@@ -89,6 +89,7 @@ INLINE void transpose16(const T* const* rows, int column, float* to, int stride)
 #else
 INLINE __m256 load_half(const float* p) { return _mm256_loadu_ps(p); }
 INLINE __m256 load_half(const bf16* p) { return load8(p); }
+INLINE __m256 load_half(const int8_t* p) { return load8(p); }
 template <class T>
 INLINE void transpose8(const T* const* rows, int column, float* to, int stride) {
     __m256 a[8], b[8];

@@ -42,6 +42,9 @@ INLINE V16 load(const bf16* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+INLINE V16 load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 INLINE void store(float* p, V16 a) { _mm512_storeu_ps(p, a.v); }
 INLINE void store(bf16* p, V16 a) {
     __m512i bits = _mm512_castps_si512(a.v);
@@ -106,6 +109,8 @@ INLINE __m256 load8(const bf16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 INLINE V16 load(const bf16* p) { return {load8(p), load8(p + 8)}; }
+INLINE __m256 load8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+INLINE V16 load(const int8_t* p) { return {load8(p), load8(p + 8)}; }
 INLINE void store(float* p, V16 a) {
     _mm256_storeu_ps(p, a.low);
     _mm256_storeu_ps(p + 8, a.high);
@@ -217,6 +222,9 @@ INLINE V16 load_part(const bf16* p, int count) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
 }
+INLINE V16 load_part(const int8_t* p, int count) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(count), p)))};
+}
 INLINE void store_part(bf16* p, V16 a, int count) {
     bf16 all[LANES];
     store(all, a);
@@ -238,6 +246,19 @@ INLINE void store_part(T* p, V16 a, int count) {
     std::memcpy(p, part, count * sizeof(T));
 }
 #endif
+
+// The nearest whole numbers, from -128 to 127; -128 for NaN.
+INLINE void store_whole(int8_t* p, V16 a, int count) {
+    int32_t whole[LANES];
+#ifdef __AVX512F__
+    _mm512_storeu_si512(whole, _mm512_cvtps_epi32(a.v));
+#else
+    _mm256_storeu_si256((__m256i*)whole, _mm256_cvtps_epi32(a.low));
+    _mm256_storeu_si256((__m256i*)(whole + 8), _mm256_cvtps_epi32(a.high));
+#endif
+    for (int i = 0; i < (count < LANES ? count : LANES); ++i)
+        p[i] = int8_t(whole[i] < -128 ? -128 : whole[i] > 127 ? 127 : whole[i]);
+}
 
 // e**x to 1 ulp or so: Cody and Waite's reduction and Cephes' polynomial. 0 below -86 (and for -inf), constant
 // above 88.

@@ -124,6 +124,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Count,
         Meta(description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages."),
     ] = 32_768
+    kv_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "int8"],
+        Meta(
+            description="Type of cached keys and values. `auto` is the type of the arithmetic. `int8` holds each "
+            "vector with a scale of its own, in about half the memory of bfloat16."
+        ),
+    ] = "auto"
     page_size: Annotated[
         int, Meta(ge=1, le=256, description="Tokens of one KV page, the unit of allocation and of prefix reuse.")
     ] = 16

@@ -40,7 +40,7 @@ class Engine:
         config = read_config(self.model)
         self.arenas: dict[str, int] = {}
         for rank in range(tp):
-            pages = kv_format(config, "float32", 16, tp, rank)
+            pages = kv_format(config, settings.get("kv_dtype", "float32"), 16, tp, rank)
             self.arenas[f"main.rank{rank}.weights"] = Arena.create("w", weight_bytes(config, "float32", tp, rank))
             self.arenas[f"main.rank{rank}.kv"] = Arena.create("kv", 64 * pages.page_bytes)
         self.scheduler: Mailbox[Message]
@@ -200,13 +200,15 @@ def test_steps_sent_ahead(directory: Path, local: Executor) -> None:
         assert [ints(result.tokens)[0] for result in results] == wanted.output
 
 
-def test_killed_rank_goes_on_from_its_arenas(directory: Path, local: Executor) -> None:
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8"])
+def test_killed_rank_goes_on_from_its_arenas(directory: Path, kv_dtype: str) -> None:
     """The next incarnation decodes on keys and values that the killed one has written."""
-    (wanted,) = generate(local, [PROMPT], SAMPLING)
-    with engine_of(directory) as engine:
+    config = rank_config(directory / "model", num_pages=64, max_slots=8, max_model_len=128, kv_dtype=kv_dtype)
+    (wanted,) = generate(build_executor(config), [PROMPT], SAMPLING)
+    with engine_of(directory, kv_dtype=kv_dtype) as engine:
         engine.start()
         engine.attach()
-        driver = Driver(Remote(engine, local.config))  # type: ignore[arg-type]
+        driver = Driver(Remote(engine, config))  # type: ignore[arg-type]
         sequence = driver.sequence(0, PROMPT, SAMPLING)
         while len(sequence.output) < 5:
             rows = [(sequence, len(sequence.tokens) - sequence.computed)]

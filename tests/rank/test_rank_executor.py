@@ -26,10 +26,22 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("float32", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("int4", "bfloat16"),
+        ("float32", "int8"),
+        ("int4", "int8"),
+    ],
+    ids="-".join,
+)
 def exact(request: pytest.FixtureRequest, checkpoint: Path) -> Executor:
     """A deterministic executor of a tiny model."""
-    config = rank_config(checkpoint, dtype=request.param, deterministic=True, max_model_len=512)
+    dtype, kv_dtype = request.param
+    config = rank_config(checkpoint, dtype=dtype, kv_dtype=kv_dtype, deterministic=True, max_model_len=512)
     return build_executor(config)
 
 
@@ -308,10 +320,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("step", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_steps(tiny: Executor, step: Step) -> None:
-    before = tiny.cache.clone()
+    before = tiny.cache.vectors.clone()
     with pytest.raises(BadMessage):
         tiny.execute(step)
-    assert torch.equal(tiny.cache, before)
+    assert torch.equal(tiny.cache.vectors, before)
     tokens = tiny.execute(GOOD).tokens
     tiny.reset()
     assert tiny.execute(GOOD).tokens == tokens

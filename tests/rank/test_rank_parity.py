@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from rank_tools import PAGE_SIZE, Driver, Sequence, generate
+from rank_tools import PAGE_SIZE, Driver, Sequence, generate, rank_config
 
 from actors.messages import SamplingParams
-from actors.rank import Executor
+from actors.rank import Executor, build_executor
 
 
 def test_prompts_are_varied(prompts: list[list[int]]) -> None:
@@ -33,6 +34,20 @@ def test_logprobs(batched: list[Sequence], logits: list[torch.Tensor]) -> None:
             values_of_top = row[top.tolist()]
             np.testing.assert_allclose(np.frombuffer(entry.top_logprobs, np.float32), values_of_top, atol=1e-3)
             np.testing.assert_allclose(values_of_top, row.topk(5).values, atol=1e-3)
+
+
+def test_int8_cache(smollm2: Path, executor: Executor, prompts: list[list[int]]) -> None:
+    """The logits of prompts, as far as their own tokens tell, are close to those with a float32 cache."""
+    sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0, prompt_logprobs=0)
+    chosen = [prompts[index] for index in (0, 3, 7, -2)]
+    quantized = build_executor(rank_config(smollm2, kv_dtype="int8"))
+    assert quantized.fingerprint != executor.fingerprint
+    exact, close = (
+        np.concatenate([sequence.prompt_logprobs[1:] for sequence in generate(each, chosen, sampling, chunk=64)])
+        for each in (executor, quantized)
+    )
+    assert len(exact) > 250
+    assert 0 < np.abs(exact - close).mean() < 0.03
 
 
 @pytest.mark.parametrize("tokens", [8, pytest.param(64, marks=pytest.mark.slow)])

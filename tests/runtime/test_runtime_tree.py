@@ -120,6 +120,7 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
             "engine.main.tp=2",
             "engine.main.kv_tokens=1000",
             "engine.main.page_size=32",
+            "engine.main.kv_dtype=int8",
             "engine.main.chunk_tokens=64",
             "engine.main.max_running=8",
             "engine.main.policy=lpm",
@@ -148,7 +149,7 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
     rank, scheduler, ingress = configs["main.rank1"], configs["main.scheduler"], configs["ingress0"]
     rank.check()
     assert (rank.rank, rank.tp, rank.dtype, rank.deterministic, rank.threads) == (1, 2, "bfloat16", True, 3)
-    assert rank.kv_dtype == "bfloat16"
+    assert rank.kv_dtype == "int8"
     assert (rank.num_pages, rank.page_size) == (scheduler.num_pages, scheduler.page_size) == (32, 32)
     assert rank.max_model_len == scheduler.max_model_len == ingress.max_model_len == 1000
     assert rank.max_slots >= scheduler.max_running == 8
@@ -171,6 +172,8 @@ def test_memory_and_descriptors(plan_of: Any, tmp_path: Path) -> None:
         assert find(spec, f"main.rank{rank}").descriptors == (f"main.rank{rank}.weights", f"main.rank{rank}.kv")
         assert sizes[f"main.rank{rank}.kv"] == 7 * kv_format(MODEL, "float32", 16, 2, rank).page_bytes
         assert sizes[f"main.rank{rank}.weights"] == weight_bytes(MODEL, "float32", 2, rank)
+    quantized = arena_sizes(plan_of("engine.main.tp=2", "engine.main.kv_tokens=100", "engine.main.kv_dtype=int8"))
+    assert quantized["main.rank0.kv"] == 7 * kv_format(MODEL, "int8", 16, 2, 0).page_bytes < sizes["main.rank0.kv"] / 2
     assert sizes["main.rank0.kv"] == 2 * sizes["main.rank1.kv"]  # 3 key-value heads, divided 2 and 1
 
 

@@ -14,7 +14,7 @@ import kernels
 from actors.checkpoint import ModelConfig
 from actors.rank.shard import Shard
 from actors.rank.weights import LayerWeights, Matrix, Weights
-from kernels import AttentionMeta
+from kernels import AttentionMeta, KVCache
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds up the parts of a result that the ranks of a group hold; the result itself in a group of one."""
@@ -49,27 +49,27 @@ class Llama:
             config.head_dim, max_positions, config.rope_theta, config.rope_scaling, weights.final_norm.device
         )
 
-    def hidden(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
         """The state behind the last layer, before the final norm, of int64 ids [T]: [T, H].
 
-        cache: [num_pages, layers, 2, page_size, Hkv, D]; the new tokens' keys and values are written there.
+        The new tokens' keys and values are written into the cache.
         """
         x, residual = self._layers(ids, meta, cache)
         return residual if x is None else residual + x
 
-    def decode(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> Tensor:
+    def decode(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
         """`hidden` and then `logits` of all new tokens: float32 [T, V]. Kernels alone, so that they can be recorded."""
         x, residual = self._layers(ids, meta, cache)
         x, _ = self._norm(x, self.weights.final_norm, residual)
         return kernels.widen(self._linear(x, self.weights.lm_head))
 
-    def _layers(self, ids: Tensor, meta: AttentionMeta, cache: Tensor) -> tuple[Tensor | None, Tensor]:
+    def _layers(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> tuple[Tensor | None, Tensor]:
         """What is to be added to the residual stream behind the last layer, and the stream."""
         residual = kernels.embedding(ids, self.weights.embedding, self.weights.final_norm.dtype)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             x, residual = self._norm(x, layer.attention_norm, residual)
-            x = self.reduce(self._attention(x, layer, meta, cache[:, index]))
+            x = self.reduce(self._attention(x, layer, meta, *cache.layers[index]))
             x, residual = self._norm(x, layer.mlp_norm, residual)
             x = self.reduce(self._mlp(x, layer))
         return x, residual
@@ -79,7 +79,9 @@ class Llama:
         x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
         return kernels.widen(self._linear(x, self.weights.lm_head))
 
-    def _attention(self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor) -> Tensor:
+    def _attention(
+        self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor, cache_scales: Tensor | None
+    ) -> Tensor:
         tokens, heads, kv_heads = x.shape[0], self.heads, self.kv_heads
         qkv = self._linear(x, layer.qkv, layer.qkv_bias).view(tokens, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
@@ -96,6 +98,7 @@ class Llama:
             self.scale,
             window=self.config.sliding_window,
             deterministic=self.deterministic,
+            cache_scales=cache_scales,
         )
         return self._linear(mixed.view(tokens, heads * self.head_dim), layer.o, layer.o_bias)
 
