@@ -29,20 +29,19 @@ class Lookup:
         longest: tokens after which one match counts as good as any other.
     """
 
-    __slots__ = ("_before", "_hits", "_last", "_longest", "_place", "_rates", "_seen", "_shortest", "matched", "tokens")
+    __slots__ = ("_before", "_hits", "_last", "_longest", "_place", "_rates", "_shortest", "matched", "tokens")
 
     def __init__(self, tokens: array[int], shortest: int, longest: int) -> None:
         self.tokens = tokens
         self._shortest, self._longest = shortest, longest
         self._last: dict[bytes, int] = {}  # n-gram → the position behind its last occurrence
         self._before = array("i", [0])  # by the position behind an n-gram: that of its occurrence before, or 0
-        self._seen = 0
         self._place = 0  # the token there is the guess for the next one; 0 when there is none
         self.matched = 0
         self._hits = [(rate * RATE_WEIGHT, RATE_WEIGHT) for rate in RATES]  # right guesses, and all
         self._rates = list(RATES)
         self._index()
-        self._find()
+        self._find(len(tokens))
 
     @property
     def rate(self) -> float:
@@ -51,17 +50,24 @@ class Lookup:
 
     def follow(self) -> None:
         """Takes in the tokens that are new since the last call."""
-        tokens = self.tokens
-        while self._seen < len(tokens):
-            right = bool(self._place) and tokens[self._place] == tokens[self._seen]
+        tokens, n, last, before = self.tokens, self._shortest, self._last, self._before
+        for end in range(len(before), len(tokens) + 1):
+            right = False
             if self._place:
+                right = tokens[self._place] == tokens[end - 1]
                 self._learn(right)
-            self._index(self._seen + 1)
+            ngram = tokens[max(0, end - n) : end].tobytes()  # shorter ones, at the beginning, are never found
+            earlier = last.get(ngram, 0)
+            before.append(earlier)
+            last[ngram] = end
             if right:
                 self._place += 1
                 self.matched += 1
-            if not right or self.matched < self._longest:
-                self._find()
+                if self.matched >= self._longest:
+                    continue
+            self._place = self.matched = 0
+            if earlier:
+                self._find(end)
 
     def chances(self, count: int) -> list[float]:
         """Chance of each of the next `count` guesses to be right together with all before it."""
@@ -77,31 +83,23 @@ class Lookup:
         known = self.tokens[place : place + count].tolist()
         return tuple(known[i % (end - place)] for i in range(count))
 
-    def _index(self, end: int | None = None) -> None:
-        """Enters the n-grams that end at the positions up to `end`."""
-        n, last, before = self._shortest, self._last, self._before
-        end = len(self.tokens) if end is None else end
-        first = max(0, self._seen + 1 - n)
-        packed = self.tokens[first:end].tobytes()
-        for position in range(self._seen + 1, end + 1):
-            if position < n:
-                before.append(0)
-                continue
-            ngram = packed[4 * (position - n - first) : 4 * (position - first)]
+    def _index(self) -> None:
+        """Enters the n-grams of all tokens."""
+        n, last, before, packed = self._shortest, self._last, self._before, self.tokens.tobytes()
+        before.extend([0] * min(n - 1, len(self.tokens)))
+        for end in range(n, len(self.tokens) + 1):
+            ngram = packed[4 * (end - n) : 4 * end]
             before.append(last.get(ngram, 0))
-            last[ngram] = position
-        self._seen = end
+            last[ngram] = end
 
-    def _find(self) -> None:
-        """Looks for the place to follow: the longest match, the latest of equal ones."""
-        tokens, seen, longest = self.tokens, self._seen, self._longest
-        self._place = self.matched = 0
-        place = self._before[seen]
+    def _find(self, end: int) -> None:
+        """Looks for the place that the tokens before `end` follow: the longest match, the latest of equal ones."""
+        tokens, longest, place = self.tokens, self._longest, self._before[end]
         for _ in range(MAX_CANDIDATES):
             if not place:
                 return
             length = self._shortest
-            while length < longest and length < place and tokens[place - 1 - length] == tokens[seen - 1 - length]:
+            while length < longest and length < place and tokens[place - 1 - length] == tokens[end - 1 - length]:
                 length += 1
             if length > self.matched:
                 self._place, self.matched = place, length

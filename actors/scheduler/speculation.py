@@ -21,7 +21,9 @@ from actors.scheduler.request import Request
 GAIN = 1.05
 """Tokens a second, against plain decoding, that verifying has to promise."""
 TRY_AGAIN = 128
-"""One in so many good guesses is verified although the measured times speak against it: they may be old."""
+"""One in so many good chances is taken although the measured times speak against it: they may be old."""
+GOOD_CHANCE = 0.6
+"""Chance of a guess that is worth a try then."""
 PAUSE_S = 0.0005
 """First estimate of how long ranks wait for a step that could not be sent ahead."""
 
@@ -40,7 +42,8 @@ class StepTimes:
         """A step with so many new tokens took so long."""
         size = tokens.bit_length()
         mean_tokens, mean_seconds, count = self._seen.get(size, (0.0, 0.0, 0))
-        if self._points:  # one that had to wait for the processor says little
+        if self._points and self._points[0][0] <= tokens <= self._points[-1][0]:
+            # One that takes much longer than expected had to wait for the processor, and says little.
             seconds = min(seconds, 2 * (mean_seconds or self.seconds(tokens)))
         weight = max(0.1, 1 / (count + 1))
         mean_tokens += weight * (tokens - mean_tokens)
@@ -78,21 +81,21 @@ class Speculation:
         self.times = StepTimes()
         self.pause_s = PAUSE_S
         self._refusals = 0
+        self._trial = False
         self.draft_tokens = 0
         self.accepted_tokens = 0
         self.drafts = 0
 
     def choose(self, running: Iterable[Request]) -> dict[Request, tuple[int, ...]]:
         """The guesses that the next step should verify; of requests of which no step is under way."""
-        requests = [request for request in running if self._decodes(request)]
-        chosen = self._chosen(requests, 0)
-        if any(request.pending for request in chosen):
-            return {}
+        chosen = self._chosen([request for request in running if not request.pending and _decodes(request)], 0)
+        if chosen:
+            self._trial = False
         return {request: lookup.guess(count) for request, (lookup, count) in chosen.items()}
 
     def worth_waiting(self, running: Iterable[Request]) -> bool:
         """Whether the next step should wait for the answer of the one under way, to verify guesses then."""
-        return bool(self._chosen([request for request in running if self._decodes(request)], 1))
+        return bool(self._chosen([request for request in running if _decodes(request)], 1))
 
     def accepted(self, draft: Sequence[int], drawn: list[int]) -> list[int]:
         """Of the tokens drawn for a row those that count: the ones drawn after right guesses."""
@@ -118,10 +121,6 @@ class Speculation:
             "spec_accept_length": 1 + self.accepted_tokens / self.drafts if self.drafts else 0.0,
         }
 
-    def _decodes(self, request: Request) -> bool:
-        """Whether the request's next row is a single token, as far as it is known."""
-        return request.planned - request.scheduled == 1 and not request.exhausted(self._max_model_len)
-
     def _chosen(self, requests: list[Request], ahead: int) -> dict[Request, tuple[Lookup, int]]:
         """How many guesses of which requests should be verified, after `ahead` tokens that are still to come."""
         matches: list[tuple[Request, Lookup]] = []
@@ -137,6 +136,8 @@ class Speculation:
         each_s = (self.times.seconds(rows + most) - plain_s) / most
         # A guess pays for itself if its chance is above its own time over the time of a token.
         needed = each_s * rows / plain_s if plain_s else 1.0
+        if self._trial:
+            needed = min(needed, GOOD_CHANCE)
         gain, total = 0.0, 0
         chosen: dict[Request, tuple[Lookup, int]] = {}
         for request, lookup in matches:
@@ -149,14 +150,13 @@ class Speculation:
                 chosen[request] = lookup, len(useful)
                 gain += sum(useful)
                 total += len(useful)
-        if not chosen:
-            return {}
         pauses_s = self.pause_s * self._pauses * (1 + ahead)
-        if (rows + gain) * plain_s > GAIN * rows * (self.times.seconds(rows + total) + pauses_s):
+        if self._trial or (rows + gain) * plain_s > GAIN * rows * (self.times.seconds(rows + total) + pauses_s):
             return chosen
-        if ahead and gain >= 1:
-            self._refusals += 1
-        return chosen if self._refusals and self._refusals % TRY_AGAIN == 0 else {}
+        if ahead and any(lookup.rate >= GOOD_CHANCE for _, lookup in matches):
+            self._refusals = (self._refusals + 1) % TRY_AGAIN
+            self._trial = not self._refusals
+        return {}
 
     def _lookup(self, request: Request) -> Lookup | None:
         """The request's index, brought up to its tokens. None for those whose tokens are not guessed: penalties depend
@@ -173,3 +173,8 @@ class Speculation:
         length = len(request.tokens) + ahead
         left = request.sampling.max_tokens - (length - request.prompt_len)
         return max(0, min(self._limit, left - 1, self._max_model_len - length - 1))
+
+
+def _decodes(request: Request) -> bool:
+    """Whether the request's next row is a single token, as far as it is known."""
+    return len(request.tokens) + request.pending - request.scheduled == 1
