@@ -49,8 +49,8 @@ class FakeRank:
         self.logprobs = False
 
     def answer(self) -> None:
-        """Answers the steps that have come since the last time."""
-        for step in self.stage.steps():
+        """Answers the steps that have come since the last time, and none that came before an `Attach`."""
+        for step in steps_after_attach(self.stage):
             if not any(step is each for each in self.answered):
                 self.answered.append(step)
                 self.stage.send("main.rank0", self.result(step))
@@ -69,6 +69,16 @@ class FakeRank:
             if self.logprobs
         ]
         return StepResult(step.number, np.array(tokens, np.int32).tobytes(), logprobs, duration_s=0.01)
+
+
+def steps_after_attach(stage: Stage) -> list[Step]:
+    steps: list[Step] = []
+    for message in stage.received["main.rank0"]:
+        if isinstance(message, Step):
+            steps.append(message)
+        elif isinstance(message, Attach):
+            steps.clear()
+    return steps
 
 
 def expected(prompt: list[int], count: int) -> list[int]:
@@ -236,7 +246,8 @@ def test_a_scheduler_that_dies_while_guesses_are_verified(stage: Stage) -> None:
     output = np.array(known, np.int32).tobytes()
     params = SamplingParams(max_tokens=40, seed=1, stop_token_ids=[STOP])
     stage.send("ingress0", Generate("r", 1, np.array(LOOP * 3, np.int32).tobytes(), params, TextParams(), output))
-    first = stage.expect("main.rank0", Step)
+    stage.expect("main.rank0", Attach)
+    first = stage.until(lambda: steps_after_attach(stage))[0]
     assert np.frombuffer(first.starts, np.int32).tolist() == [computed], "accepted tokens have their KV, guesses do not"
     run(stage, rank)
     assert known + [token for event in stage.events() for token in event.tokens] == expected(LOOP * 3, 40)
@@ -332,7 +343,7 @@ def test_what_looked_too_dear_is_tried_again_now_and_then() -> None:
     made = speculation({1: 0.010, 2: 0.5})
     request = decoding(LOOP * 10)
     tries = 0
-    for _ in range(3 * TRY_AGAIN):
+    for _ in range(3 * TRY_AGAIN + 3):
         if made.worth_waiting([request]):
             assert made.choose([request])
             tries += 1
