@@ -12,6 +12,7 @@ since nobody knows yet where its requests go on, which costs a pause of the rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from actors.scheduler.config import Config
@@ -63,7 +64,7 @@ class StepTimes:
         if low is None:
             return 0.0
         # Larger than all seen. Between a step bound by memory, where further tokens are free, and one bound by work.
-        return low[1] * float(tokens / low[0]) ** 0.5
+        return low[1] * math.sqrt(tokens / low[0])
 
 
 class Speculation:
