@@ -129,14 +129,14 @@ class Speculation:
             lookup = self._lookup(request)
             if lookup is not None and lookup.matched:
                 matches.append((request, lookup))
-        if not matches:
-            return {}
         rows = len(requests)
         plain_s = self.times.seconds(rows)
+        if not matches or not plain_s:
+            return {}
         most = self._limit * len(matches)
         each_s = (self.times.seconds(rows + most) - plain_s) / most
         # A guess pays for itself if its chance is above its own time over the time of a token.
-        needed = each_s * rows / plain_s if plain_s else 1.0
+        needed = each_s * rows / plain_s
         if self._trial:
             needed = min(needed, GOOD_CHANCE)
         gain, total = 0.0, 0
