@@ -237,16 +237,15 @@ class Executor:
         sampled = np.flatnonzero(rows.flags & SAMPLE).astype(np.int32)
         if not len(sampled):
             return np.empty(0, np.int32), []
-        last, positions, kept = rows.offsets[sampled + 1] - 1, rows.ends[sampled], np.arange(len(sampled))
-        if (rows.flags & VERIFY).any():
+        before = np.zeros(len(sampled), np.int32)  # how many tokens before the row's end
+        verified = np.flatnonzero(rows.flags & VERIFY)
+        if len(verified):
             counts = np.where(rows.flags[sampled] & VERIFY, rows.lengths[sampled], 1)
+            before = np.concatenate([np.arange(count, dtype=np.int32)[::-1] for count in counts])
             sampled = np.repeat(sampled, counts)
-            before = np.concatenate([np.arange(1 - count, 1, dtype=np.int32) for count in counts])
-            last, positions = rows.offsets[sampled + 1] - 1 + before, rows.ends[sampled] + before
-            kept = np.flatnonzero(rows.flags[sampled] & VERIFY == 0)
         if len(sampled) != len(hidden):
-            hidden = hidden[self._index(last)]
-        slots = rows.slots[sampled]
+            hidden = hidden[self._index(rows.offsets[sampled + 1] - 1 - before)]
+        slots, positions = rows.slots[sampled], rows.ends[sampled] - before
         history = self._sampler.with_history
         if history:
             self._note_tokens(rows, history)
@@ -258,9 +257,9 @@ class Executor:
         else:
             tokens = torch.empty(len(sampled), dtype=torch.int32, device=self.device)
         tokens = self.group.broadcast(tokens)
-        places = slots[kept], positions[kept] % REMEMBERED
-        self._drawn[self._index(places[0]), self._index(places[1])] = tokens[self._index(kept)].long()
-        self._drawn_at[places] = positions[kept]
+        self._drawn[self._index(slots), self._index(positions % REMEMBERED)] = tokens.long()
+        self._drawn_at[slots, positions % REMEMBERED] = positions
+        self._drawn_at[rows.slots[verified]] = -1
         drawn: Int32s = tokens.cpu().numpy()
         for slot, position, token in zip(slots, positions, drawn, strict=True) if history else ():
             if int(slot) in history:
