@@ -51,7 +51,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     poison_limit: Positive = 3
     run_ahead: bool = True
     prefix_cache: bool = True
-    speculation: Literal["off", "ngram"] = "off"
+    speculation: Literal["off", "ngram"] = "ngram"
     num_speculative_tokens: Positive = 7
     prompt_lookup_min: Positive = 2
     prompt_lookup_max: Positive = 8

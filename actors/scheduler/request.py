@@ -42,6 +42,8 @@ class Request:
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
+        speculates: whether its next tokens may be guessed. Not those that penalties make depend on all tokens before: the
+            rank would have to count them anew at each position.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
     """
@@ -67,6 +69,7 @@ class Request:
         self.lease: Lease | None = None
         self.shared = 0
         self.node: Node | None = None
+        self.speculates = not message.sampling.needs_history
         self.lookup: Lookup | None = None
         self.computed = 0
         self.scheduled = 0

@@ -160,11 +160,10 @@ class Speculation:
         return {}
 
     def _lookup(self, request: Request) -> Lookup | None:
-        """The request's index, brought up to its tokens. None for those whose tokens are not guessed: penalties depend
-        on all tokens before, so that the rank would have to count them anew at each position."""
+        """The request's index, brought up to its tokens; None if they are not guessed."""
+        if not request.speculates:
+            return None
         if request.lookup is None:
-            if request.sampling.needs_history:
-                return None
             request.lookup = Lookup(request.tokens, self._shortest, self._longest)
         request.lookup.follow()
         return request.lookup
