@@ -299,8 +299,8 @@ class Scheduler(Actor):
         self.batch.chunk_tokens = min(SLOW_START_TOKENS, self.config.chunk_tokens)
 
     def _undo_steps_ahead(self) -> None:
-        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts. Guesses
-        may be what the ranks died of, so there are no more for these requests."""
+        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts.
+        Guesses may be what the ranks died of, so there are no more of them for these requests."""
         for step in self.in_flight:
             for row in step.rows:
                 if row.draft:
