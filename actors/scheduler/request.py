@@ -42,8 +42,8 @@ class Request:
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
-        speculates: whether its next tokens may be guessed. Not with penalties, for which the rank would have to count the
-            tokens before each position anew.
+        speculates: whether its next tokens may be guessed. Not with penalties, for which the rank would have to count
+            the tokens before each position anew.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
     """
