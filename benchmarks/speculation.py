@@ -17,6 +17,7 @@ import asyncio
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8960, help="of the first node; the second has the next one")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of both topologies")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes are stopped
     off = Node("off", options.port, options.set)
     try:
         on = Node("ngram", options.port + 1, options.set)

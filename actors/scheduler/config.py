@@ -52,6 +52,6 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     run_ahead: bool = True
     prefix_cache: bool = True
     speculation: Literal["off", "ngram"] = "ngram"
-    num_speculative_tokens: Positive = 7
+    num_speculative_tokens: Positive = 15
     prompt_lookup_min: Positive = 2
     prompt_lookup_max: Positive = 8

@@ -166,7 +166,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "ngram"
     num_speculative_tokens: Annotated[
         int, Meta(ge=1, le=64, description="Most guesses that one step verifies for a request.")
-    ] = 7
+    ] = 15
     prompt_lookup_min: Annotated[
         int, Meta(ge=1, le=64, description="Last tokens of a request that must have occurred before for a guess.")
     ] = 2
