@@ -247,6 +247,9 @@ SAMPLE = 1
 PROMPT_LOGPROBS = 2
 """Row flag of a step: report the logprobs of the row's new tokens, each given the tokens before it. A row that does not
 begin at position 0 must follow a row of the same slot that had the flag too and ended where it begins."""
+VERIFY = 4
+"""Row flag of a step, beside `SAMPLE`: draw a token after each of the row's new tokens, as if they had come one by one.
+All of them are given, none is -1, and the row's slot has no history. The slot's next row must not begin with -1."""
 
 
 class Step(Tagged):
@@ -259,7 +262,7 @@ class Step(Tagged):
         number: counts up from 1 within one incarnation of the scheduler.
         opens: slots to set up before the step.
         slots, starts, lengths: i32 a row. `starts` is the position of the row's first new token.
-        flags: one byte a row, `SAMPLE | PROMPT_LOGPROBS`.
+        flags: one byte a row, `SAMPLE | PROMPT_LOGPROBS | VERIFY`.
         tokens: i32, the new tokens of all rows one after the other; -1 stands for the token that the rank itself drew
             last for the slot, in an earlier step that is still unanswered when this one is sent.
         pages: i32 triples (slot, index in the slot's page table, page), set before the step.
@@ -287,9 +290,11 @@ class TopLogprobs(Struct, array_like=True, frozen=True, gc=False):
 
 
 class StepResult(Tagged):
-    """Rank 0 → scheduler: the tokens drawn in a step, one for each row flagged SAMPLE, in row order (i32).
+    """Rank 0 → scheduler: the tokens drawn in a step (i32), in row order: one for each row flagged SAMPLE, or as many
+    as the row has new tokens if it is flagged VERIFY too.
 
-    `logprobs` and `prompt_logprobs` hold an entry for each row that asked for them. For prompt logprobs the entry's
+    `logprobs` holds an entry for each token drawn for a slot that asked for them, in their order, and
+    `prompt_logprobs` one for each row that asked for them. For prompt logprobs the entry's
     tokens are the row's new tokens, each given the tokens before it; the first token of a sequence has logprob NaN.
     """
 

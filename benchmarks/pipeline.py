@@ -135,6 +135,7 @@ def main() -> None:
     node = f"pipeline-{os.getpid()}"
     up = [*runtime, "up", str(TOPOLOGY), "--detach", "--port", str(options.port), "--set", f"node.name={node}"]
     up += ["--set", "model.dtype=float32", "--set", f"engine.main.chunk_tokens={CHUNK_TOKENS}"]
+    up += ["--set", "engine.main.speculation=off"]
     subprocess.run(up, check=True, env=environment, stdout=subprocess.DEVNULL)
     bare = subprocess.Popen(
         [sys.executable, "-P", __file__, "--bare", *sys.argv[1:]],

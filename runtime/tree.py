@@ -171,6 +171,10 @@ class _Builder:
                 "poison_limit": settings.poison_limit,
                 "run_ahead": settings.run_ahead,
                 "prefix_cache": settings.prefix_cache,
+                "speculation": settings.speculation,
+                "num_speculative_tokens": settings.num_speculative_tokens,
+                "prompt_lookup_min": settings.prompt_lookup_min,
+                "prompt_lookup_max": settings.prompt_lookup_max,
             },
         )
 

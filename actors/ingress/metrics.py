@@ -49,7 +49,10 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "connections_unprotected": ("runtime", "Connections that end if this worker dies, as its journal has no room."),
     "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
 }
-SCHEDULER_GAUGES = ("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput")
+SCHEDULER_GAUGES = (
+    *("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput"),
+    *("spec_accept_rate", "spec_accept_length"),
+)
 _RESPONSES = "http_responses:"
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, Step, StepResult, TopLogprobs
+from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
@@ -234,7 +234,7 @@ class Executor:
             raise BadMessage(f"step {step.number}: slots, starts, lengths and flags differ in their number of rows")
         if n and (slots.min() < 0 or slots.max() >= config.max_slots or len(np.unique(slots)) != n):
             raise BadMessage(f"step {step.number}: a slot is named twice or is not in 0 … {config.max_slots - 1}")
-        if n and (starts.min() < 0 or lengths.min() < 1 or flags.max() > SAMPLE | PROMPT_LOGPROBS):
+        if n and (starts.min() < 0 or lengths.min() < 1 or flags.max() > SAMPLE | PROMPT_LOGPROBS | VERIFY):
             raise BadMessage(f"step {step.number}: a row has a negative start, no tokens, or an unknown flag")
         offsets = np.zeros(n + 1, np.int64)
         np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
@@ -308,6 +308,13 @@ class Executor:
         slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
         if (self._drawn_at[slots, starts % REMEMBERED] != starts).any():
             raise BadMessage("a row refers to a token that was not drawn here")
+        verified = np.flatnonzero(rows.flags & VERIFY)
+        if len(verified) and (
+            (rows.flags[verified] != SAMPLE | VERIFY).any()
+            or (rows.tokens[rows.offsets[verified]] < 0).any()
+            or not self._sampler.with_history.isdisjoint(rows.slots[verified].tolist())
+        ):
+            raise BadMessage("a row to verify does not sample, has a token -1, or is of a slot with penalties")
         for row in np.flatnonzero(rows.flags & PROMPT_LOGPROBS):
             slot, start = int(rows.slots[row]), int(rows.starts[row])
             if start and start - 1 not in self._tails.get(slot, {}):
@@ -344,15 +351,23 @@ class Executor:
         return self.group.gather(self.model.logits(hidden), self._vocab_widths)
 
     def _sample(self, rows: Rows, hidden: Tensor) -> tuple[Int32s, list[TopLogprobs]]:
-        """Draws the tokens of all rows flagged SAMPLE and remembers them: int32 [B]."""
+        """Draws the tokens of all rows flagged SAMPLE, and remembers those of rows not to verify: int32 [B]."""
         sampled = np.flatnonzero(rows.flags & SAMPLE).astype(np.int32)
         if not len(sampled):
             return np.empty(0, np.int32), []
+        before = np.zeros(len(sampled), np.int32)  # how many tokens before the row's end
+        verified = np.flatnonzero(rows.flags & VERIFY)
+        if len(verified):
+            counts = np.where(rows.flags[sampled] & VERIFY, rows.lengths[sampled], 1)
+            before = np.concatenate([np.arange(count, dtype=np.int32)[::-1] for count in counts])
+            sampled = np.repeat(sampled, counts)
         if len(sampled) != len(hidden):
-            hidden = hidden[self._index(rows.offsets[sampled + 1] - 1)]
-        slots, positions = rows.slots[sampled], rows.ends[sampled]
+            hidden = hidden[self._index(rows.offsets[sampled + 1] - 1 - before)]
+        slots, positions = rows.slots[sampled], rows.ends[sampled] - before
         self._note_tokens(rows.slots, rows.starts, rows.offsets, rows.tokens)
-        return self._draw(self._logits(hidden), slots, positions, sampled)
+        drawn = self._draw(self._logits(hidden), slots, positions, sampled)
+        self._drawn_at[rows.slots[verified]] = -1
+        return drawn
 
     def _draw(
         self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s, tokens: Tensor | None = None

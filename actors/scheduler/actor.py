@@ -6,6 +6,7 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 
 import msgspec
 import numpy as np
@@ -38,6 +39,7 @@ from actors.scheduler.config import Config
 from actors.scheduler.pages import PageLedger, PagePool
 from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
+from actors.scheduler.speculation import Speculation
 from actors.scheduler.wire import encode_step, token_logprobs
 from transport import Arena
 
@@ -60,10 +62,25 @@ KEEP_PARTIAL_S = 10.0
 
 @dataclass(slots=True)
 class InFlight:
-    """A step that has been sent and not been answered."""
+    """A step that has been sent and not been answered.
+
+    Attributes:
+        sent: when, if the ranks had nothing else to do then.
+    """
 
     number: int
     rows: list[Row]
+    sent: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all rows."""
+        return sum(row.length for row in self.rows)
+
+    @property
+    def speculative(self) -> bool:
+        """Whether it verifies guesses, so that nobody knows where their requests go on."""
+        return any(row.draft for row in self.rows)
 
 
 @dataclass(slots=True)
@@ -90,7 +107,8 @@ class Scheduler(Actor):
         arena = Arena(context.descriptors[f"{config.engine}.pages"])
         self.ledger = PageLedger(arena, config.num_pages, config.page_size)
         self.pool = PagePool(self.ledger, config.prefix_cache)
-        self.batch = Batch(config, self.pool)
+        self.speculation = Speculation(config) if config.speculation == "ngram" else None
+        self.batch = Batch(config, self.pool, self.speculation)
         self.requests: dict[str, Request] = {}
         self.finished: deque[tuple[float, str]] = deque()
         self.in_flight: deque[InFlight] = deque()
@@ -125,7 +143,7 @@ class Scheduler(Actor):
         self.every(SWEEP_INTERVAL_S, self._sweep)
 
     def turn(self) -> None:
-        while self.attached is not None and len(self.in_flight) < self.depth:
+        while self.attached is not None and self._may_send():
             on_trial = self.bisection.on_trial
             if on_trial is not None and self.in_flight:
                 break
@@ -133,11 +151,20 @@ class Scheduler(Actor):
             if not rows:
                 break
             self.steps += 1
+            step = InFlight(self.steps, rows)
             if not self.in_flight:
-                self.heard_of_ranks = time.monotonic()
-            self.in_flight.append(InFlight(self.steps, rows))
+                self.heard_of_ranks = step.sent = time.monotonic()
+            self.in_flight.append(step)
             self.send(self.config.leader, encode_step(self.steps, rows))
         self._flush()
+
+    def _may_send(self) -> bool:
+        """Whether another step may be sent now."""
+        if len(self.in_flight) >= self.depth:
+            return False
+        if not self.in_flight or self.speculation is None:
+            return True
+        return not self.in_flight[-1].speculative and not self.speculation.worth_waiting(self.batch.running)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.config.leader:
@@ -169,6 +196,7 @@ class Scheduler(Actor):
             "generation_tokens": self.generated,
             "steps": self.steps,
             "retractions": self.batch.retractions,
+            **(self.speculation.stats() if self.speculation else {}),
         }
 
     @handles(Hello)
@@ -271,9 +299,12 @@ class Scheduler(Actor):
         self.batch.chunk_tokens = min(SLOW_START_TOKENS, self.config.chunk_tokens)
 
     def _undo_steps_ahead(self) -> None:
-        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts."""
+        """Takes unanswered steps back, so that their requests can be computed in other company or smaller parts.
+        Guesses may be what the ranks died of, so there are no more of them for these requests."""
         for step in self.in_flight:
             for row in step.rows:
+                if row.draft:
+                    row.request.speculates = False
                 if row.flags & SAMPLE:
                     row.request.pending -= 1
                 if row.live:
@@ -311,6 +342,7 @@ class Scheduler(Actor):
             elif request.lease is not None:
                 request.lease.opened = False
         for step in list(self.in_flight):
+            step.sent = None
             for row in step.rows:
                 if not row.live and row.flags & SAMPLE:
                     row.request.pending -= 1
@@ -324,7 +356,7 @@ class Scheduler(Actor):
         """The KV pages are empty: everything is computed again."""
         self.in_flight.clear()
         self.pool = PagePool(self.ledger, self.config.prefix_cache)
-        self.batch = Batch(self.config, self.pool)
+        self.batch = Batch(self.config, self.pool, self.speculation)
         for request in self.requests.values():
             if request.finish is None:
                 request.rewind()
@@ -343,45 +375,70 @@ class Scheduler(Actor):
             return
         self.heard_of_ranks = time.monotonic()
         rows = self.in_flight[0].rows
-        sampled = [index for index, row in enumerate(rows) if row.flags & SAMPLE]
-        if len(message.tokens) != 4 * len(sampled):
-            raise BadMessage(f"step {message.number}: {len(message.tokens)} bytes for {len(sampled)} tokens")
-        drawn = dict(zip(sampled, np.frombuffer(message.tokens, dtype=np.int32).tolist(), strict=True))
+        draws = sum(row.draws for row in rows)
+        if len(message.tokens) != 4 * draws:
+            raise BadMessage(f"step {message.number}: {len(message.tokens)} bytes for {draws} tokens")
+        tokens = iter(np.frombuffer(message.tokens, dtype=np.int32).tolist())
+        drawn = [list(islice(tokens, row.draws)) for row in rows]
+        logprobs: dict[int, list[TokenLogprob]] = {}
         try:
-            logprobs = {e.row: token_logprobs(e, [drawn[e.row]]) for e in message.logprobs}
+            for entry in message.logprobs:
+                known = logprobs.setdefault(entry.row, [])
+                known += token_logprobs(entry, [drawn[entry.row][len(known)]])
             prompts = {e.row: token_logprobs(e, _row_tokens(rows[e.row])) for e in message.prompt_logprobs}
         except (ValueError, KeyError, IndexError) as error:
             raise BadMessage(f"step {message.number}: {error}") from None
-        self.in_flight.popleft()
+        self._measure(self.in_flight.popleft(), message.duration_s)
         self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
-            self.batch.computed(row)
             prompt = prompts.get(index) if row.flags & PROMPT_LOGPROBS else None
-            self._advance(row, drawn.get(index), logprobs.get(index), prompt)
+            self._advance(row, drawn[index], logprobs.get(index), prompt)
+
+    def _measure(self, step: InFlight, seconds: float) -> None:
+        """Times of steps, for the choice of what to speculate on."""
+        if self.speculation is None:
+            return
+        self.speculation.times.observe(step.tokens, seconds)
+        if step.sent is not None:
+            self.speculation.observe_pause(time.monotonic() - step.sent - seconds)
 
     def _advance(
         self,
         row: Row,
-        token: int | None,
+        drawn: list[int],
         logprobs: list[TokenLogprob] | None,
         prompt_logprobs: list[TokenLogprob] | None,
     ) -> None:
         """Books what a row has brought."""
         request = row.request
-        if token is not None:
+        if drawn:
             request.pending -= 1
         if request.finish is not None or self.requests.get(request.rid) is not request:
             return
         if prompt_logprobs is not None:
             request.prompt_logprobs += prompt_logprobs
-        if token is not None:
+        tokens = self._accepted(row, drawn) if row.draft else drawn
+        for token in tokens:
             request.append(token)
-            self.generated += 1
-        elif row.start + row.length < request.prompt_len or request.sampling.max_tokens:
+        self.generated += len(tokens)
+        self.batch.computed(row)
+        if not tokens and (row.start + row.length < request.prompt_len or request.sampling.max_tokens):
             return
         prompt = request.prompt_logprobs or None if request.output_len <= 1 else None
-        self._emit(request, [] if token is None else [token], logprobs, prompt, self._finish_reason(request))
+        self._emit(request, tokens, logprobs and logprobs[: len(tokens)], prompt, self._finish_reason(request))
+
+    def _accepted(self, row: Row, drawn: list[int]) -> list[int]:
+        """What a row that verified guesses has brought: tokens up to the first wrong guess, or to one that ends the
+        request. The row is cut to the tokens before them, whose KV is the request's."""
+        assert self.speculation is not None
+        tokens = self.speculation.accepted(row.draft, drawn)
+        for count, token in enumerate(tokens, 1):
+            if token in row.request.stop_token_ids:
+                tokens = tokens[:count]
+                break
+        row.length = len(tokens)
+        return tokens
 
     # -- text -------------------------------------------------------------------------------------------
 
@@ -422,6 +479,7 @@ class Scheduler(Actor):
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """No more tokens; kept until the ingress has them all."""
         request.finish = reason
+        request.lookup = None
         self.batch.remove(request)
         self.finished.append((time.monotonic(), request.rid))
 

@@ -8,27 +8,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.messages import PROMPT_LOGPROBS, SAMPLE
+from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
 from actors.scheduler.config import Config
 from actors.scheduler.pages import PagePool
 from actors.scheduler.policy import admission_order
 from actors.scheduler.request import Lease, Request
+from actors.scheduler.speculation import Speculation
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A run of new tokens of one request in one step, on the lease that the request had at the time."""
+    """A run of new tokens of one request in one step, on the lease that the request had at the time.
+
+    Attributes:
+        draft: those of the tokens, the last ones, that are guesses. While the row is under way, `Request.scheduled` and
+            `Request.planned` count none of them.
+    """
 
     request: Request
     lease: Lease
     start: int
     length: int
     flags: int
+    draft: tuple[int, ...] = ()
 
     @property
     def live(self) -> bool:
         """Whether the request still runs on the row's lease."""
         return self.request.lease is self.lease
+
+    @property
+    def draws(self) -> int:
+        """How many tokens the rank draws for the row."""
+        return len(self.draft) + 1 if self.flags & SAMPLE else 0
 
 
 class Batch:
@@ -37,13 +49,19 @@ class Batch:
     A page freed here may be given away in the very next step although earlier steps still use it: ranks run steps in
     the order in which they were sent.
 
+    A step with drafts must be answered before the next one is asked for.
+
+    Args:
+        speculation: chooses drafts; None for plain decoding.
+
     Attributes:
-        chunk_tokens: prompt tokens of the next step, all requests together.
+        chunk_tokens: prompt tokens of the next step, all requests together, and guesses.
     """
 
-    def __init__(self, config: Config, pool: PagePool) -> None:
+    def __init__(self, config: Config, pool: PagePool, speculation: Speculation | None = None) -> None:
         self._config = config
         self._pool = pool
+        self._speculation = speculation
         self._slots = list(range(config.max_running))[::-1]
         self.chunk_tokens = config.chunk_tokens
         self.waiting: list[Request] = []
@@ -61,6 +79,7 @@ class Batch:
         """
         rows: list[Row] = []
         budget = self.chunk_tokens
+        drafts = self._speculation.choose(self.running) if self._speculation and only is None else {}
         for request in list(self.running):
             if request.lease is None:
                 continue  # retracted for the sake of one before it
@@ -72,8 +91,11 @@ class Batch:
             is_prompt = request.scheduled < len(request.tokens) - 1
             length = min(todo, budget) if is_prompt else todo
             if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
-                rows.append(self._row(request, request.lease, length))
-                budget -= length if is_prompt else 0
+                draft = drafts.get(request, ())[:budget]
+                if not self._grow(request.lease, request.scheduled + length + len(draft)):
+                    draft = ()
+                rows.append(self._row(request, request.lease, length, draft))
+                budget -= length if is_prompt else len(draft)
         if only is None:
             self._admit(rows, budget)
         return rows
@@ -83,7 +105,8 @@ class Batch:
         self.waiting.append(request)
 
     def computed(self, row: Row) -> None:
-        """The rank has answered a row's step: its KV is in the pages, for the ledger and for other requests."""
+        """The rank has answered a row's step: its KV is in the pages, for the ledger and for other requests. Guesses
+        that were wrong do not count to the row's length any more, and the request has the tokens of the others."""
         request, position, end = row.request, row.request.computed, row.start + row.length
         if not row.live or end <= position:
             return
@@ -98,7 +121,8 @@ class Batch:
             self._pool.ledger.write(page, position % size, tokens, prefix, index == 0)
             position = stop
         request.computed = end
-        if row.length > 1:
+        request.scheduled = max(request.scheduled, end)
+        if row.length > 1 and not row.draft:
             self._share(request, row.lease)
 
     def release(self, request: Request) -> None:
@@ -122,7 +146,7 @@ class Batch:
             self.waiting.remove(request)
         self.release(request)
 
-    def _row(self, request: Request, lease: Lease, length: int) -> Row:
+    def _row(self, request: Request, lease: Lease, length: int, draft: tuple[int, ...] = ()) -> Row:
         start, end = request.scheduled, request.scheduled + length
         flags = 0
         if end == request.planned and not request.exhausted(self._config.max_model_len):
@@ -130,8 +154,10 @@ class Batch:
             request.pending += 1
         if request.wants_prompt_logprobs and start < request.prompt_len:
             flags |= PROMPT_LOGPROBS
+        if draft:
+            flags |= VERIFY
         request.scheduled = end
-        return Row(request, lease, start, length, flags)
+        return Row(request, lease, start, length + len(draft), flags, draft)
 
     def _grow(self, lease: Lease, end: int) -> bool:
         """Gives a lease pages for `end` positions; False when there are not enough."""

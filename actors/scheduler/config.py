@@ -28,6 +28,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         poison_limit: deaths of the ranks in a row, with a request in the unanswered step, after which it is suspected
             of being the cause; see `Bisection`.
         prefix_cache: keep the pages of finished requests for later ones with the same prefix.
+        speculation: guess tokens by prompt lookup and verify several in one step, where that is faster.
+        num_speculative_tokens: guesses of one request that a step verifies at most.
+        prompt_lookup_min, prompt_lookup_max: lengths of the runs of last tokens that are looked for.
     """
 
     engine: str
@@ -48,3 +51,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     poison_limit: Positive = 3
     run_ahead: bool = True
     prefix_cache: bool = True
+    speculation: Literal["off", "ngram"] = "ngram"
+    num_speculative_tokens: Positive = 15
+    prompt_lookup_min: Positive = 2
+    prompt_lookup_max: Positive = 8

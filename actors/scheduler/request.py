@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass
 
 from actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
+from actors.scheduler.lookup import Lookup
 from actors.scheduler.pages import page_digest, root_digest
 from actors.scheduler.radix import Node
 
@@ -41,6 +42,9 @@ class Request:
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
+        speculates: whether its next tokens may be guessed. Not with penalties, for which the rank would have to count
+            the tokens before each position anew.
+        lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
     """
 
@@ -65,6 +69,8 @@ class Request:
         self.lease: Lease | None = None
         self.shared = 0
         self.node: Node | None = None
+        self.speculates = not message.sampling.needs_history
+        self.lookup: Lookup | None = None
         self.computed = 0
         self.scheduled = 0
         self.pending = 0

@@ -30,7 +30,7 @@ def encode_step(number: int, rows: list[Row]) -> Step:
         flags.append(row.flags)
         known = request.tokens[row.start : row.start + row.length]
         tokens.extend(known)
-        tokens.extend([-1] * (row.length - len(known)))
+        tokens.extend(row.draft or [-1] * (row.length - len(known)))
     return Step(
         number,
         slots.tobytes(),

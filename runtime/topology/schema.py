@@ -165,6 +165,24 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    speculation: Annotated[
+        Literal["off", "ngram"],
+        Meta(
+            description="`ngram` guesses tokens where a request repeats what stands in its prompt or output, and "
+            "verifies several in one step where measured times say that it is faster. The tokens are those of plain "
+            "decoding."
+        ),
+    ] = "ngram"
+    num_speculative_tokens: Annotated[
+        int, Meta(ge=1, le=64, description="Most guesses that one step verifies for a request.")
+    ] = 15
+    prompt_lookup_min: Annotated[
+        int, Meta(ge=1, le=64, description="Last tokens of a request that must have occurred before for a guess.")
+    ] = 2
+    prompt_lookup_max: Annotated[
+        int,
+        Meta(ge=1, le=64, description="Of several such places, the longest match of up to so many tokens is taken."),
+    ] = 8
 
 
 class Supervision(Struct, frozen=True, forbid_unknown_fields=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from rank_tools import PAGE_SIZE, Driver, generate, i32, ints, rank_config, save_model
+from rank_tools import PAGE_SIZE, Driver, Sequence, generate, i32, ints, rank_config, save_model
 
 from actors.actor import BadMessage, StartFailure
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step
+from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, OpenSlot, SamplingParams, Step
 from actors.rank import Executor, build_executor
 
 VOCABULARY = 300
@@ -117,6 +118,89 @@ def test_a_decode_step_may_name_its_tokens(tiny: Executor) -> None:
     named = generate(tiny, prompts, explicit=True)
     assert [each.output for each in named] == [each.output for each in left_to_the_rank]
     assert tiny.decode_steps > 100
+
+
+# -- rows to verify ------------------------------------------------------------------------------------------------
+
+
+def with_draft(step: Step, sequence: Sequence, draft: list[int]) -> Step:
+    """The step with one more row: a sequence's last token, and guesses."""
+    return msgspec.structs.replace(
+        step,
+        slots=step.slots + i32([sequence.slot]),
+        starts=step.starts + i32([len(sequence.tokens) - 1]),
+        lengths=step.lengths + i32([1 + len(draft)]),
+        flags=step.flags + bytes([SAMPLE | VERIFY]),
+        tokens=step.tokens + i32([sequence.tokens[-1], *draft]),
+    )
+
+
+SAMPLINGS = {
+    "greedy": SamplingParams(max_tokens=24, seed=0, temperature=0.0, logprobs=3),
+    "seeded": SamplingParams(max_tokens=24, seed=8, temperature=1.3, top_p=0.9, logprobs=3),
+    "biased": SamplingParams(
+        max_tokens=24,
+        seed=9,
+        temperature=0.8,
+        logit_bias={17: 5.0, 18: 3.0},
+        stop_token_ids=[17],
+        min_tokens=11,
+        logprobs=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+def test_verified_tokens_are_those_drawn_one_by_one(exact: Executor, sampling: SamplingParams) -> None:
+    """Guesses of which one is wrong, beside a sequence that is fed its own tokens."""
+    prompts = prompts_of(9, 30)
+    plain, companion_plain = generate(exact, prompts, sampling)
+    driver = Driver(exact)
+    sequence, companion = (driver.sequence(slot, prompt, sampling) for slot, prompt in enumerate(prompts))
+    rows = [(sequence, 9), (companion, 30)]
+    step = driver.step(rows)
+    driver.apply(rows, step, exact.execute(step))
+    wrong = cycle((3, 0, 9, 1, 6))
+    while len(sequence.output) < 17:
+        known = len(sequence.output)
+        draft = plain.output[known : known + 6]
+        place = next(wrong)
+        draft[place : place + 1] = [(token + 1) % VOCABULARY for token in draft[place : place + 1]]
+        step = with_draft(driver.step([(companion, 1)]), sequence, draft)
+        result = exact.execute(step)
+        again = exact.execute(step)
+        assert (again.tokens, again.logprobs) == (result.tokens, result.logprobs)
+        tokens = ints(result.tokens)
+        assert len(tokens) == 1 + 7
+        accepted = 1 + min(place, 6)
+        assert tokens[1 : 1 + accepted] == plain.output[known : known + accepted]
+        entries = [entry for entry in result.logprobs if entry.row == 1]
+        for entry, wanted in zip(entries, plain.logprobs[known : known + accepted], strict=False):
+            assert (entry.logprobs, entry.top_logprobs) == (wanted.logprobs, wanted.top_logprobs)
+        assert len(entries) == 7
+        companion.computed += 1
+        companion.output.append(tokens[0])
+        sequence.output += tokens[1 : 1 + accepted]
+        sequence.computed = len(sequence.tokens) - 1
+        for explicit in (True, False):  # then the rank goes on by itself
+            rows = [(sequence, 1)]
+            step = driver.step(rows, explicit)
+            driver.apply(rows, step, exact.execute(step))
+    assert sequence.output == plain.output[: len(sequence.output)]
+    assert companion.output == companion_plain.output[: len(companion.output)]
+
+
+def test_a_token_behind_guesses_must_be_given(tiny: Executor) -> None:
+    driver = Driver(tiny)
+    sequence = driver.sequence(0, prompts_of(9)[0])
+    rows = [(sequence, 9)]
+    step = driver.step(rows)
+    driver.apply(rows, step, tiny.execute(step))
+    tiny.execute(with_draft(driver.step([]), sequence, [5, 6, 7]))
+    sequence.output += [5, 6]
+    sequence.computed = len(sequence.tokens) - 1
+    with pytest.raises(BadMessage, match="not drawn here"):
+        tiny.execute(driver.step([(sequence, 1)]))
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
@@ -292,7 +376,13 @@ HOSTILE = {
     "behind max_model_len": changed(starts=i32([125])),
     "no tokens in a row": changed(lengths=i32([0]), tokens=b""),
     "negative length": changed(lengths=i32([-4]), tokens=b""),
-    "unknown flag": changed(flags=bytes([4])),
+    "unknown flag": changed(flags=bytes([8])),
+    "to verify, but not to sample": changed(flags=bytes([VERIFY])),
+    "to verify a prompt": changed(flags=bytes([SAMPLE | VERIFY | PROMPT_LOGPROBS])),
+    "-1 to verify": changed(flags=bytes([SAMPLE | VERIFY]), tokens=i32([-1, 6, 7, 8])),
+    "to verify with penalties": changed(
+        flags=bytes([SAMPLE | VERIFY]), opens=opening(presence_penalty=1.0, history=i32([5, 6]))
+    ),
     "token out of range": changed(tokens=i32([5, 6, 7, VOCABULARY])),
     "token below -1": changed(tokens=i32([-2, 6, 7, 8])),
     "-1 without a drawn token": changed(tokens=i32([-1, 6, 7, 8])),
@@ -364,7 +454,7 @@ def test_random_steps_do_no_harm(tiny: Executor) -> None:
             i32(near(8, rows)),
             i32(near(128, rows)),
             i32(lengths),
-            generator.integers(0, 4, rows).astype(np.uint8).tobytes(),
+            generator.integers(0, 8, rows).astype(np.uint8).tobytes(),
             i32(near(VOCABULARY, max(0, int(lengths.sum())))),
             i32(near(64, (int(generator.integers(0, 6)), 3))),
             [OpenSlot(int(slot), 2, OPEN.sampling) for slot in generator.integers(0, 8, 2)],

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from actors.messages import SAMPLE, Generate, SamplingParams, TextParams
+from actors.messages import SAMPLE, VERIFY, Generate, SamplingParams, TextParams
 from actors.scheduler.batch import Batch, Row
 from actors.scheduler.config import Config
 from actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
 from actors.scheduler.request import Request
+from actors.scheduler.speculation import Speculation
 from actors.scheduler.wire import encode_step
 from transport import Arena
 
@@ -24,10 +26,17 @@ def next_token(tokens: list[int]) -> int:
     return sum((i + 1) * t for i, t in enumerate(tokens)) % 97
 
 
+def loopy_token(tokens: list[int]) -> int:
+    """Another model: goes on in a circle of three, with a surprise now and then."""
+    drawn = next_token(tokens)
+    return drawn if drawn < 12 or len(tokens) < 3 else tokens[-3]
+
+
 class SimulatedRank:
     """Keeps (token, position) in the place of KV and checks what each row would attend to."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Callable[[list[int]], int] = next_token) -> None:
+        self.model = model
         self.kv = np.full((NUM_PAGES, PAGE_SIZE, 2), -1)
         self.reset()
 
@@ -59,8 +68,12 @@ class SimulatedRank:
                 self.kv[page, position % PAGE_SIZE] = token, position
             seen = [self.kv[self.table[slot, p // PAGE_SIZE], p % PAGE_SIZE].tolist() for p in range(start + length)]
             assert [position for _, position in seen] == list(range(start + length))
-            if flags & SAMPLE:
-                self.last[slot] = next_token([token for token, _ in seen])
+            known = [token for token, _ in seen]
+            if flags & VERIFY:
+                drawn += [self.model(known[:end]) for end in range(start + 1, start + length + 1)]
+                self.last[slot] = -1
+            elif flags & SAMPLE:
+                self.last[slot] = self.model(known)
                 drawn.append(self.last[slot])
         return drawn
 
@@ -68,8 +81,11 @@ class SimulatedRank:
 class Simulation:
     """Scheduler and rank in one process, with up to two steps under way."""
 
-    def __init__(self, seed: int, policy: str, chunk_tokens: int) -> None:
+    def __init__(
+        self, seed: int, policy: str, chunk_tokens: int, model: Callable[[list[int]], int] = next_token
+    ) -> None:
         self.random = random.Random(seed)
+        self.model = model
         self.config = Config(
             engine="main",
             model="m",
@@ -85,14 +101,17 @@ class Simulation:
             policy=policy,  # type: ignore[arg-type]
         )
         self.arena = Arena(Arena.create("pages", page_ledger_bytes(NUM_PAGES, PAGE_SIZE)))
-        self.rank = SimulatedRank()
+        self.rank = SimulatedRank(model)
         self.generates: dict[str, Generate] = {}
         self.outputs: dict[str, list[int]] = {}
         self.start_scheduler()
 
     def start_scheduler(self) -> None:
         self.pool = PagePool(PageLedger(self.arena, NUM_PAGES, PAGE_SIZE), prefix_cache=True)
-        self.batch = Batch(self.config, self.pool)
+        self.speculation = Speculation(self.config)
+        for size in (1, 100):  # a step takes as long however many tokens it has: guessing cannot lose much
+            self.speculation.times.observe(size, 0.01)
+        self.batch = Batch(self.config, self.pool, self.speculation if self.model is loopy_token else None)
         self.flight: deque[tuple[int, list[Row], list[int]]] = deque()
         self.live: dict[str, Request] = {}
         self.number = 0
@@ -116,9 +135,16 @@ class Simulation:
         self.submit(rid)
 
     def send_steps(self) -> None:
-        while len(self.flight) < 2 and (rows := self.batch.next_rows()):
+        while len(self.flight) < 2 and (rows := self.next_rows()):
             self.number += 1
             self.flight.append((self.number, rows, self.rank.execute(encode_step(self.number, rows))))
+
+    def next_rows(self) -> list[Row]:
+        if self.flight and any(row.draft for row in self.flight[-1][1]):
+            return []
+        if self.model is loopy_token and self.flight and self.speculation.worth_waiting(self.batch.running):
+            return []
+        return self.batch.next_rows()
 
     def answer(self) -> None:
         if not self.flight:
@@ -126,19 +152,33 @@ class Simulation:
         _, rows, drawn = self.flight.popleft()
         remaining = deque(drawn)
         for row in rows:
-            self.batch.computed(row)
             request = row.request
-            if not row.flags & SAMPLE:
-                continue
-            request.pending -= 1
-            token = remaining.popleft()
+            tokens = [remaining.popleft() for _ in range(row.draws)]
+            request.pending -= bool(tokens)
             if self.live.get(request.rid) is not request:
                 continue
-            request.append(token)
-            self.outputs[request.rid].append(token)
-            if request.output_len >= request.sampling.max_tokens or token == 96:
+            if row.draft:
+                tokens = self.speculation.accepted(row.draft, tokens)
+                tokens = tokens[: tokens.index(96) + 1] if 96 in tokens else tokens
+                row.length = len(tokens)
+            for token in tokens:
+                request.append(token)
+                self.outputs[request.rid].append(token)
+            self.batch.computed(row)
+            if request.output_len >= request.sampling.max_tokens or 96 in tokens:
                 self.batch.remove(request)
                 del self.live[request.rid]
+        self.check_ledger()
+
+    def check_ledger(self) -> None:
+        """The ledger knows the computed tokens of running requests, and none of the guesses that were wrong."""
+        for request in self.batch.running:
+            assert request.lease is not None
+            assert request.computed <= len(request.tokens)
+            pages = request.lease.pages
+            counts = self.pool.ledger.count[pages].tolist()
+            known = [token for page in pages for token in self.pool.ledger.tokens[page, : counts[pages.index(page)]]]
+            assert known == request.tokens[: request.computed].tolist()
 
     def lose_rank(self) -> None:
         """The rank restarts: KV stays, tables and unanswered results are gone."""
@@ -173,17 +213,18 @@ class Simulation:
         tokens = np.frombuffer(message.prompt, np.int32).tolist()
         output: list[int] = []
         while len(output) < message.sampling.max_tokens and (not output or output[-1] != 96):
-            output.append(next_token(tokens + output))
+            output.append(self.model(tokens + output))
         return output
 
 
+@pytest.mark.parametrize("model", [next_token, loopy_token])
 @pytest.mark.parametrize("policy", ["fcfs", "lpm"])
 @pytest.mark.parametrize("chunk_tokens", [3, 16, 64])
 @pytest.mark.parametrize("seed", range(4))
 def test_every_request_gets_its_own_tokens_through_losses_and_retraction(
-    seed: int, chunk_tokens: int, policy: str
+    seed: int, chunk_tokens: int, policy: str, model: Callable[[list[int]], int]
 ) -> None:
-    simulation = Simulation(seed, policy, chunk_tokens)
+    simulation = Simulation(seed, policy, chunk_tokens, model)
     events = [simulation.lose_rank, simulation.lose_scheduler, simulation.abort]
     for number in range(60):
         simulation.arrive(f"r{number}")
