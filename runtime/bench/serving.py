@@ -40,6 +40,8 @@ _WORDS = (
     "company",
 )
 
+Prompt = str | list[int]
+
 
 @dataclass(frozen=True)
 class Load:
@@ -101,27 +103,47 @@ async def run_load(url: str, model: str | None, api_key: str | None, load: Load)
 
     Raises UserError when the server cannot be reached.
     """
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     draw = random.Random(load.seed)
     prompts = [load.prompt or " ".join(draw.choices(_WORDS, k=load.input_words)) for _ in range(load.requests)]
-    slots = asyncio.Semaphore(load.concurrency)
+    return await run_prompts(
+        url, model, api_key, prompts, load.concurrency, load.output_tokens, rate=load.rate, draw=draw
+    )
+
+
+async def run_prompts(
+    url: str,
+    model: str | None,
+    api_key: str | None,
+    prompts: Sequence[Prompt],
+    concurrency: int,
+    output_tokens: int,
+    *,
+    rate: float = 0.0,
+    draw: random.Random | None = None,
+) -> tuple[list[Outcome], float]:
+    """The same for given prompts: texts, or lists of token ids. `draw` gives the times between arrivals.
+
+    Raises UserError when the server cannot be reached.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    slots = asyncio.Semaphore(concurrency)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
     async with aiohttp.ClientSession(
         headers=headers, timeout=timeout, connector=aiohttp.TCPConnector(limit=0)
     ) as session:
         name = model or await _first_model(session, url)
 
-        async def one(prompt: str) -> Outcome:
+        async def one(prompt: Prompt) -> Outcome:
             async with slots:
-                return await _request(session, url, name, prompt, load.output_tokens)
+                return await _request(session, url, name, prompt, output_tokens)
 
         began = time.perf_counter()
-        tasks = [asyncio.create_task(one(prompt)) async for prompt in _paced(prompts, load.rate, draw)]
+        tasks = [asyncio.create_task(one(prompt)) async for prompt in _paced(prompts, rate, draw or random.Random(0))]
         outcomes = await asyncio.gather(*tasks)
         return outcomes, time.perf_counter() - began
 
 
-async def _paced(prompts: Sequence[str], rate: float, draw: random.Random) -> AsyncIterator[str]:
+async def _paced(prompts: Sequence[Prompt], rate: float, draw: random.Random) -> AsyncIterator[Prompt]:
     for prompt in prompts:
         if rate:
             await asyncio.sleep(draw.expovariate(rate))
@@ -139,7 +161,7 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
         ) from None
 
 
-async def _request(session: aiohttp.ClientSession, url: str, model: str, prompt: str, tokens: int) -> Outcome:
+async def _request(session: aiohttp.ClientSession, url: str, model: str, prompt: Prompt, tokens: int) -> Outcome:
     body = {
         "model": model,
         "prompt": prompt,
