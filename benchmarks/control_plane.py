@@ -1,10 +1,11 @@
 """The control plane alone: streamed tokens a second of a node whose rank has no model and answers at once.
 
-    python benchmarks/control_plane.py [--concurrency 64] [--output 256] [--rounds 5] [--profile DIR]
+    python benchmarks/control_plane.py [--concurrency 64] [--output 256] [--rounds 3] [--profile DIR]
 
 Everything is as it is in production, except that `NullRank` stands in the rank's place: HTTP, SSE, journal, tokenizing,
 scheduling, paging, detokenizing, supervision. The client runs on the same cores, reads sockets in one loop and does
-nothing but count; its share is shown with the others'.
+nothing but count; its share is shown with the others'. When tokens come faster than the ingress can send them, it puts
+several into one event: the rate that counts is the highest with one token an event.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -97,24 +99,24 @@ class Client:
             self.sockets[connection.fileno()] = connection
             self.poll.register(connection, select.EPOLLIN)
 
-    def request(self) -> bytes:
-        """A prompt of token ids that no other request has."""
+    def request(self, steps_per_s: int) -> bytes:
+        """A prompt of token ids that no other request has; the seed sets the null rank's pace."""
         self.drawn += 1
         prompt = [1_000 + self.drawn % 30_000, *range(2_000, 2_000 + PROMPT_TOKENS - 1)]
         document = {"prompt": prompt, "max_tokens": self.output, "stream": True, "ignore_eos": True, "temperature": 0}
-        document["stream_options"] = {"include_usage": True}
+        document |= {"stream_options": {"include_usage": True}, "seed": steps_per_s}
         body = json.dumps(document).encode()
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
         )
         return (head % len(body)).encode() + body
 
-    def round(self) -> tuple[int, float]:
+    def round(self, steps_per_s: int) -> tuple[int, float]:
         """One stream on each connection; how many events came, and the seconds until the last had ended.
 
         Raises RuntimeError when a stream breaks off or is not as long as asked for.
         """
-        requests = {number: self.request() for number in self.sockets}
+        requests = {number: self.request(steps_per_s) for number in self.sockets}
         usage = b'"completion_tokens":%d,' % self.output
         tails = dict.fromkeys(self.sockets, b"")
         events, open_streams = 0, len(self.sockets)
@@ -163,7 +165,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", type=int, default=64)
     parser.add_argument("--output", type=int, default=256, help="tokens of each answer")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds, of which the median is shown")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each rate, of which the median is shown")
+    parser.add_argument(
+        "--rates",
+        type=lambda text: [int(each) for each in text.split(",")],
+        default=[10_000, 20_000, 30_000, 0],
+        metavar="N,N…",
+        help="tokens a second that the null rank offers; 0 for all it can (%(default)s)",
+    )
     parser.add_argument("--port", type=int, default=8960)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="leave a cProfile of each actor in DIR")
@@ -185,28 +194,51 @@ def main() -> None:
             node.kill()
 
 
-def measure(options: argparse.Namespace, node: subprocess.Popen[bytes]) -> None:
-    """Runs the rounds and prints the figures."""
-    client = connect(options, node)
-    client.round()
-    before, own, rates, all_events = cpu_seconds(node.pid), time.process_time(), [], 0
-    tokens = options.concurrency * options.output
+@dataclass
+class Load:
+    """What came of one offered rate.
+
+    Attributes:
+        rate: streamed tokens a second, the median of the rounds.
+        per_event: tokens of an event. Above 1 the ingress was behind and put several into one.
+        cpu: seconds of each process for one token.
+    """
+
+    rate: float
+    per_event: float
+    cpu: dict[str, float]
+
+
+def offer(rate: int, client: Client, options: argparse.Namespace, node: subprocess.Popen[bytes]) -> Load:
+    """Runs the rounds with so many tokens a second from the null rank, or as many as it can for 0."""
+    tokens, rates, events = options.concurrency * options.output, [], 0
+    before, own = cpu_seconds(node.pid), time.process_time()
     for _ in range(options.rounds):
-        events, seconds = client.round()
+        count, seconds = client.round(rate // options.concurrency)
         rates.append(tokens / seconds)
-        all_events += events
+        events += count
     own = time.process_time() - own
-    after = cpu_seconds(node.pid)
-    used = {name: seconds - before.get(name, 0.0) for name, seconds in after.items()} | {"client": own}
+    used = {name: seconds - before.get(name, 0.0) for name, seconds in cpu_seconds(node.pid).items()} | {"client": own}
     total = tokens * options.rounds
-    print(f"{options.concurrency} streams of {options.output} tokens, {options.rounds} rounds")
-    print(f"streamed tok/s: {median(rates):,.0f} (from {min(rates):,.0f} to {max(rates):,.0f})")
-    print(f"tokens an event: {total / all_events:.2f}")
-    print(f"{'':24}{'CPU s per 1,000 tokens':>24}")
-    for name, seconds in sorted(used.items(), key=lambda item: -item[1]):
-        if seconds >= 0.01 * sum(used.values()):
-            print(f"{name:24}{1000 * seconds / total:24.4f}")
-    print(f"{'all':24}{1000 * sum(used.values()) / total:24.4f}")
+    return Load(median(rates), total / events, {name: seconds / total for name, seconds in used.items()})
+
+
+def measure(options: argparse.Namespace, node: subprocess.Popen[bytes]) -> None:
+    """Offers one rate after the other and prints the figures."""
+    client = connect(options, node)
+    client.round(0)
+    loads = {f"{rate:,}" if rate else "all": offer(rate, client, options, node) for rate in options.rates}
+    print(f"{options.concurrency} streams of {options.output} tokens, {options.rounds} rounds each")
+    print(f"{'offered tok/s':24}" + "".join(f"{name:>12}" for name in loads))
+    print(f"{'streamed tok/s':24}" + "".join(f"{load.rate:12,.0f}" for load in loads.values()))
+    print(f"{'tokens an event':24}" + "".join(f"{load.per_event:12.2f}" for load in loads.values()))
+    print("CPU seconds for 1,000 tokens")
+    last = list(loads.values())[-1]
+    for name in sorted(last.cpu, key=lambda each: -last.cpu[each]):
+        cells = [1000 * load.cpu.get(name, 0.0) for load in loads.values()]
+        if max(cells) >= 0.0005:
+            print(f"  {name:22}" + "".join(f"{cell:12.4f}" for cell in cells))
+    print(f"  {'all':22}" + "".join(f"{1000 * sum(load.cpu.values()):12.4f}" for load in loads.values()))
 
 
 def connect(options: argparse.Namespace, node: subprocess.Popen[bytes]) -> Client:

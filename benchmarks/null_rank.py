@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from actors.actor import Actor, handles
@@ -12,10 +14,13 @@ FIRST_TOKEN, TOKENS = 1_000, 30_000
 
 
 class NullRank(Actor):
-    """Answers each step with tokens that follow from slot and position."""
+    """Answers each step with tokens that follow from slot and position: at once, or so many steps a second as the
+    request that was opened last has for a seed, if that is above 0."""
 
     def setup(self) -> None:
         self.source = ""
+        self.steps_per_s = 0
+        self.next_at = 0.0
 
     @handles(Attach)
     def attach(self, message: Attach, sender: str) -> None:
@@ -31,6 +36,12 @@ class NullRank(Actor):
         """Draws without computing."""
         if sender != self.source:
             return
+        for opening in message.opens:
+            self.steps_per_s = opening.sampling.seed
+        if self.steps_per_s:
+            now = time.monotonic()
+            self.next_at = max(now, self.next_at + 1 / self.steps_per_s)
+            time.sleep(self.next_at - now)
         slots, starts, lengths = (
             np.frombuffer(each, np.int32) for each in (message.slots, message.starts, message.lengths)
         )

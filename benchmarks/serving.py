@@ -2,10 +2,11 @@
 
     python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--quick] [--set KEY=VALUE]
 
-Peers are left out where they are not found (also looked for in $VLLM, $VLLM_MODEL and $LLAMA_SERVER; `peers.py` makes the
-directory for vLLM). All serve SmolLM2-135M-Instruct: vLLM in bfloat16, llama.cpp the GGUF file as it is, this runtime
-as the topology says. In each round every server gets the same prompts, which no server has seen before, as token ids;
-peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the targets.
+Peers are left out where they are not found (also looked for in $VLLM, $VLLM_MODEL and $LLAMA_SERVER; `peers.py` makes
+the directory for vLLM). All serve SmolLM2-135M-Instruct: vLLM in bfloat16, llama.cpp the GGUF file as it is, this
+runtime as the topology says. In each round every server gets the same prompts, which no server has seen before, as
+token ids; peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the
+targets.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ TARGETS: list[tuple[str, str, str, float, float | None]] = [
     ("memory (PSS), GB", "memory", "", 1.2, 0.8),
     ("failures at c=64", "failed64", "", 0.0, 0.0),
 ]
-"""What, figure, beside whom (nobody: the figure itself), target, stretch. Throughput has to be above, the rest below."""
+"""What, figure, beside whom (nobody: the figure itself), target, stretch. Throughput is to be above, the rest below."""
 
 
 class Prompts:
