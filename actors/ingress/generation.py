@@ -135,7 +135,7 @@ class Generation:
             if data:
                 await exchange.events(data)
             write = exchange.writer
-            if write is not None and not self._ready and not self.finished:
+            if write is not None and not (self._work.old or self._ready or self.finished):
                 self._direct = render, write
                 try:
                     await self._wait()

@@ -58,8 +58,8 @@ class PageLedger:
         self.tokens: NDArray[np.int32] = tokens.view(np.int32).reshape(num_pages, page_size)
         # The same once more, for writing a few items: several times as fast as through numpy.
         self._page_size = page_size
-        self._tokens = memoryview(tokens).cast("i")
-        self._count = memoryview(count).cast("i")
+        self._tokens = tokens.data.cast("i")
+        self._count = count.data.cast("i")
         self.count: NDArray[np.int32] = count.view(np.int32)
         self.first: NDArray[np.int32] = first.view(np.int32)
         self.prefix: NDArray[np.uint8] = prefix.reshape(num_pages, DIGEST_BYTES)
@@ -82,7 +82,7 @@ class PageLedger:
             self.prefix[page] = np.frombuffer(prefix, dtype=np.uint8)
             self.first[page] = first
         at, end = page * self._page_size, offset + len(tokens)
-        self._tokens[at + offset : at + end] = tokens  # type: ignore[assignment]
+        self._tokens[at + offset : at + end] = tokens
         self._count[page] = end
 
     def restore(self, tree: PrefixTree) -> tuple[list[int], dict[bytes, list[int]]]:
