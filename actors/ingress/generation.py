@@ -130,7 +130,7 @@ class Generation:
         While the client keeps up, news is written in the loop's round in which it arrives, by a callback: a switch to
         the request's task and back would cost as much as everything else that an event takes.
         """
-        while self._ready or not self.finished:
+        while self._ready or self._failure is not None or not self.finished:
             data = render(await self.progress())
             if data:
                 await exchange.events(data)

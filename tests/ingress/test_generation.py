@@ -132,7 +132,8 @@ def test_a_client_that_does_not_keep_up_is_waited_for() -> None:
     assert stream.written == [b"b", b"d", b"f", b"h", b"j", b"l"]
 
 
-def test_an_error_in_a_direct_write_ends_the_stream() -> None:
+@pytest.mark.parametrize("count", [1, COUNT])
+def test_an_error_in_a_direct_write_ends_the_stream(count: int) -> None:
     async def scenario() -> None:
         stream = Stream(direct=True)
         with stream.generation:
@@ -140,7 +141,7 @@ def test_an_error_in_a_direct_write_ends_the_stream() -> None:
             stream.make(1)
             await turns()
             stream.written = None  # type: ignore[assignment]
-            stream.make(1)
+            stream.make(count)
             with pytest.raises(AttributeError):
                 await asyncio.wait_for(task, 5)
 
