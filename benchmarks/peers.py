@@ -154,7 +154,7 @@ def ours(port: int, settings: list[str], log: Path) -> Server:
 def vllm(binary: str, model: Path, port: int, log: Path) -> Server:
     """vLLM on the CPU, in bfloat16, with its prefix cache on."""
     command = [binary, "serve", str(model), "--dtype", "bfloat16", "--max-model-len", "4096", "--port", str(port)]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "PYTHONPATH": ""}
     return Server("vLLM", command, port, environment, log=log)
 
 
