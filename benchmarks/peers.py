@@ -176,12 +176,22 @@ def embedded_gguf() -> Path:
 def make_model(directory: Path) -> None:
     """Writes config, weights (bfloat16, safetensors) and tokenizer of the embedded model."""
     import torch
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    directory.mkdir(parents=True, exist_ok=True)
     gguf = embedded_gguf()
     source, name = str(gguf.parent), gguf.name
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.bfloat16)
-    model.save_pretrained(directory)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    config = model.config
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    if hasattr(config, "quantization_config"):  # the weights have been dequantized
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     AutoTokenizer.from_pretrained(source, gguf_file=name).save_pretrained(directory)
 
 
