@@ -131,6 +131,13 @@ class Connection(HttpToolsProtocol):
             await self._repeat(send, {"type": "http.response.start", "status": 200})
         start: Message | None = None
 
+        def write(body: bytes) -> bool:
+            """A chunk of a stream that has begun: what `send_recorded` would do, in half the time."""
+            transport.write_record(b"%x\r\n%b\r\n" % (len(body), body), work.covered)
+            return not self.flow.write_paused
+
+        scope["state"]["write"] = write
+
         async def send_recorded(message: Message) -> None:
             nonlocal start
             if message["type"] == "http.response.start":
@@ -138,11 +145,9 @@ class Connection(HttpToolsProtocol):
                 return
             last = not message.get("more_body", False)
             if start is None and not last and cycle.chunked_encoding:
-                # A chunk of a stream: what `send` would do, in half the time.
                 if self.flow.write_paused:
                     await self.flow.drain()
-                body = message["body"]
-                transport.write_record(b"%x\r\n%b\r\n" % (len(body), body), work.covered)
+                write(message["body"])
                 return
             transport.begin_record()
             try:

@@ -28,6 +28,9 @@ DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
 
+Write = Callable[[bytes], bool]
+"""Sends complete events at once; whether the client keeps up with them."""
+
 
 class ClientGone(Exception):
     """The client has closed the connection: there is nobody to answer."""
@@ -118,6 +121,12 @@ class Exchange:
             self.status = 200
             await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    @property
+    def writer(self) -> Write | None:
+        """Sends further events without waiting, once a stream of events has begun."""
+        write: Write | None = self.scope["state"].get("write")
+        return write if self.status and not self._sent else None
 
     async def end(self, data: bytes = DONE) -> None:
         """Ends a stream of events."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from msgspec import structs
 
 from actors.ingress.errors import ApiError
+from actors.ingress.exchange import Exchange, Write
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.pieces import Piece
 from actors.ingress.work import Work
 from actors.messages import SamplingParams, TextParams
 
 MAX_SEED = 2**63 - 1
+
+Render = Callable[[list[Entry]], bytes]
+"""Makes events of the choices that have news."""
 
 
 class Generation:
@@ -70,8 +74,10 @@ class Generation:
         self._n = n
         self._unfinished = len(self.entries)
         self._ready: dict[Entry, None] = {}  # an ordered set
-        self._failure: ApiError | None = None
+        self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._direct: tuple[Render, Write] | None = None
+        self._writes_soon = False
 
     def __enter__(self) -> Generation:
         if not self._work.old:
@@ -113,16 +119,55 @@ class Generation:
         if self._work.old:
             self._recall()
         if not self._ready and self._failure is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+            await self._wait()
         if self._failure is not None:
             raise self._failure
+        return self._take_ready()
+
+    async def stream(self, exchange: Exchange, render: Render) -> None:
+        """Sends the events that `render` makes of the choices that have news, until all choices have been sent whole.
+
+        While the client keeps up, news is written in the loop's round in which it arrives, by a callback: a switch to
+        the request's task and back would cost as much as everything else that an event takes.
+        """
+        while self._ready or self._failure is not None or not self.finished:
+            data = render(await self.progress())
+            if data:
+                await exchange.events(data)
+            write = exchange.writer
+            if write is not None and not (self._work.old or self._ready or self.finished):
+                self._direct = render, write
+                try:
+                    await self._wait()
+                finally:
+                    self._direct = None
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _take_ready(self) -> list[Entry]:
         ready, self._ready = list(self._ready), {}
         self._work.cover()
         return ready
+
+    def _write_directly(self) -> None:
+        """Wakes the request's task only when there is something for it to do."""
+        self._writes_soon = False
+        if self._direct is None or not self._ready:
+            return
+        render, write = self._direct
+        try:
+            data = render(self._take_ready())
+            keeps_up = not data or write(data)
+        except Exception as error:
+            self._failure = error
+            keeps_up = False
+        if not keeps_up or self.finished:
+            self._wake()
 
     def _recall(self) -> None:
         for index, piece in self._work.old.pop(0):
@@ -154,7 +199,11 @@ class Generation:
             self._unfinished -= 1
         if self._eager:
             self._ready[entry] = None
-            self._wake()
+            if self._direct is None:
+                self._wake()
+            elif not self._writes_soon:
+                self._writes_soon = True
+                asyncio.get_running_loop().call_soon(self._write_directly)
         elif not self._unfinished:
             self._ready = dict.fromkeys(self.entries)
             self._wake()

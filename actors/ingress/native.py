@@ -6,6 +6,7 @@ Answers hold the whole text so far, also in streams: each event replaces the one
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
@@ -204,14 +205,17 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
             documents = [answer.document() for answer in answers]
             await exchange.answer(_encode(documents[0] if single else documents))
             return
-        while not generation.finished:
+
+        def events(entries: Sequence[Entry]) -> bytes:
             pieces: list[bytes] = []
-            for entry in await generation.progress():
+            for entry in entries:
                 document = answers[entry.index].document()
                 if not single:
                     document["index"] = entry.index
                 pieces.append(b"data: %s\n\n" % _encode(document))
-            await exchange.events(b"".join(pieces))
+            return b"".join(pieces)
+
+        await generation.stream(exchange, events)
         await exchange.end()
 
 

@@ -443,9 +443,10 @@ class Scheduler(Actor):
     # -- text -------------------------------------------------------------------------------------------
 
     def _finish_reason(self, request: Request) -> FinishReason | None:
-        if request.output_len and request.tokens[-1] in request.stop_token_ids:
+        length = len(request.tokens)
+        if length > request.prompt_len and request.tokens[-1] in request.stop_token_ids:
             return "stop"
-        if request.output_len >= request.sampling.max_tokens or len(request.tokens) >= self.config.max_model_len:
+        if length >= request.max_len or length >= self.config.max_model_len:
             return "length"
         return None
 

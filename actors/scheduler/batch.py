@@ -6,8 +6,6 @@ from bisect import insort
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
 from actors.scheduler.config import Config
 from actors.scheduler.pages import PagePool
@@ -110,15 +108,11 @@ class Batch:
         request, position, end = row.request, row.request.computed, row.start + row.length
         if not row.live or end <= position:
             return
-        size = self._pool.page_size
-        fresh = np.frombuffer(request.tokens[position:end], dtype=np.int32)
-        start = position
+        size, pages, write = self._pool.page_size, row.lease.pages, self._pool.ledger.write
         while position < end:
-            index = position // size
-            stop = min(end, (index + 1) * size)
-            tokens = fresh[position - start : stop - start]
-            page, prefix = row.lease.pages[index], request.digests[index]
-            self._pool.ledger.write(page, position % size, tokens, prefix, index == 0)
+            index, offset = divmod(position, size)
+            stop = min(end, position - offset + size)
+            write(pages[index], offset, request.tokens[position:stop], request.digests[index], index == 0)
             position = stop
         request.computed = end
         request.scheduled = max(request.scheduled, end)

@@ -38,7 +38,7 @@ class Request:
     Attributes:
         owner: the ingress that sent it.
         order: rank of arrival, for first come first served.
-        tokens: prompt and output (i32).
+        tokens: prompt and output (i32). max_len: how many there may be.
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
@@ -62,6 +62,7 @@ class Request:
         self.deadline = time.monotonic() + message.timeout_s if message.timeout_s else None
         self.tokens = array("i", message.prompt + message.output)
         self.prompt_len = len(message.prompt) // 4
+        self.max_len = self.prompt_len + message.sampling.max_tokens
         self.page_size = page_size
         self.digests = [root_digest(message.extra_key)]
         self.extend_digests()
@@ -106,7 +107,8 @@ class Request:
 
     def exhausted(self, max_model_len: int) -> bool:
         """Whether the tokens asked for so far are all it may have."""
-        return self.planned - self.prompt_len >= self.sampling.max_tokens or self.planned >= max_model_len
+        planned = len(self.tokens) + self.pending
+        return planned >= self.max_len or planned >= max_model_len
 
     def append(self, token: int) -> None:
         """Takes an output token."""

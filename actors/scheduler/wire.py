@@ -21,13 +21,17 @@ def encode_step(number: int, rows: list[Row]) -> Step:
             history = request.tokens.tobytes() if request.sampling.needs_history else b""
             opens.append(OpenSlot(lease.slot, request.prompt_len, request.sampling, history))
             lease.opened, lease.pages_sent = True, 0
-        for index in range(lease.pages_sent, len(lease.pages)):
-            pages.extend((lease.slot, index, lease.pages[index]))
-        lease.pages_sent = len(lease.pages)
+        if lease.pages_sent < len(lease.pages):
+            for index in range(lease.pages_sent, len(lease.pages)):
+                pages.extend((lease.slot, index, lease.pages[index]))
+            lease.pages_sent = len(lease.pages)
         slots.append(lease.slot)
         starts.append(row.start)
         lengths.append(row.length)
         flags.append(row.flags)
+        if row.length == 1:
+            tokens.append(request.tokens[row.start] if row.start < len(request.tokens) else -1)
+            continue
         known = request.tokens[row.start : row.start + row.length]
         tokens.extend(known)
         tokens.extend(row.draft or [-1] * (row.length - len(known)))

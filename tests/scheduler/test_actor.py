@@ -200,7 +200,7 @@ def test_a_stop_token_ends_a_request_and_the_step_sent_ahead_is_ignored(stage: S
     stage.send("ingress0", generate(max_tokens=50))
     stage.answer(stage.expect("main.rank0", Step), token=2)
     stage.answer(stage.expect("main.rank0", Step, skip=1), token=7)
-    stage.until(lambda: not stage.scheduler.in_flight)
+    stage.until(lambda: not stage.scheduler.in_flight and stage.events())
     assert [(e.tokens, e.finish) for e in stage.events()] == [([2], "stop")]
     assert stage.scheduler.pool.available == NUM_PAGES
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -88,7 +89,9 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         identity, created = f"chatcmpl-{drawn.rid}", drawn.created
         if eager:
             frame = ChunkFrame("chat.completion.chunk", identity, created, model, request.stream_options)
-            await _stream(exchange, generation, frame, top)
+            started: set[int] = set()
+            await generation.stream(exchange, lambda entries: _events(entries, generation, frame, top, started))
+            await exchange.end(frame.last(generation) + DONE)
             return
         entries = await generation.progress()
         document = {
@@ -191,28 +194,25 @@ def _choice(entry: Entry, top: int) -> dict[str, Any]:
     }
 
 
-async def _stream(exchange: Exchange, generation: Generation, frame: ChunkFrame, top: int) -> None:
-    started: set[int] = set()
-    while not generation.finished:
-        pieces: list[bytes] = []
-        for entry in await generation.progress():
-            index = entry.index
-            text, _, logprobs = entry.take()
-            if index not in started:
-                started.add(index)
-                role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-                pieces.append(frame.chunk(index, role, generation))
-            if text or logprobs:
-                pieces.append(frame.chunk(index, _content(text, logprobs, top), generation))
-            if entry.finish is not None:
-                end = b'"delta":{},"logprobs":null,"finish_reason":"%s","matched_stop":%s' % (
-                    entry.finish.encode(),
-                    _encode(entry.stop_reason),
-                )
-                pieces.append(frame.chunk(index, end, generation))
-        if pieces:
-            await exchange.events(b"".join(pieces))
-    await exchange.end(frame.last(generation) + DONE)
+def _events(entries: Sequence[Entry], generation: Generation, frame: ChunkFrame, top: int, started: set[int]) -> bytes:
+    """Of the choices that have news; `started` are those that have had their first event."""
+    pieces: list[bytes] = []
+    for entry in entries:
+        index = entry.index
+        text, _, logprobs = entry.take()
+        if index not in started:
+            started.add(index)
+            role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+            pieces.append(frame.chunk(index, role, generation))
+        if text or logprobs:
+            pieces.append(frame.chunk(index, _content(text, logprobs, top), generation))
+        if entry.finish is not None:
+            end = b'"delta":{},"logprobs":null,"finish_reason":"%s","matched_stop":%s' % (
+                entry.finish.encode(),
+                _encode(entry.stop_reason),
+            )
+            pieces.append(frame.chunk(index, end, generation))
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _content(text: str, logprobs: list[TextLogprob], top: int) -> bytes:

@@ -86,7 +86,8 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
         choices = [_Choice(entry, echoes[entry.index // n], top) for entry in generation.entries]
         if eager:
             frame = ChunkFrame("text_completion", identity, created, model, request.stream_options)
-            await _stream(exchange, generation, frame, choices)
+            await generation.stream(exchange, lambda entries: _events(entries, generation, frame, choices))
+            await exchange.end(frame.last(generation) + DONE)
             return
         await generation.progress()
         document = {
@@ -142,19 +143,17 @@ def _document(choice: _Choice) -> dict[str, Any]:
     }
 
 
-async def _stream(exchange: Exchange, generation: Generation, frame: ChunkFrame, choices: Sequence[_Choice]) -> None:
-    while not generation.finished:
-        pieces: list[bytes] = []
-        for entry in await generation.progress():
-            text, logprobs = choices[entry.index].take()
-            if not text and entry.finish is None and not (logprobs and logprobs["tokens"]):
-                continue
-            content = b'"text":%s,"logprobs":%s,"finish_reason":' % (_encode(text), _encode(logprobs))
-            if entry.finish is None:
-                content += b"null"
-            else:
-                content += b'"%s","matched_stop":%s' % (entry.finish.encode(), _encode(entry.stop_reason))
-            pieces.append(frame.chunk(entry.index, content, generation))
-        if pieces:
-            await exchange.events(b"".join(pieces))
-    await exchange.end(frame.last(generation) + DONE)
+def _events(entries: Sequence[Entry], generation: Generation, frame: ChunkFrame, choices: Sequence[_Choice]) -> bytes:
+    pieces: list[bytes] = []
+    for entry in entries:
+        text, logprobs = choices[entry.index].take()
+        if not text and entry.finish is None and not (logprobs and logprobs["tokens"]):
+            continue
+        encoded = b"null" if logprobs is None else _encode(logprobs)
+        content = b'"text":%b,"logprobs":%b,"finish_reason":' % (_encode(text), encoded)
+        if entry.finish is None:
+            content += b"null"
+        else:
+            content += b'"%b","matched_stop":%b' % (entry.finish.encode(), _encode(entry.stop_reason))
+        pieces.append(frame.chunk(entry.index, content, generation))
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)

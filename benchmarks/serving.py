@@ -1,0 +1,205 @@
+"""This runtime beside vLLM and llama.cpp: one machine, one run, one client, rounds in turn.
+
+    python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--quick] [--set KEY=VALUE]
+
+Peers are left out where they are not found (also looked for in $VLLM, $VLLM_MODEL and $LLAMA_SERVER; `peers.py` makes
+the directory for vLLM). All serve SmolLM2-135M-Instruct: vLLM in bfloat16, llama.cpp the GGUF file as it is, this
+runtime as the topology says. In each round every server gets the same prompts, which no server has seen before, as
+token ids; peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the
+targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from peers import Server, embedded_gguf, llama_server, ours, vllm
+
+from runtime.bench.figures import percentile
+from runtime.bench.serving import Outcome, run_prompts
+
+FIRST_TOKEN, VOCABULARY = 100, 49_152
+INPUT, OUTPUT = 256, 128
+PREFIX, OWN, PREFIX_REQUESTS, PREFIX_OUTPUT = 1_000, 16, 32, 32
+START_LIMIT_S = 300.0
+Figures = dict[str, float]
+
+COLUMNS: dict[str, tuple[str, float]] = {
+    "ttft": ("c=1 TTFT ms", 1e3),
+    "tpot": ("c=1 TPOT ms", 1e3),
+    "throughput": ("c=16 tok/s", 1.0),
+    "itl": ("c=16 ITL p99 ms", 1e3),
+    "prefix": ("prefix s", 1.0),
+    "start": ("start s", 1.0),
+    "memory": ("PSS GB", 1e-9),
+    "failed": ("failed", 1.0),
+}
+"""Figure: heading and factor."""
+
+TARGETS: list[tuple[str, str, str, float, float | None]] = [
+    ("c=1 TPOT", "tpot", "llama.cpp", 0.65, 0.5),
+    ("c=1 TTFT", "ttft", "vLLM", 0.5, 0.4),
+    ("c=16 output tok/s", "throughput", "vLLM", 2.5, 3.5),
+    ("c=16 output tok/s", "throughput", "llama.cpp", 4.0, 6.0),
+    ("c=16 ITL p99", "itl", "vLLM", 0.7, 0.5),
+    ("shared prefix, total time", "prefix", "vLLM", 0.5, None),
+    ("start to first token, s", "start", "", 4.0, 2.0),
+    ("memory (PSS), GB", "memory", "", 1.2, 0.8),
+    ("failures at c=64", "failed64", "", 0.0, 0.0),
+]
+"""What, figure, beside whom (nobody: the figure itself), target, stretch. Throughput is to be above, the rest below."""
+
+
+class Prompts:
+    """Random token ids, the same for every server, new for every round."""
+
+    def __init__(self, seed: int) -> None:
+        self._draw = np.random.default_rng(seed)
+
+    def take(self, count: int, length: int = INPUT, prefix: Sequence[int] = ()) -> list[str | list[int]]:
+        """`count` prompts of `length` tokens after the prefix."""
+        drawn = self._draw.integers(FIRST_TOKEN, VOCABULARY, (count, length)).tolist()
+        return [[*prefix, *each] for each in drawn]
+
+
+def send(
+    server: Server, prompts: Sequence[str | list[int]], concurrency: int, output: int
+) -> tuple[list[Outcome], float]:
+    """Sends prompts; outcomes and seconds from first to last."""
+    return asyncio.run(run_prompts(server.url, None, None, prompts, concurrency, output))
+
+
+def measure(server: Server, seed: int, options: argparse.Namespace) -> Figures:
+    """One round of one server."""
+    prompts = Prompts(seed)
+    send(server, prompts.take(2), 2, 8)  # warms up
+    alone, _ = send(server, prompts.take(options.alone), 1, OUTPUT)
+    many, many_s = send(server, prompts.take(options.many), 16, OUTPUT)
+    (prefix,) = prompts.take(1, PREFIX)
+    sharing, prefix_s = send(server, prompts.take(PREFIX_REQUESTS, OWN, prefix), PREFIX_REQUESTS, PREFIX_OUTPUT)
+    good = [[each for each in outcomes if not each.error] for outcomes in (alone, many)]
+    return {
+        "ttft": percentile([each.ttft for each in good[0]], 50),
+        "tpot": percentile([each.tpot for each in good[0]], 50),
+        "throughput": sum(each.tokens for each in good[1]) / many_s,
+        "itl": percentile([gap for each in good[1] for gap in each.itl], 99),
+        "prefix": prefix_s,
+        "memory": server.pss_bytes(),
+        "failed": sum(bool(each.error) for each in (*alone, *many, *sharing)),
+    }
+
+
+def crowd(server: Server, options: argparse.Namespace) -> float:
+    """How many of 64 concurrent requests fail."""
+    outcomes, _ = send(server, Prompts(10_000).take(64 if options.quick else 128), 64, 32 if options.quick else OUTPUT)
+    for outcome in outcomes:
+        if outcome.error:
+            print(f"{server.name}: {outcome.error}")
+    return float(sum(bool(outcome.error) for outcome in outcomes))
+
+
+def show(figures: dict[str, Figures]) -> None:
+    """Prints the table, and the ratios beside the targets."""
+    print(f"\n{'':12}" + "".join(f"{heading:>17}" for heading, _ in COLUMNS.values()))
+    for name, own in figures.items():
+        cells = (own.get(key, float("nan")) * factor for key, (_, factor) in COLUMNS.items())
+        print(f"{name:12}" + "".join(f"{cell:17.2f}" for cell in cells))
+    print(f"\n{'':40}{'measured':>10}{'target':>10}{'stretch':>10}")
+    for what, key, peer, target, stretch in TARGETS:
+        if peer and peer not in figures:
+            continue
+        value = figures["runtime"].get(key, float("nan"))
+        value = value / figures[peer][key] if peer else value * COLUMNS.get(key, ("", 1.0))[1]
+        above = key == "throughput"
+        met = value >= target if above else value <= target
+        label = f"{what}, over {peer}" if peer else what
+        far = "" if stretch is None else f"{stretch:.2f}"
+        sign = "≥" if above else "≤"
+        print(f"{label:40}{value:10.2f}{sign + f' {target:.2f}':>10}{far:>10}  {'met' if met else 'MISSED'}")
+
+
+def servers_of(options: argparse.Namespace, logs: Path) -> list[Server]:
+    """Those that are there; a line for each that is not."""
+    servers = [ours(options.port, options.set, logs / "runtime.log")]
+    if options.vllm and shutil.which(options.vllm) and options.vllm_model and options.vllm_model.is_dir():
+        servers.append(vllm(options.vllm, options.vllm_model, options.port + 1, logs / "vllm.log"))
+    else:
+        print("vLLM is left out: give --vllm BIN and --vllm-model DIR")
+    if options.llama_server and shutil.which(options.llama_server):
+        servers.append(llama_server(options.llama_server, embedded_gguf(), options.port + 2, logs / "llama.log"))
+    else:
+        print("llama.cpp is left out: give --llama-server BIN")
+    return servers
+
+
+def run(servers: list[Server], options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Figures]:
+    """Starts all servers, one after the other, and measures them in turn; figures by name."""
+    rounds: dict[str, list[Figures]] = {server.name: [] for server in servers}
+    for server in reversed(servers):  # this runtime last: it cannot be stopped meanwhile
+        server.start(START_LIMIT_S)
+        say(f"{server.name}: first token after {server.start_s:.1f} s")
+        idle = server.cpu_seconds()
+        time.sleep(1.0)
+        say(f"{server.name}: takes {100 * (server.cpu_seconds() - idle):.0f} % of a core when idle")
+        server.pause()
+    for number in range(options.rounds):
+        turn = servers[number % len(servers) :] + servers[: number % len(servers)]
+        for server in turn:
+            server.resume()
+            began = time.monotonic()
+            rounds[server.name].append(measure(server, number, options))
+            say(f"round {number + 1}: {server.name}, {time.monotonic() - began:.0f} s")
+            server.pause()
+    figures = {
+        name: {key: median(each[key] for each in taken) for key in taken[0]}
+        | {"failed": sum(each["failed"] for each in taken)}
+        for name, taken in rounds.items()
+    }
+    for server in servers:
+        figures[server.name]["start"] = server.start_s
+    figures[servers[0].name]["failed64"] = crowd(servers[0], options)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", default=os.environ.get("VLLM"), metavar="BIN")
+    parser.add_argument("--vllm-model", type=Path, default=os.environ.get("VLLM_MODEL"), metavar="DIR")
+    parser.add_argument("--llama-server", default=os.environ.get("LLAMA_SERVER"), metavar="BIN")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
+    parser.add_argument("--port", type=int, default=8970, help="and the two above it")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="one short round: about two minutes once all have started")
+    options = parser.parse_args()
+    options.alone, options.many = (2, 16) if options.quick else (4, 48)
+    if options.quick:
+        options.rounds = 1
+    logs = Path(tempfile.mkdtemp(prefix="serving-"))
+    servers = servers_of(options, logs)
+    began = time.monotonic()
+    try:
+        figures = run(servers, options, lambda text: print(f"{time.monotonic() - began:6.0f} s  {text}", flush=True))
+    except RuntimeError as error:
+        sys.exit(f"{error}")
+    finally:
+        for server in servers:
+            server.stop()
+    shutil.rmtree(logs)
+    show(figures)
+
+
+if __name__ == "__main__":
+    main()
