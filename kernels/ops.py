@@ -163,15 +163,18 @@ def pack_weight(weight: Tensor, out: Tensor | None = None, kind: WeightKind | No
 def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor | None = None) -> PackedWeight:
     """Packs a weight that is quantized already, as it is: w = scale * q + minimum.
 
-    quants: uint8 [N, K], each 0 .. 15; scales, minimums: float16 [N, K / 32]; out: as for `pack_weight`. Blocks of
-    GGUF's Q4_1 are that (d and m), those of Q4_0 with -8 d as the minimum, both exact in float16 but for a d that
-    overflows. Raises ValueError if the tensors do not fit each other.
+    quants: uint8, [N, K], each 0 .. 15, or two a byte as in GGUF's blocks, [N, K / 32, 16], where byte i holds the
+    inputs i (its low half) and 16 + i of a group; scales, minimums: float16 [N, K / 32]; out: as for `pack_weight`.
+    Blocks of GGUF's Q4_1 are that (d and m), those of Q4_0 with -8 d as the minimum, both exact in float16 but for a
+    d that overflows. Raises ValueError if the tensors do not fit each other.
     """
-    outputs, inputs = quants.shape
+    if quants.dtype != torch.uint8 or quants.dim() not in (2, 3) or (quants.dim() == 3 and quants.shape[2] != 16):
+        raise ValueError(
+            f"pack_int4: quants must be uint8 [N, K] or [N, K / 32, 16], not {quants.dtype} {list(quants.shape)}"
+        )
+    outputs, inputs = quants.shape[0], quants.shape[1] * (1 if quants.dim() == 2 else packing.GROUP)
     packed = _packed(quants, "int4", outputs, inputs, out)
     groups = (outputs, inputs // packing.GROUP)
-    if quants.dtype != torch.uint8:
-        raise ValueError(f"pack_int4: quants must be uint8, not {quants.dtype}")
     for name, values in (("scales", scales), ("minimums", minimums)):
         if values.shape != groups or values.dtype != torch.float16:
             raise ValueError(

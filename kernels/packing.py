@@ -99,7 +99,8 @@ def pack(weight: Tensor, kind: WeightKind, out: Tensor, quantize: Quantize) -> N
         panels = _panels_of(out, kind, start, part.shape)
         match kind:
             case "int4":
-                _fill_int4(panels, *quantize(part.float().contiguous()))
+                quants, scales, minimums = quantize(part.float().contiguous())
+                _fill_int4(panels, _in_halves(quants), scales, minimums)
             case "int8":
                 _fill_int8(panels, *quantize_int8(part.float()))
             case _:
@@ -107,10 +108,9 @@ def pack(weight: Tensor, kind: WeightKind, out: Tensor, quantize: Quantize) -> N
 
 
 def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor) -> None:
-    for start in range(0, quants.shape[0], _SLICE_ROWS):
-        rows = slice(start, start + _SLICE_ROWS)
-        panels = _panels_of(out, "int4", start, quants[rows].shape)
-        _fill_int4(panels, quants[rows], scales[rows], minimums[rows])
+    """Packs quants [N, K], or [N, K / 32, 16] with two a byte, that have scales and minimums [N, K / 32]."""
+    halves = quants if quants.dim() == 3 else _in_halves(quants)
+    _fill_int4(out.view(-1, scales.shape[1], INT4_BLOCK_BYTES), halves, scales, minimums)
 
 
 def unpack(panels: Tensor, kind: WeightKind, out_features: int, in_features: int) -> Tensor:
@@ -192,9 +192,11 @@ def _nearest(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """float32 [N, K] to int8 [N, K] and float32 scales [N], w = scale * q."""
-    scale = weight.abs().amax(-1) / 127 if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    if not weight.shape[1]:
+        return weight.to(torch.int8), weight.new_zeros(weight.shape[0])
+    scale = torch.maximum(weight.amax(-1), weight.amin(-1).neg()) / 127
     inverse = torch.where(scale > 0, 1 / scale, 0)
-    return (weight * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale
+    return (weight * inverse[:, None]).round_().to(torch.int8), scale
 
 
 def _panels_of(out: Tensor, kind: WeightKind, first_row: int, shape: torch.Size) -> Tensor:
@@ -222,16 +224,23 @@ def _padded(rows: Tensor, panels: int) -> Tensor:
     return rows.unflatten(0, (panels, PANEL))
 
 
-def _fill_int4(panels: Tensor, quants: Tensor, scales: Tensor, minimums: Tensor) -> None:
+def _in_halves(quants: Tensor) -> Tensor:
+    """Quants [N, K] two a byte: [N, K / 32, 16]."""
+    first, second = quants.unflatten(-1, (-1, 2, GROUP // 2)).unbind(-2)
+    return first | (second << 4)
+
+
+def _fill_int4(panels: Tensor, halves: Tensor, scales: Tensor, minimums: Tensor) -> None:
+    """Fills panels with quants, two a byte, [N, groups, 16]. They are moved four bytes at a time."""
     count, groups, _ = panels.shape
-    halves = quants.unflatten(-1, (groups, 2, GROUP // 2))
-    both = _padded(halves[:, :, 0] | (halves[:, :, 1] << 4), count).view(count, 4, 16, groups, 4, 4)
+    if any(stride % 4 for stride in halves.stride()[:2]) or halves.storage_offset() % 4:
+        halves = halves.clone(memory_format=torch.contiguous_format)
+    words = _padded(halves.view(torch.int32), count).view(count, 4, 16, groups, 4)
     size = PANEL * GROUP // 2
-    panels[..., :size].unflatten(-1, (4, 4, 16, 4)).copy_(both.permute(0, 3, 1, 4, 2, 5))
-    for i, values in enumerate((scales, minimums)):
-        start = size + i * 2 * PANEL
-        lines = _padded(values, count).transpose(1, 2).contiguous()
-        panels[..., start : start + 2 * PANEL].copy_(lines.view(torch.uint8))
+    panels.view(torch.int32)[..., : size // 4].unflatten(-1, (4, 4, 16)).copy_(words.permute(0, 3, 1, 4, 2))
+    values = panels.view(torch.float16)[..., size // 2 :].unflatten(-1, (2, PANEL))
+    for i, each in enumerate((scales, minimums)):
+        values[:, :, i].copy_(_padded(each, count).transpose(1, 2))
 
 
 def _unpack_int4(blocks: Tensor) -> Tensor:
@@ -247,11 +256,11 @@ def _unpack_int4(blocks: Tensor) -> Tensor:
 def _fill_int8(panels: Tensor, quants: Tensor, scales: Tensor) -> None:
     count, size = panels.shape
     inputs = (size - 4 * PANEL) // PANEL
-    offset = F.pad((quants.short() + 128).to(torch.uint8), (0, inputs - quants.shape[1]), value=128)
-    missing = count * PANEL - len(offset)
-    rows = F.pad(offset, (0, 0, 0, missing), value=128).view(count, PANEL, inputs // 4, 4)
-    panels[:, : -4 * PANEL].unflatten(-1, (inputs // 4, PANEL, 4)).copy_(rows.transpose(1, 2))
-    panels[:, -4 * PANEL :].copy_(_padded(scales, count).contiguous().view(torch.uint8))
+    missing = count * PANEL - len(quants)
+    offset = F.pad(quants.view(torch.uint8) ^ 128, (0, inputs - quants.shape[1], 0, missing), value=128)
+    words = offset.view(torch.int32).view(count, PANEL, inputs // 4)
+    panels.view(torch.int32)[:, :-PANEL].unflatten(-1, (inputs // 4, PANEL)).copy_(words.transpose(1, 2))
+    panels.view(torch.float32)[:, -PANEL:].copy_(_padded(scales, count))
 
 
 def _unpack_int8(panels: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ def test_blocks_of_a_file_are_kept(outputs: int, inputs: int) -> None:
     packed = kernels.pack_int4(quants, scales, minimums)
     exact = quants.unflatten(-1, (-1, 32)).float() * scales[..., None].float() + minimums[..., None].float()
     assert torch.equal(reference.dequantize(packed), exact.flatten(1))
+    first, second = quants.unflatten(-1, (-1, 2, 16)).unbind(-2)
+    blocks = torch.zeros(outputs, inputs // 32, 18, dtype=torch.uint8)  # as in a file, not at multiples of 4 bytes
+    blocks[..., 2:] = first | (second << 4)
+    assert torch.equal(kernels.pack_int4(blocks[..., 2:], scales, minimums).panels, packed.panels)
     # The bytes of a group are those of the file's block: inputs i and i + 16 in byte i.
     block = packed.panels[: packing.INT4_BLOCK_BYTES // 5 * 4].view(4, 4, 16, 4)
     assert torch.equal(block[0, :, 0].flatten(), quants[0, :16] | quants[0, 16:32] << 4)
@@ -74,3 +78,5 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.pack_int4(quants, scales[:, :1], scales)
     with pytest.raises(ValueError, match="uint8"):
         kernels.pack_int4(quants.int(), scales, scales)
+    with pytest.raises(ValueError, match="uint8"):
+        kernels.pack_int4(quants.view(64, 2, 32), scales, scales)
