@@ -18,6 +18,7 @@ import kernels
 from kernels import reference
 
 QUERY_HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCABULARY = 9, 3, 64, 576, 1536, 49152
+SHAPES = ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN))  # qkv, o, gate_up, down
 PAGE = 16
 
 
@@ -113,8 +114,7 @@ def quantized(rows: int, inputs: int, outputs: int, kind: kernels.WeightKind) ->
 
 def whole_model(rows: int, kind: kernels.WeightKind) -> Case:
     """The linear layers of a decode step, without what is between them."""
-    shapes = [(HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)]
-    block = [kernels.pack_weight(torch.randn(outputs, inputs), kind=kind) for inputs, outputs in shapes]
+    block = [kernels.pack_weight(torch.randn(outputs, inputs), kind=kind) for inputs, outputs in SHAPES]
     head = kernels.pack_weight(torch.randn(VOCABULARY, HIDDEN), kind=kind)
     return model(f"all layers, {rows} rows, {kind}", rows, [*block * 30, head], per_layer=False)
 
@@ -201,26 +201,37 @@ def logprobs(rows: int) -> Case:
     )
 
 
-def cases() -> Iterator[Case]:
+def attention_cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for rows, context, new in ((1, 384, 1), (16, 384, 1), (1, 4096, 1), (1, 256, 256), (1, 4096, 256)):
             yield attention(rows, context, new, dtype)
+
+
+def linear_cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 16, 256):
-            for inputs, outputs in ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)):
+            for inputs, outputs in SHAPES:
                 yield from linear(rows, inputs, outputs, dtype)
         yield from linear(1, HIDDEN, VOCABULARY, dtype)
+
+
+def quantized_cases() -> Iterator[Case]:
     kinds: tuple[kernels.WeightKind, ...] = ("int8", "int4")
     for kind in kinds:
         for rows in (1, 4, 16, 64, 256):
-            for inputs, outputs in ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN)):
+            for inputs, outputs in (*SHAPES, (HIDDEN, VOCABULARY)):
                 yield quantized(rows, inputs, outputs, kind)
-            yield quantized(rows, HIDDEN, VOCABULARY, kind)
             yield whole_model(rows, kind)
+
+
+def elementwise_cases() -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 16, 256):
             yield rms_norm(rows, dtype)
             yield silu_and_mul(rows, dtype)
+
+
+def sampling_cases() -> Iterator[Case]:
     for rows in (1, 16):
         yield sample(rows, "greedy", temperature=[0.0] * rows)
         yield sample(rows, "temperature 1", temperature=[1.0] * rows)
@@ -229,15 +240,24 @@ def cases() -> Iterator[Case]:
         yield logprobs(rows)
 
 
+CASES = {
+    "attention": attention_cases,
+    "linear": linear_cases,
+    "quantized": quantized_cases,
+    "elementwise": elementwise_cases,
+    "sampling": sampling_cases,
+}
+
+
 def main() -> None:
-    wanted = sys.argv[1:]
+    wanted = sys.argv[1:] or list(CASES)
+    if unknown := set(wanted) - CASES.keys():
+        sys.exit(f"there are no cases named {', '.join(unknown)}: use some of {', '.join(CASES)}")
     print(f"backend {kernels.backend()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'operation':14} {'shape':42} {'ours, us':>10} {'torch, us':>10} {'ratio':>6}  rate")
     torch.manual_seed(0)
     with torch.inference_mode():
-        for case in cases():
-            if wanted and not any(case.name.startswith(name) for name in wanted):
-                continue
+        for case in itertools.chain.from_iterable(CASES[name]() for name in wanted):
             ours, plain = microseconds(case.ours), microseconds(case.torch)
             rate = ""
             if case.bytes:

@@ -7,6 +7,7 @@ unless said otherwise.
 """
 
 import ctypes
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +127,7 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype = t
     """Rows of weight [V, H] for int64 ids [T]: [T, H], of a plain weight's own type.
 
     Rows of a packed weight, say of an output layer that shares the embedding, are put together again in `dtype`.
+    Raises IndexError if an id is not below V (on the CPU).
     """
     native = _library_for(ids, dtype=torch.int64)
     if isinstance(weight, Tensor):
@@ -152,7 +154,9 @@ def pack_weight(weight: Tensor, out: Tensor | None = None, kind: WeightKind | No
             raise ValueError(f"pack_weight: say which kind a weight of {weight.dtype} shall be")
         kind = "float32" if weight.dtype == torch.float32 else "bfloat16"
     packed = _packed(weight, kind, outputs, inputs, out)
-    packing.pack(weight, kind, packed.panels)
+    native = library() if kind == "int4" and weight.is_cpu else None
+    quantize = packing.quantize_int4 if native is None else partial(cpu.quantize_int4, native)
+    packing.pack(weight, kind, packed.panels, quantize)
     return packed
 
 
@@ -192,6 +196,10 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None,
 
     A plain weight has x's type; a packed one may be of any kind. The bias has x's type. With `deterministic` a row's
     result depends on that row alone, to the bit, whatever T is.
+
+    Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
+    (processors with matrix instructions), for int8 to bytes with one scale a row, for int4 to bytes with a scale for 32
+    features each, or to bfloat16 for many rows without `deterministic`.
     """
     if isinstance(weight, Tensor) and not deterministic:
         return F.linear(x, weight, bias)

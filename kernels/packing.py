@@ -17,6 +17,7 @@ Q4_1 block of GGUF.
 Output features after the last, in the last panel, are zero.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -24,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
+
+Quantize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 PANEL = 64  # output features of a panel
 GROUP = 32  # input features that share a scale and a minimum in int4
@@ -86,14 +89,17 @@ def check_packed(panels: Tensor, kind: WeightKind, out_features: int, in_feature
         )
 
 
-def pack(weight: Tensor, kind: WeightKind, out: Tensor) -> None:
-    """Packs a float weight [out_features, in_features], rounding or quantizing it if need be."""
+def pack(weight: Tensor, kind: WeightKind, out: Tensor, quantize: Quantize) -> None:
+    """Packs a float weight [out_features, in_features], rounding or quantizing it if need be.
+
+    quantize: what does it for int4, `quantize_int4` or as good.
+    """
     for start in range(0, weight.shape[0], _SLICE_ROWS):
         part = weight[start : start + _SLICE_ROWS]
         panels = _panels_of(out, kind, start, part.shape)
         match kind:
             case "int4":
-                quants, scales, minimums = quantize_int4(part.float())
+                quants, scales, minimums = quantize(part.float().contiguous())
                 _fill_int4(panels, _in_halves(quants), scales, minimums)
             case "int8":
                 _fill_int8(panels, *quantize_int8(part.float()))
@@ -152,7 +158,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rounded values by least squares, and the best of all is taken (as llama.cpp's `make_qkx2_quants` does).
     """
     groups = weight.unflatten(-1, (-1, GROUP))
-    low = groups.amin(-1, keepdim=True).clamp(max=0)
+    low = groups.amin(-1, keepdim=True)
     high = groups.amax(-1, keepdim=True)
     best_error = torch.full_like(low, float("inf"))
     best_scale, best_minimum = torch.zeros_like(low), torch.zeros_like(low)

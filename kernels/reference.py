@@ -1,7 +1,7 @@
 """Every operation in plain torch: the meaning of the kernels, the fallback without a compiler, and the CUDA path.
 
 The functions here take and return exactly what those in `kernels.ops` do and are documented there; none of them asks
-a device for a value, so that a CUDA step can be queued without waiting.
+a device other than the CPU for a value, so that a CUDA step can be queued without waiting.
 """
 
 import torch
@@ -131,6 +131,8 @@ def _attention_one_order(q: Tensor, cache: Tensor, meta: AttentionMeta, scale: f
 def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return F.embedding(ids, weight)
+    if ids.is_cpu and ((ids < 0) | (ids >= weight.out_features)).any():
+        raise IndexError(f"a token is not among the {weight.out_features} of the embedding")
     return unpack_rows(weight.panels, weight.kind, weight.in_features, ids).to(dtype)
 
 

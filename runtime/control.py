@@ -42,11 +42,15 @@ class Kill(Struct, tag=True, frozen=True):
     signal: Annotated[int, Meta(ge=1, le=64)]
 
 
+class Renew(Struct, tag=True, frozen=True):
+    """Let processes that start from now on run the program as it is on the disk. Answered by `Done`."""
+
+
 class Down(Struct, tag=True, frozen=True):
     """Stop the node. Answered by `Done` before it stops."""
 
 
-Question = Status | Restart | Kill | Down
+Question = Status | Restart | Renew | Kill | Down
 
 
 class NodeReport(Struct, tag=True, frozen=True):
@@ -143,7 +147,7 @@ def ask(run_dir: Path, question: Question, timeout_s: float = 5.0) -> Answer:
         context.term()
 
 
-def command(run_dir: Path, question: Restart | Kill | Down, timeout_s: float = 60.0) -> None:
+def command(run_dir: Path, question: Restart | Renew | Kill | Down, timeout_s: float = 60.0) -> None:
     """Has a node carry out a command. Raises UserError with the reason if it cannot."""
     answer = ask(run_dir, question, timeout_s)
     if isinstance(answer, Done) and answer.error:

@@ -19,7 +19,7 @@ from setproctitle import setproctitle
 
 from actors.checkpoint import CheckpointError
 from actors.vocabulary import load_vocabulary
-from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Reply, Restart
+from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
 from runtime.plan import NodePlan
 from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
@@ -129,6 +129,8 @@ class _Root:
                 # A stop would let an ingress finish or break off its answers. Its end without one hands the open
                 # connections over to its next incarnation.
                 self.supervisor.restart_child(actor, graceful=self.roles.get(actor) != "ingress", done=done)
+            case Renew():
+                self.supervisor.renew_zygote(done)
             case Kill(actor=actor, signal=number):
                 self.supervisor.signal_child(actor, number, done=done)
             case Down():

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.control import NodeReport, Restart, Status, ask, command
+from runtime.control import NodeReport, Renew, Restart, Status, ask, command
 from runtime.errors import UserError
 from supervisors.status import NodeStatus
 
@@ -16,7 +16,7 @@ _LOOK_S = 0.02
 
 def restart_all(run_dir: Path, note: Callable[[str], None] = lambda _: None) -> int:
     """Restarts each child of the root in starting order and waits until the whole node runs before the next; how many
-    processes were replaced.
+    processes were replaced. They run the program as it is on the disk when this begins: an upgrade, but for the root.
 
     A supervisor is replaced with all below it, right to left and then left to right again: an engine's scheduler and
     ranks stop and start together, since ranks share collectives and the new supervisor must be the parent of both.
@@ -27,6 +27,7 @@ def restart_all(run_dir: Path, note: Callable[[str], None] = lambda _: None) -> 
     Raises UserError when a process does not come back.
     """
     replaced = 0
+    command(run_dir, Renew(), timeout_s=PATIENCE_S)
     for child in _running(run_dir).children:
         began = time.monotonic()
         command(run_dir, Restart(child.name), timeout_s=PATIENCE_S)

@@ -21,7 +21,7 @@ from supervisors.process import Process
 from supervisors.restarts import Delay
 from supervisors.spec import Backoff, ChildSpec
 from supervisors.wire import Channel, socket_pair
-from supervisors.zygote import Zygote
+from supervisors.zygote import HERE, Zygote
 
 ZYGOTE_BACKOFF = Backoff(base_ms=20.0, cap_ms=1000.0)
 """Between replacements of a zygote that is lost again soon after its start."""
@@ -37,6 +37,10 @@ class _Launch:
     fds: Sequence[int]
     parked: Iterable[tuple[Parked, list[int]]]
     sent_at: float = 0.0
+
+
+def _nobody(error: str) -> None:
+    """Is told of nothing."""
 
 
 class Nursery:
@@ -66,6 +70,8 @@ class Nursery:
         self._retry_at: float | None = None
         self._delay = Delay(ZYGOTE_BACKOFF)
         self._strangers_due = False
+        self._successor: Zygote | None = None
+        self._renewed: Callable[[str], None] = _nobody
         self._watch_zygote()
 
     def launch(
@@ -90,16 +96,35 @@ class Nursery:
         process.channel.send(encode(message), fds)
         self._loop.want_write(process.channel.fileno(), process.channel.backlog > 0)
 
+    def renew_zygote(self, done: Callable[[str], None]) -> None:
+        """Puts a zygote in the place of this one that has imported the program as it is on the disk now. Meanwhile the
+        old one goes on. `done` is told when it is there, or why it is not."""
+        if self._successor is not None:
+            return done("the zygote is being renewed already; try again when that is done")
+        try:
+            self._successor = self._zygote.successor()
+        except OSError as error:
+            return done(f"cannot start a zygote: {error.strerror}")
+        self._renewed = done
+        assert self._successor.channel is not None
+        self._loop.watch(self._successor.channel.fileno(), self._successor_answered)
+
     def deadline(self) -> float | None:
         """When `check` has something to do, in monotonic seconds."""
         if self._retry_at is not None:
             return self._retry_at
-        return min((launch.sent_at + self._zygote.patience_s for launch in self._launches.values()), default=None)
+        times = [launch.sent_at + self._zygote.patience_s for launch in self._launches.values()]
+        if self._successor is not None:
+            times.append(self._successor.started_at + self._successor.patience_s)
+        return min(times, default=None)
 
     def check(self, now: float) -> None:
         """Replaces a zygote that is lost or does not answer; waits for ended orphans."""
         if self._strangers_due and not self._launches:  # else a stranger may be a child whose pid is not known yet
-            self._strangers_due = not reap_strangers(lambda pid: pid == self._zygote.pid or pid in self._living)
+            zygotes = [self._zygote.pid, self._successor.pid if self._successor is not None else 0]
+            self._strangers_due = not reap_strangers(lambda pid: pid in zygotes or pid in self._living)
+        if self._successor is not None and now >= self._successor.started_at + self._successor.patience_s:
+            self._succession_failed("it took too long to import the program")
         if self._retry_at is not None:
             if now >= self._retry_at:
                 self._retry_at = None
@@ -118,6 +143,8 @@ class Nursery:
             launch.child_end.close()
             launch.process.channel.close()
         self._launches.clear()
+        if self._successor is not None:
+            self._succession_failed("the supervisor has stopped")
         if self._zygote.channel is not None:
             self._unwatch_zygote()
             self._zygote.close()
@@ -152,6 +179,8 @@ class Nursery:
         assert self._zygote.channel is not None
         for payload, _ in self._zygote.channel.receive():
             reply = messages.decode_fork_reply(payload)
+            if reply.number == HERE:
+                continue
             launch = self._launches.pop(reply.number)
             launch.child_end.close()
             if reply.error:
@@ -182,6 +211,10 @@ class Nursery:
             _log.error("cannot start a zygote: %s; trying again", error)
             self._retry_at = time.monotonic() + ZYGOTE_BACKOFF.cap_ms / 1000
             return
+        self._resume()
+
+    def _resume(self) -> None:
+        """A new zygote is asked for what the old one has not answered."""
         self._watch_zygote()
         for number, launch in list(self._launches.items()):
             # A child that the old zygote may have forked for it must find its link closed, so it gets a new one.
@@ -190,6 +223,32 @@ class Nursery:
             ours, launch.child_end = socket_pair()
             launch.process.channel = Channel(ours)
             self._request(number)
+
+    def _successor_answered(self) -> None:
+        assert self._successor is not None
+        assert self._successor.channel is not None
+        successor, channel = self._successor, self._successor.channel
+        if not channel.receive():
+            if channel.closed:
+                self._succession_failed("it ended while it imported the program; see the log of the supervisor")
+            return
+        self._loop.unwatch(channel.fileno())
+        self._successor = None
+        self._retry_at = None
+        if self._zygote.channel is not None:
+            self._zygote_answered()  # what it had still said
+            self._unwatch_zygote()
+        self._zygote.take_over(successor)
+        self._resume()
+        self._renewed("")
+
+    def _succession_failed(self, why: str) -> None:
+        assert self._successor is not None
+        assert self._successor.channel is not None
+        self._loop.unwatch(self._successor.channel.fileno())
+        self._successor.close()
+        self._successor = None
+        self._renewed(f"a new zygote could not be started: {why}")
 
     # Children
 

@@ -178,6 +178,10 @@ class Supervisor:
         """Sends a signal to the process of a child."""
         self._command("signal", id, done, signum=signum)
 
+    def renew_zygote(self, done: Done | None = None) -> None:
+        """Has children that start from now on, and all below them, run the program as it is on the disk now."""
+        self._nursery.renew_zygote(done or _warn)
+
     def shutdown(self) -> None:
         """Stops all children, right to left; then `run` returns."""
         self._family.end(RunResult(ok=True, text="stopped as asked"))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 PACKET_BYTES = 64 * 1024
 MAX_PAYLOAD_BYTES = 64 * 1024 * 1024
 MAX_FDS = 250
-_MORE, _LAST = b"\x01", b"\x00"
+MORE, LAST = b"\x01", b"\x00"
 _RETRY = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)  # the last: too many descriptors in flight
 
 
@@ -51,7 +51,7 @@ class Channel:
         starts = range(0, max(len(payload), 1), PACKET_BYTES)
         for start in starts:
             last = start == starts[-1]
-            packet = (_LAST if last else _MORE) + payload[start : start + PACKET_BYTES]
+            packet = (LAST if last else MORE) + payload[start : start + PACKET_BYTES]
             handed = tuple(fds) if last else ()
             if self._out or not self._send_packet(packet, handed):
                 self._out.append((packet, tuple(os.dup(fd) for fd in handed)))
@@ -97,7 +97,7 @@ class Channel:
             if len(self._in) > MAX_PAYLOAD_BYTES:
                 self.closed = True
                 break
-            if packet[:1] == _LAST:
+            if packet[:1] == LAST:
                 messages.append((bytes(self._in), self._in_fds))
                 self._in, self._in_fds = bytearray(), []
         return messages

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import signal
 import socket
@@ -24,10 +25,11 @@ from setproctitle import setproctitle
 from supervisors import linux, messages
 from supervisors.bootstrap import enter
 from supervisors.messages import ForkReply, ForkRequest, encode
-from supervisors.wire import PACKET_BYTES, Channel, socket_pair
+from supervisors.wire import LAST, PACKET_BYTES, Channel, socket_pair
 
 FORK_TIMEOUT_S = 3.0
 IMPORT_TIMEOUT_S = 120.0
+HERE = 0
 
 
 class Zygote:
@@ -49,15 +51,16 @@ class Zygote:
         self.patience_s = FORK_TIMEOUT_S
         """One that takes longer to fork is stuck or stopped."""
 
-    def start(self) -> None:
-        """Starts a zygote; from a fork or, in a process with more threads than at first, a fresh interpreter."""
+    def start(self, fresh: bool = False) -> None:
+        """Starts a zygote; from a fork or, in a process with more threads than at first or if `fresh`, a fresh
+        interpreter. Once it can fork, it says so by a `ForkReply` with the number HERE."""
         threads = linux.thread_count()
         if self._threads is None:
             if threading.active_count() > 1:
                 raise RuntimeError("start the zygote before any thread: a process with threads cannot be forked safely")
             self._threads = threads
         ours, theirs = socket_pair()
-        if threads <= self._threads and threading.active_count() == 1:
+        if not fresh and threads <= self._threads and threading.active_count() == 1:
             sys.stdout.flush()
             sys.stderr.flush()
             supervisor = os.getpid()
@@ -72,9 +75,24 @@ class Zygote:
         self.channel = Channel(ours)
         self.started_at = time.monotonic()
 
+    def successor(self) -> Zygote:
+        """Starts another one in a fresh interpreter, which imports the modules as they are on the disk now; for
+        `take_over`. Raises OSError."""
+        other = Zygote("", self._modules)
+        other._title, other._threads = self._title, self._threads
+        other.start(fresh=True)
+        return other
+
+    def take_over(self, successor: Zygote) -> None:
+        """Ends this zygote; the successor, which must be there, is in its place."""
+        self.close()
+        self.pid, self.pidfd, self.channel = successor.pid, successor.pidfd, successor.channel
+        self.started_at, self.patience_s = time.monotonic(), FORK_TIMEOUT_S
+
     def _spawn(self, theirs: socket.socket) -> int:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        arguments = [str(theirs.fileno()), str(os.getpid()), self._title, *self._modules]
+        level = str(logging.root.level)
+        arguments = [str(theirs.fileno()), str(os.getpid()), level, self._title, *self._modules]
         process = subprocess.Popen(
             [sys.executable, "-m", "supervisors.zygote", *arguments],
             pass_fds=[theirs.fileno()],
@@ -114,6 +132,7 @@ def _become_zygote(control: socket.socket, supervisor: int, title: str) -> NoRet
 
 def _serve(control: socket.socket, supervisor: int) -> NoReturn:
     control.setblocking(True)
+    control.send(LAST + encode(ForkReply(number=HERE, pid=os.getpid(), error="")))
     while True:
         packet, fds, _, _ = socket.recv_fds(control, PACKET_BYTES + 1, 1)
         if not packet:
@@ -161,7 +180,8 @@ def _fork_twice(request: ForkRequest, link_fd: int, supervisor: int) -> int:
 
 
 def _main(arguments: Sequence[str]) -> NoReturn:
-    fd, supervisor, title, *modules = arguments
+    fd, supervisor, level, title, *modules = arguments
+    logging.root.setLevel(int(level))
     for module in modules:
         try:
             importlib.import_module(module)

@@ -81,7 +81,8 @@ INLINE W16 add_products(W16 sums, W16 a, W16 b) {
 INLINE W16 operator+(W16 a, W16 b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 INLINE V16 to_floats(W16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 INLINE V16 load_halves(const void* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p + 1))};
+    const __m128i* halves = (const __m128i*)p;
+    return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
 INLINE void store_bytes(int8_t* p, V16 a) {
     __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);

@@ -17,7 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "quantized.cpp", "sampling.cpp", "threads.cpp")
+SOURCES = (
+    "attention.cpp",
+    "elementwise.cpp",
+    "linear.cpp",
+    "quantize.cpp",
+    "quantized.cpp",
+    "sampling.cpp",
+    "threads.cpp",
+)
 HEADERS = ("amx.h", "bytes.h", "product.h", "simd.h", "threads.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")

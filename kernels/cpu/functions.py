@@ -9,6 +9,7 @@ import struct
 import torch
 from torch import Tensor
 
+from kernels.packing import GROUP
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
 _NO_MEMORY, _BAD_INDEX = -1, -2
@@ -22,6 +23,7 @@ _ATTENTION = struct.Struct("@11P 18q f")
 _LINEAR = struct.Struct("@4P 8q")
 _LINEAR_QUANTIZED = struct.Struct("@4P 8q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
+_QUANTIZE = struct.Struct("@4P 2q")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
 _SAMPLE = struct.Struct("@P 3q 7P q")
@@ -218,6 +220,25 @@ def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias
     )
     _check(result)
     return out
+
+
+def quantize_int4(library: ctypes.CDLL, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`kernels.packing.quantize_int4`."""
+    groups = (*weight.shape[:-1], weight.shape[-1] // GROUP)
+    quants = torch.empty(weight.shape, dtype=torch.uint8, device="cpu")
+    scales = torch.empty(groups, dtype=torch.float16, device="cpu")
+    minimums = torch.empty_like(scales)
+    library.quantize_int4(
+        _QUANTIZE.pack(
+            weight.data_ptr(),
+            quants.data_ptr(),
+            scales.data_ptr(),
+            minimums.data_ptr(),
+            scales.numel(),
+            torch.get_num_threads(),
+        )
+    )
+    return quants, scales, minimums
 
 
 def counter_uniform(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> Tensor:

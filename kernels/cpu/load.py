@@ -13,6 +13,7 @@ FUNCTIONS = (
     "attention",
     "linear",
     "linear_quantized",
+    "quantize_int4",
     "embedding",
     "embedding_quantized",
     "rms_norm",

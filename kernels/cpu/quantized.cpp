@@ -22,6 +22,7 @@ constexpr int BLOCK_QUANTS = PANEL * GROUP / 2, BLOCK = BLOCK_QUANTS + 2 * 2 * P
 constexpr int BYTE_MULTIPLE = 64;  // input features of int8 panels
 constexpr int WHOLE_ROWS = 2;  // up to which a whole panel is one piece of work
 constexpr int AHEAD = 4 * BLOCK;  // how far ahead of its use a weight is fetched
+constexpr int PIECES = 8;         // of the work of a thread, so that none waits long for another
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
 #ifdef __AVX512F__
 constexpr int MOST_ROWS = 6;
@@ -38,7 +39,7 @@ struct Call {
     int64_t rows, inputs, outputs, threads;
     int64_t narrow;    // x, bias and out are bfloat16, else float32
     int64_t bits;      // of a weight: 4 or 8
-    int64_t way;       // 0: vectors; 1: matrix instructions of bytes; 2: of bfloat16 (int4 only); 0 where there are none
+    int64_t way;       // 0: vectors; 1: matrix instructions of bytes; 2: of bfloat16 (int4); 0 where there are none
 
     int64_t groups() const { return inputs / GROUP; }
     int64_t strips() const { return (outputs + STRIP - 1) / STRIP; }
@@ -68,6 +69,16 @@ struct Activations {
         sums = scales + rows * groups;
     }
 };
+
+// Calls f(first strip, end, thread) for parts of the strips: few, for each costs a turn, and tiles a configuration.
+template <class F>
+void for_strips(const Call& c, F f) {
+    int64_t count = c.strips(), each = count / (PIECES * c.threads);
+    each = each > 1 ? each / 2 * 2 : 1;  // whole panels
+    parallel((count + each - 1) / each, int(c.threads), [&](int64_t piece, int thread) {
+        f(piece * each, std::min(count, (piece + 1) * each), thread);
+    });
+}
 
 template <class T>
 INLINE float greatest(const T* x, int64_t count) {
@@ -99,6 +110,10 @@ void quantize_row(const Call& c, const Activations& a, int64_t row) {
         float most = greatest(x + g * count, count);
         float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
         float sum = round_to_bytes(x + g * count, count, end, inverse, a.quants + row * a.stride + g * end);
+        if (sum != sum) {  // there are values that are no numbers: nor shall the results be
+            scale = sum;
+            sum = 0;
+        }
         int64_t at = row * a.row_step + g * a.group_step;
         a.scales[at] = scale;
         a.sums[at] = c.bits == 4 ? scale * sum : sum;
@@ -157,7 +172,8 @@ void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
         const uint8_t* steps = block + BLOCK_QUANTS + sixteen * 2 * LANES;
         if constexpr (FETCH) {
 #pragma GCC unroll 8
-            for (int i = 0; i < SIXTEENS * BLOCK_QUANTS / 4; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
+            for (int i = 0; i < SIXTEENS * BLOCK_QUANTS / 4; i += 64)
+                _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
             _mm_prefetch((const char*)steps + AHEAD, _MM_HINT_T0);
             _mm_prefetch((const char*)steps + AHEAD + 2 * PANEL, _MM_HINT_T0);
         }
@@ -196,17 +212,20 @@ void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
 void int4_by_vectors(const Call& c) {
     Activations a(c.rows, c.inputs, c.groups(), false);
     quantize(c, a, c.rows);
-    if (c.rows <= WHOLE_ROWS && c.strips() >= 32) {
-        parallel((c.strips() + 1) / 2, int(c.threads), [&](int64_t panel, int) {
-            c.rows == 1 ? int4_tile<1, 4, true>(c, a, 2 * panel, 0) : int4_tile<2, 4, true>(c, a, 2 * panel, 0);
-        });
-        return;
-    }
-    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
-        for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) {
-            first ? int4_tile<ROWS, SIXTEENS, false>(c, a, strip, first)
-                  : int4_tile<ROWS, SIXTEENS, true>(c, a, strip, first);
-        });
+    for_strips(c, [&](int64_t strip, int64_t end, int) {
+        while (strip < end) {
+            if (c.rows <= WHOLE_ROWS && strip % 2 == 0 && strip + 1 < end) {
+                c.rows == 1 ? int4_tile<1, 2 * SIXTEENS, true>(c, a, strip, 0)
+                            : int4_tile<2, 2 * SIXTEENS, true>(c, a, strip, 0);
+                strip += 2;
+                continue;
+            }
+            for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) {
+                first ? int4_tile<ROWS, SIXTEENS, false>(c, a, strip, first)
+                      : int4_tile<ROWS, SIXTEENS, true>(c, a, strip, first);
+            });
+            ++strip;
+        }
     });
 }
 
@@ -219,7 +238,8 @@ INLINE const uint8_t* int8_strip(const Call& c, int64_t strip) {
     return c.weight + strip / 2 * (c.padded_inputs() + 4) * PANEL + strip % 2 * 4 * STRIP;
 }
 INLINE const float* int8_scales(const Call& c, int64_t strip) {
-    return (const float*)(c.weight + (strip / 2 * (c.padded_inputs() + 4) + c.padded_inputs()) * PANEL) + strip % 2 * STRIP;
+    int64_t inputs = c.padded_inputs();
+    return (const float*)(c.weight + (strip / 2 * (inputs + 4) + inputs) * PANEL) + strip % 2 * STRIP;
 }
 
 INLINE W16 less_offset(W16 products, float sum) { return products + broadcast_word(-128 * int32_t(sum)); }
@@ -262,8 +282,9 @@ void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
 void int8_by_vectors(const Call& c) {
     Activations a(c.rows, c.padded_inputs(), 1, false);
     quantize(c, a, c.rows);
-    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
-        for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) { int8_tile<ROWS>(c, a, strip, first); });
+    for_strips(c, [&](int64_t strip, int64_t end, int) {
+        for (; strip < end; ++strip)
+            for_row_tiles(c.rows, [&]<int ROWS>(int64_t first) { int8_tile<ROWS>(c, a, strip, first); });
     });
 }
 
@@ -306,11 +327,11 @@ INLINE void multiply(const char* x, int64_t stride, const char* weight, int64_t 
     }
 }
 
-// Calls f(row, sums of a row) for all rows of x times a strip.
+// Calls f(row, sums of a row) for all rows of x times a strip. Needs configured tiles.
 template <bool BYTES, class F>
-INLINE void for_products(const Call& c, const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles, F f) {
+INLINE void for_products(const Call& c, const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles,
+                         F f) {
     alignas(64) int32_t sums[SQUARE * STRIP];
-    Tiles configured;
     for (int64_t row = 0; row < c.rows; row += SQUARE) {
         int64_t rows = std::min<int64_t>(SQUARE, c.rows - row);
         rows > AMX_ROWS ? multiply<BYTES, true>(x + row * stride, stride, weight, line, tiles, sums)
@@ -326,28 +347,30 @@ void int8_by_tiles(const Call& c) {
     int64_t inputs = c.padded_inputs();
     Activations a(tile_rows(c), inputs + TILE_BYTES, 1, false);
     quantize(c, a, tile_rows(c));
-    parallel(c.strips(), int(c.threads), [&](int64_t strip, int) {
-        const float* scales = int8_scales(c, strip);
-        const char* weight = (const char*)int8_strip(c, strip);
-        for_products<true>(c, (const char*)a.quants, a.stride, weight, 4 * PANEL, inputs / TILE_BYTES,
-                           [&](int64_t row, const int32_t* sums) {
-            for (int s = 0; s < SIXTEENS; ++s) {
-                V16 sum = to_floats(less_offset(load_words(sums + s * LANES), a.sums[row]));
-                V16 result = int8_result(a, row, sum, scales + s * LANES);
-                finish(c, row, strip * STRIP + s * LANES, result);
-            }
-        });
+    for_strips(c, [&](int64_t strip, int64_t end, int) {
+        Tiles configured;
+        for (; strip < end; ++strip) {
+            const float* scales = int8_scales(c, strip);
+            const char* weight = (const char*)int8_strip(c, strip);
+            for_products<true>(c, (const char*)a.quants, a.stride, weight, 4 * PANEL, inputs / TILE_BYTES,
+                               [&](int64_t row, const int32_t* sums) {
+                for (int s = 0; s < SIXTEENS; ++s) {
+                    V16 sum = to_floats(less_offset(load_words(sums + s * LANES), a.sums[row]));
+                    finish(c, row, strip * STRIP + s * LANES, int8_result(a, row, sum, scales + s * LANES));
+                }
+            });
+        }
     });
 }
 
 constexpr int GROUP_LINES = GROUP / 4;             // lines of four features in a group
 constexpr int GROUP_BYTES = GROUP_LINES * TILE_BYTES;  // of sixteen outputs, a byte each
-constexpr int GROUPS_TOGETHER = 8;
+constexpr int GROUPS_TOGETHER = 4;
 
-// A strip of an int4 weight, a byte each: [groups][2][8 lines][16 outputs][4 inputs].
-void spread_int4(const Call& c, int64_t strip, uint8_t* to) {
-    const uint8_t* quants = c.weight + strip / 2 * c.groups() * BLOCK + strip % 2 * (BLOCK_QUANTS / 2);
-    for (int64_t g = 0; g < c.groups(); ++g, quants += BLOCK) {
+// Groups of a strip of an int4 weight, a byte each weight: [groups][2][8 lines][16 outputs][4 inputs].
+void spread_int4(const Call& c, int64_t strip, int64_t group, int count, uint8_t* to) {
+    const uint8_t* quants = c.weight + (strip / 2 * c.groups() + group) * BLOCK + strip % 2 * (BLOCK_QUANTS / 2);
+    for (int g = 0; g < count; ++g, quants += BLOCK) {
         for (int i = 0; i < BLOCK_QUANTS / 2; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
         for (int s = 0; s < SIXTEENS; ++s, to += GROUP_BYTES)
             for (int i = 0; i < GROUP_LINES / 2; ++i) {
@@ -383,56 +406,65 @@ void add_groups(const Call& c, const Activations& a, int64_t strip, int64_t row,
     }
 }
 
+constexpr int PRODUCT = AMX_ROWS * LANES;  // integers of a tile
+
+// to[g][s] = sixteen rows of x times `count` groups of a strip that was spread; two groups at a time in tiles of their
+// own, so that some are stored while others are multiplied.
+INLINE void multiply_groups(const int8_t* x, int64_t stride, const uint8_t* weight, int count, int32_t* to) {
+    for (int g = 0; g < count; g += 2, x += 2 * GROUP, weight += 4 * GROUP_BYTES, to += 4 * PRODUCT) {
+        bool two = g + 1 < count;
+        _tile_loadd(4, x, stride);
+        _tile_loadd(6, weight, TILE_BYTES);
+        _tile_loadd(7, weight + GROUP_BYTES, TILE_BYTES);
+        _tile_zero(0);
+        _tile_dpbsud(0, 4, 6);
+        _tile_zero(1);
+        _tile_dpbsud(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, x + GROUP, stride);
+            _tile_loadd(6, weight + 2 * GROUP_BYTES, TILE_BYTES);
+            _tile_loadd(7, weight + 3 * GROUP_BYTES, TILE_BYTES);
+            _tile_zero(2);
+            _tile_dpbsud(2, 5, 6);
+            _tile_zero(3);
+            _tile_dpbsud(3, 5, 7);
+        }
+        _tile_stored(0, to, TILE_BYTES);
+        _tile_stored(1, to + PRODUCT, TILE_BYTES);
+        if (two) {
+            _tile_stored(2, to + 2 * PRODUCT, TILE_BYTES);
+            _tile_stored(3, to + 3 * PRODUCT, TILE_BYTES);
+        }
+    }
+}
+
 // The sums of int4_by_vectors, in the same order.
 void int4_by_tiles(const Call& c) {
     Activations a(tile_rows(c), c.inputs + GROUP, c.groups(), true);
     quantize(c, a, tile_rows(c));
-    size_t own = c.groups() * SIXTEENS * GROUP_BYTES;
-    uint8_t* memory = scratch(1).take<uint8_t>(own * c.threads);
-    parallel(c.strips(), int(c.threads), [&](int64_t strip, int thread) {
-        uint8_t* weight = memory + own * thread;
-        spread_int4(c, strip, weight);
-        alignas(64) int32_t products[GROUPS_TOGETHER * SIXTEENS * AMX_ROWS * LANES];
-        alignas(64) float totals[SIXTEENS * AMX_ROWS * LANES];
-        constexpr int PRODUCT = AMX_ROWS * LANES;
+    size_t own = tile_rows(c) * STRIP;
+    float* memory = scratch(1).take<float>(own * c.threads);
+    for_strips(c, [&](int64_t strip, int64_t end, int thread) {
+        float* totals = memory + own * thread;
+        alignas(64) uint8_t weight[GROUPS_TOGETHER * SIXTEENS * GROUP_BYTES];
+        alignas(64) int32_t products[GROUPS_TOGETHER * SIXTEENS * PRODUCT];
         Tiles configured(GROUP, GROUP_LINES);
-        for (int64_t row = 0; row < c.rows; row += AMX_ROWS) {
+        for (; strip < end; ++strip) {
             for (int64_t group = 0; group < c.groups(); group += GROUPS_TOGETHER) {
                 int count = int(std::min<int64_t>(GROUPS_TOGETHER, c.groups() - group));
-                const int8_t* x = a.quants + row * a.stride + group * GROUP;
-                const uint8_t* b = weight + group * SIXTEENS * GROUP_BYTES;
-                int32_t* to = products;
-                // Two groups at a time, in tiles of their own, so that one is stored while the other is multiplied.
-                for (int g = 0; g < count; g += 2, x += 2 * GROUP, b += 4 * GROUP_BYTES, to += 4 * PRODUCT) {
-                    _tile_loadd(4, x, a.stride);
-                    _tile_loadd(6, b, TILE_BYTES);
-                    _tile_loadd(7, b + GROUP_BYTES, TILE_BYTES);
-                    _tile_zero(0);
-                    _tile_dpbsud(0, 4, 6);
-                    _tile_zero(1);
-                    _tile_dpbsud(1, 4, 7);
-                    if (g + 1 < count) {
-                        _tile_loadd(5, x + GROUP, a.stride);
-                        _tile_loadd(6, b + 2 * GROUP_BYTES, TILE_BYTES);
-                        _tile_loadd(7, b + 3 * GROUP_BYTES, TILE_BYTES);
-                        _tile_zero(2);
-                        _tile_dpbsud(2, 5, 6);
-                        _tile_zero(3);
-                        _tile_dpbsud(3, 5, 7);
-                    }
-                    _tile_stored(0, to, TILE_BYTES);
-                    _tile_stored(1, to + PRODUCT, TILE_BYTES);
-                    if (g + 1 < count) {
-                        _tile_stored(2, to + 2 * PRODUCT, TILE_BYTES);
-                        _tile_stored(3, to + 3 * PRODUCT, TILE_BYTES);
-                    }
+                spread_int4(c, strip, group, count, weight);
+                for (int64_t row = 0; row < c.rows; row += AMX_ROWS) {
+                    const int8_t* x = a.quants + row * a.stride + group * GROUP;
+                    multiply_groups(x, a.stride, weight, count, products);
+                    add_groups(c, a, strip, row, group, count, products, totals + row * STRIP);
                 }
-                add_groups(c, a, strip, row, group, count, products, totals);
             }
-            int64_t rows = std::min<int64_t>(AMX_ROWS, c.rows - row);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int s = 0; s < SIXTEENS; ++s)
-                    finish(c, row + r, strip * STRIP + s * LANES, load(totals + (s * AMX_ROWS + r) * LANES));
+            for (int64_t row = 0; row < c.rows; ++row)
+                for (int s = 0; s < SIXTEENS; ++s) {
+                    int64_t at = row / AMX_ROWS * SIXTEENS + s;  // of the tile's totals
+                    V16 total = load(totals + (at * AMX_ROWS + row % AMX_ROWS) * LANES);
+                    finish(c, row, strip * STRIP + s * LANES, total);
+                }
         }
     });
 }
@@ -486,14 +518,17 @@ void int4_by_bfloat16(const Call& c) {
     });
     size_t own = c.inputs * STRIP * sizeof(bf16);
     char* memory = scratch(1).take<char>(own * c.threads);
-    parallel(c.strips(), int(c.threads), [&](int64_t strip, int thread) {
+    for_strips(c, [&](int64_t strip, int64_t end, int thread) {
         char* weight = memory + own * thread;
-        widen_int4(c, strip, weight);
-        for_products<false>(c, (const char*)x, stride * sizeof(bf16), weight, 4 * STRIP, c.groups(),
-                            [&](int64_t row, const int32_t* sums) {
-            for (int s = 0; s < SIXTEENS; ++s)
-                finish(c, row, strip * STRIP + s * LANES, load((const float*)sums + s * LANES));
-        });
+        Tiles configured;
+        for (; strip < end; ++strip) {
+            widen_int4(c, strip, weight);
+            for_products<false>(c, (const char*)x, stride * sizeof(bf16), weight, 4 * STRIP, c.groups(),
+                                [&](int64_t row, const int32_t* sums) {
+                for (int s = 0; s < SIXTEENS; ++s)
+                    finish(c, row, strip * STRIP + s * LANES, load((const float*)sums + s * LANES));
+            });
+        }
     });
 }
 

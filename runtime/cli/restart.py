@@ -17,7 +17,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "actor", metavar="ACTOR", nargs="?", help="name of an actor or supervisor, as `runtime status` shows it"
     )
     parser.add_argument(
-        "--rolling", action="store_true", help="replace every process below the root, while the node goes on serving"
+        "--rolling",
+        action="store_true",
+        help="replace every process below the root, by the program as it is on the disk now, under load",
     )
     add_node(parser)
     parser.epilog = "examples:\n  runtime restart main.scheduler\n  runtime restart --rolling"

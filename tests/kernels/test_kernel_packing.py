@@ -9,6 +9,7 @@ from kernels import packing, reference
 SHAPES = [(1, 32), (64, 64), (130, 96), (5000, 160)]
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_error_is_within_half_a_step(outputs: int, inputs: int, kind: kernels.WeightKind) -> None:
@@ -46,6 +47,7 @@ def test_blocks_of_a_file_are_kept(outputs: int, inputs: int) -> None:
     assert torch.equal(block[0, :, 0].flatten(), quants[0, :16] | quants[0, 16:32] << 4)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_constant_and_empty_groups(kind: kernels.WeightKind) -> None:
     weight = torch.tensor([0.0, 0.5, -0.25, 1e-30])[:, None].repeat(1, 64)

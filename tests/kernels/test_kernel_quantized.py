@@ -165,12 +165,15 @@ def test_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "table.json"
     monkeypatch.setattr(paths, "_path", lambda: path)
     monkeypatch.setattr(paths, "processor_flags", lambda: set(paths.EXTENSIONS[-1]))
+    monkeypatch.setattr(paths, "PART_OUTPUTS", 64)
     paths._table.cache_clear()
-    weights = [kernels.pack_weight(torch.randn(64, 64), kind=kind) for kind in KINDS]
+    weights = [kernels.pack_weight(torch.randn(outputs, 64), kind=kind) for kind in KINDS for outputs in (64, 130)]
     try:
         table = kernels.tune([*weights, kernels.pack_weight(torch.randn(4, 4))])
         assert json.loads(path.read_text()) == table
-        assert {key.rsplit(" ", 1)[0] for key in table} == {"int8 64 64", "int4 64 64"}
+        assert {key.rsplit(" ", 1)[0] for key in table} == {
+            f"{kind} {outputs} 64" for kind in KINDS for outputs in (64, 130)
+        }
         monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
         assert kernels.tune(weights) == table
         path.write_text(json.dumps({key: [5, 7][: len(limits)] for key, limits in table.items()}))

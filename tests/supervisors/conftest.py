@@ -14,19 +14,27 @@ from supervisors import ChildSpec, SupervisorSpec
 
 @pytest.fixture
 def start_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
-    """start_node(*children, descriptors={}, files=(), **fields of SupervisorSpec) runs a root with these children.
+    """start_node(*children, descriptors={}, files=(), program="", **fields of SupervisorSpec) runs a root with these
+    children.
 
-    `files` are created in its run directory first. When the test ends, the tree is killed and no process may be left.
+    `files` are created in its run directory first, and upgraded.py with the source `program`, which it imports. When
+    the test ends, the tree is killed and no process may be left.
     """
     nodes: list[Node] = []
 
     def start(
-        *children: ChildSpec, descriptors: dict[str, int] | None = None, files: Sequence[str] = (), **fields: Any
+        *children: ChildSpec,
+        descriptors: dict[str, int] | None = None,
+        files: Sequence[str] = (),
+        program: str = "",
+        **fields: Any,
     ) -> Node:
         run_dir = tmp_path / f"node{len(nodes)}"
         run_dir.mkdir()
         for name in files:
             (run_dir / name).touch()
+        if program:
+            (run_dir / "upgraded.py").write_text(program)
         nodes.append(Node(SupervisorSpec(children=children, **fields), run_dir, descriptors or {}))
         return nodes[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import sys
@@ -36,6 +37,9 @@ def main() -> None:
     run_dir, fd = Path(sys.argv[1]), int(sys.argv[2])
     descriptors = {name: int(number) for name, number in (text.split("=") for text in sys.argv[3:])}
     spec = msgspec.json.decode((run_dir / "spec.json").read_bytes(), type=SupervisorSpec)
+    if (run_dir / "upgraded.py").exists():
+        sys.path.append(str(run_dir))
+        importlib.import_module("upgraded")
     control = socket.socket(fileno=fd)
     supervisor = Supervisor(spec, run_dir, descriptors=descriptors)
     supervisor.start_zygote()
@@ -71,6 +75,8 @@ def main() -> None:
                 supervisor.delete_child(request.id, done=answer)
             case "signal":
                 supervisor.signal_child(request.id, request.signum, done=answer)
+            case "renew":
+                supervisor.renew_zygote(done=answer)
             case "shutdown":
                 supervisor.shutdown()
                 answer()

@@ -88,6 +88,9 @@ class Node:
     def delete(self, id: str) -> str:
         return self.ask("delete", id).error
 
+    def renew(self) -> str:
+        return self.ask("renew").error
+
     # What can be seen
 
     def tree(self) -> NodeStatus:
