@@ -17,12 +17,15 @@ SHAPES = [(32, 1), (96, 33), (64, 64), (576, 200), (1536, 70)]
 KINDS: list[kernels.WeightKind] = ["int8", "int4"]
 
 
-def rounded(x: Tensor, group: int) -> Tensor:
-    """x in float64 after it was rounded to bytes, `group` features to a scale."""
-    groups = x.float().unflatten(-1, (-1, group))
+def rounded(x: Tensor, kind: kernels.WeightKind) -> Tensor:
+    """x in float64 after it was rounded to a byte, 32 features to a scale, or (int8) to two bytes, a row to a scale."""
+    groups = x.float().unflatten(-1, (-1, 32 if kind == "int4" else x.shape[-1]))
     most = groups.abs().amax(-1, keepdim=True)
-    quants = (groups * torch.where(most > 0, 127 / most, 0)).round()
-    return (quants.double() * (most / 127).double()).flatten(-2)
+    scaled = groups * torch.where(most > 0, 127 / most, 0)
+    quants = scaled.round().double()
+    if kind == "int8":
+        quants += ((scaled - scaled.round()) * 254).round().double() / 254
+    return (quants * (most / 127).double()).flatten(-2)
 
 
 @pytest.mark.usefixtures("backend")
@@ -52,7 +55,7 @@ def test_is_the_product_of_rounded_activations(inputs: int, outputs: int, kind: 
     weight = reference.dequantize(packed).double()
     x = torch.randn(37, inputs) * torch.rand(37, 1)
     x[5] = 0
-    exact = rounded(x, 32 if kind == "int4" else inputs) @ weight.T
+    exact = rounded(x, kind) @ weight.T
     for rows in (1, 2, 3, 4, 5, 37):
         out = kernels.linear(x[:rows], packed, deterministic=True).double()
         torch.testing.assert_close(out, exact[:rows], atol=2e-5 * inputs**0.5, rtol=1e-5)
