@@ -21,7 +21,8 @@ def rounded(x: Tensor, kind: kernels.WeightKind) -> Tensor:
     """x in float64 after it was rounded to a byte, 32 features to a scale, or (int8) to two bytes, a row to a scale."""
     groups = x.float().unflatten(-1, (-1, 32 if kind == "int4" else x.shape[-1]))
     most = groups.abs().amax(-1, keepdim=True)
-    scaled = groups * torch.where(most > 0, 127 / most, 0)
+    # A quotient, as the kernel has it: `127 / most` would be the product with a reciprocal.
+    scaled = groups * torch.where(most > 0, torch.full_like(most, 127) / most, 0)
     quants = scaled.round().double()
     if kind == "int8":
         quants += ((scaled - scaled.round()) * 254).round().double() / 254
