@@ -513,14 +513,16 @@ void widen_int4(const Call& c, int64_t strip, char* to) {
     int sixteen = int(strip % 2) * SIXTEENS;
     const uint8_t* block = c.weight + strip / 2 * c.groups() * BLOCK;
     constexpr int LINE = STRIP * 4;
+    V16 values = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
     for (int64_t g = 0; g < c.groups(); ++g, block += BLOCK, to += GROUP / 2 * LINE) {
         for (int s = 0; s < SIXTEENS; ++s) {
             const uint8_t* quants = block + (sixteen + s) * (BLOCK_QUANTS / 4);
             const uint8_t* steps = block + BLOCK_QUANTS + (sixteen + s) * 2 * LANES;
             V16 scale = load_halves(steps), minimum = load_halves(steps + 2 * PANEL);
+            // A half byte is an index of the register that holds its value: of an index, only four bits count.
             auto value = [&](W16 words, int shift) {
-                __m512i q = _mm512_and_si512(_mm512_srli_epi32(words.v, shift), _mm512_set1_epi32(15));
-                return fma(to_floats({q}), scale, minimum);
+                V16 q = {_mm512_permutexvar_ps(_mm512_srli_epi32(words.v, shift), values.v)};
+                return fma(q, scale, minimum);
             };
             char* line = to + s * TILE_BYTES;
             for (int i = 0; i < 4; ++i, line += 2 * LINE) {
