@@ -318,6 +318,7 @@ constexpr int SQUARE = 2 * AMX_ROWS;    // rows of x that are multiplied at a ti
 // sums[32][32] = 32 (or 16) rows of x times a strip of a weight whose lines, of 4 bytes an output, are `line` apart.
 template <bool BYTES, bool BOTH>
 INLINE void multiply(const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles, void* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (BOTH) {
@@ -442,6 +443,7 @@ constexpr int PRODUCT = AMX_ROWS * LANES;  // integers of a tile
 // to[g][s] = sixteen rows of x times `count` groups of a strip that was spread; two groups at a time in tiles of their
 // own, so that some are stored while others are multiplied.
 INLINE void multiply_groups(const int8_t* x, int64_t stride, const uint8_t* weight, int count, int32_t* to) {
+    written();
     for (int g = 0; g < count; g += 2, x += 2 * GROUP, weight += 4 * GROUP_BYTES, to += 4 * PRODUCT) {
         bool two = g + 1 < count;
         _tile_loadd(4, x, stride);
