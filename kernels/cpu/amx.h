@@ -10,11 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 
-constexpr int AMX_ROWS = 16;       // rows of a tile
-constexpr int AMX_ROW_BYTES = 64;  // bytes of a row
-
-// To stand before loads of tiles: compilers do not know that these read memory.
-inline void written() { asm volatile("" ::: "memory"); }
+constexpr int AMX_ROWS = 16;  // rows of a tile
 
 // The kernel grants a process the tile registers when asked.
 inline bool amx_granted() {
@@ -23,6 +19,9 @@ inline bool amx_granted() {
     return granted;
 }
 
+// To stand before loads of tiles: compilers do not know that these read memory, and may put off what was to be stored.
+inline void written() { asm volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
     uint8_t palette = 0, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {};
@@ -30,32 +29,27 @@ struct alignas(64) TileConfig {
 };
 
 // Eight tiles of 16 rows of 64 bytes while it lives, then what the thread had before (oneDNN remembers what it set).
-// left_bytes: of a row of the tiles 4 and 5; right_rows: of the tiles 6 and 7, where products need less of them.
+// left_bytes: of a row of the tiles 4 and 5; right_rows: of the tiles 6 and 7; left_rows: of the tiles 0 to 5;
+// where products need less of them.
 class Tiles {
   public:
-    explicit Tiles(int left_bytes = AMX_ROW_BYTES, int right_rows = AMX_ROWS) {
+    explicit Tiles(int left_bytes = 64, int right_rows = AMX_ROWS, int left_rows = AMX_ROWS) {
         _tile_storeconfig(&before_);
-        config_.palette = 1;
-        std::fill_n(config_.row_bytes, 8, AMX_ROW_BYTES);
-        std::fill_n(config_.rows, 8, AMX_ROWS);
-        std::fill_n(config_.row_bytes + 4, 2, left_bytes);
-        std::fill_n(config_.rows + 6, 2, right_rows);
-        _tile_loadconfig(&config_);
+        TileConfig config;
+        config.palette = 1;
+        std::fill_n(config.row_bytes, 8, 64);
+        std::fill_n(config.rows, 6, left_rows);
+        std::fill_n(config.row_bytes + 4, 2, left_bytes);
+        std::fill_n(config.rows + 6, 2, right_rows);
+        _tile_loadconfig(&config);
     }
     ~Tiles() {
         if (before_.palette) _tile_loadconfig(&before_);
         else _tile_release();
     }
 
-    // Gives the tiles 0 to 4 (by custom the sums and the left factor) so many rows; clears all tiles.
-    void configure(int rows) {
-        if (rows == config_.rows[0]) return;
-        std::fill_n(config_.rows, 5, rows);
-        _tile_loadconfig(&config_);
-    }
-
   private:
-    TileConfig before_, config_;
+    TileConfig before_;
 };
 
 #endif

@@ -159,6 +159,7 @@ constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a pan
 
 // sums[16][64] = 16 rows of x times a panel.
 void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -183,6 +184,7 @@ void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth,
 
 // The same for 32 rows and 32 of the panel's outputs: half the loads for each product.
 void amx_square(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from kernels.cpu.compile import EXTENSIONS, processor_flags
 from kernels.cpu.functions import linear_quantized
 from kernels.cpu.load import library
+from kernels.packing import packed_bytes
 from kernels.types import PackedWeight
 
 VECTORS, BYTE_TILES, BFLOAT16_TILES = 0, 1, 2
@@ -34,6 +35,7 @@ DEFAULT_ROWS = {"int8": [5], "int4": [12, 32]}
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30
+PART_OUTPUTS = 4096  # measured of an output layer
 REPEATS = 7
 
 Table = dict[str, list[int]]
@@ -135,11 +137,22 @@ def _write(path: Path, table: Table) -> None:
 
 def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     """An entry of the table."""
+    weights = [part for weight in weights for part in _parts(weight)]
     first, second, *others = WAYS[weights[0].kind]
     limits = [_first_faster(native, weights, lambda rows: first, second)]
     for other in others:
         limits.append(_first_faster(native, weights, lambda rows: second if rows >= limits[0] else first, other))
     return limits
+
+
+def _parts(weight: PackedWeight) -> Iterator[PackedWeight]:
+    """The whole of a weight, or parts of PART_OUTPUTS: an output layer would take long, and tell no more."""
+    if weight.out_features <= PART_OUTPUTS:
+        yield weight
+        return
+    size = packed_bytes(weight.kind, PART_OUTPUTS, weight.in_features)
+    for start in range(0, weight.out_features // PART_OUTPUTS * size, size):
+        yield PackedWeight(weight.panels[start : start + size], weight.kind, PART_OUTPUTS, weight.in_features)
 
 
 def _first_faster(native: ctypes.CDLL, weights: list[PackedWeight], usual: Callable[[int], int], other: int) -> int:

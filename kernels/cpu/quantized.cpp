@@ -1,7 +1,7 @@
 // Linear layers with int4 and int8 weights, laid out as packing.py says.
 //
-// Few rows: activations are rounded to signed bytes on the way, in groups of 32 with a scale each (int4) or by one
-// scale a row (int8), and multiplied as integers. Those sums are exact, and the float32 sums over the groups go in
+// Few rows: activations are rounded to signed bytes on the way, in groups of 32 with a scale each (int4), or by one scale
+// a row and to two bytes each, the second for what the first leaves (int8), and multiplied as integers. Those sums are exact, and the float32 sums over the groups go in
 // order, so a row's result depends on that row alone, and is the same in every instruction set.
 // Many rows: int8 takes matrix instructions, which give the same integers. int4 may take the way of bfloat16, where a
 // strip of the weight is put together again once for all rows; results are then others, though still of that row alone.
@@ -23,6 +23,7 @@ constexpr int BYTE_MULTIPLE = 64;  // input features of int8 panels
 constexpr int WHOLE_ROWS = 2;  // up to which a whole panel is one piece of work
 constexpr int AHEAD = 4 * BLOCK;  // how far ahead of its use a weight is fetched
 constexpr int PIECES = 8;         // of the work of a thread, so that none waits long for another
+constexpr float REST = 254;  // steps of the second byte of an activation in one of the first
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
 #ifdef __AVX512F__
 constexpr int MOST_ROWS = 6;
@@ -52,17 +53,19 @@ Scratch& scratch(int which) {
 }
 
 // Rows of x as signed bytes: x = scale * quant, a scale for each group of a row's features. `sums` has the sum of a
-// group's quants (int8), or of what they stand for (int4).
+// group's quants (int8), or of what they stand for (int4). For int8, second bytes are rows of their own, from `rest` on.
 struct Activations {
     int8_t* quants;
     float *scales, *sums;
     int64_t stride;  // bytes from row to row
     int64_t groups;
     int64_t row_step, group_step;  // of scales and sums
+    int64_t rest;
 
     // by_group: the scales of a group lie side by side, not those of a row.
     Activations(int64_t rows, int64_t row_bytes, int64_t groups_, bool by_group)
-        : stride(row_bytes), groups(groups_), row_step(by_group ? 1 : groups), group_step(by_group ? rows : 1) {
+        : stride(row_bytes), groups(groups_), row_step(by_group ? 1 : groups), group_step(by_group ? rows : 1),
+          rest(rows / 2) {
         size_t bytes = (rows * stride + 63) & ~size_t(63);
         quants = scratch(0).take<int8_t>(bytes + 2 * sizeof(float) * rows * groups);
         scales = (float*)(quants + bytes);
@@ -101,6 +104,20 @@ INLINE float round_to_bytes(const T* x, int64_t count, int64_t end, float invers
     return sum(sums);
 }
 
+// Rounds what round_to_bytes leaves, in steps of 1 / REST.
+template <class T>
+INLINE float round_rest(const T* x, int64_t count, int64_t end, float inverse, int8_t* quants) {
+    V16 sums = zeros();
+    for (int64_t i = 0; i < end; i += LANES) {
+        int part = int(std::min<int64_t>(LANES, std::max<int64_t>(0, count - i)));
+        V16 scaled = load_part(x + i, part) * broadcast(inverse);
+        V16 q = nearest((scaled - nearest(scaled)) * broadcast(REST));
+        store_bytes(quants + i, q);
+        sums = sums + q;
+    }
+    return sum(sums);
+}
+
 template <class T>
 void quantize_row(const Call& c, const Activations& a, int64_t row) {
     const T* x = (const T*)c.x + row * c.x_stride;
@@ -113,6 +130,10 @@ void quantize_row(const Call& c, const Activations& a, int64_t row) {
         if (sum != sum) {  // there are values that are no numbers: nor shall the results be
             scale = sum;
             sum = 0;
+        }
+        if (c.bits == 8) {
+            float rest = round_rest(x, count, end, inverse, a.quants + (a.rest + row) * a.stride);
+            a.sums[a.rest + row] = rest == rest ? rest : 0;
         }
         int64_t at = row * a.row_step + g * a.group_step;
         a.scales[at] = scale;
@@ -229,9 +250,13 @@ void int4_by_vectors(const Call& c) {
     });
 }
 
-// What a row's integer products mean: scale * weight scales * (sums less what the offset of 128 added).
-INLINE V16 int8_result(const Activations& a, int64_t row, V16 offset_free, const float* weight_scales) {
-    return offset_free * (load(weight_scales) * broadcast(a.scales[row]));
+INLINE W16 less_offset(W16 products, float sum) { return products + broadcast_word(-128 * int32_t(sum)); }
+
+// What a row's integer products mean, those of the first bytes and of the second.
+INLINE V16 int8_result(const Activations& a, int64_t row, W16 products, W16 rest, const float* weight_scales) {
+    V16 first = to_floats(less_offset(products, a.sums[row]));
+    V16 second = to_floats(less_offset(rest, a.sums[a.rest + row]));
+    return fma(second, broadcast(1 / REST), first) * (load(weight_scales) * broadcast(a.scales[row]));
 }
 
 INLINE const uint8_t* int8_strip(const Call& c, int64_t strip) {
@@ -242,16 +267,14 @@ INLINE const float* int8_scales(const Call& c, int64_t strip) {
     return (const float*)(c.weight + (strip / 2 * (inputs + 4) + inputs) * PANEL) + strip % 2 * STRIP;
 }
 
-INLINE W16 less_offset(W16 products, float sum) { return products + broadcast_word(-128 * int32_t(sum)); }
-
 template <int ROWS>
 void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
     const uint8_t* weight = int8_strip(c, strip);
-    const int8_t* x[ROWS];
-    W16 products[ROWS][SIXTEENS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-        x[r] = a.quants + (first + r) * a.stride;
+    const int8_t* x[2 * ROWS];  // first bytes, then second ones
+    W16 products[2 * ROWS][SIXTEENS];
+#pragma GCC unroll 16
+    for (int r = 0; r < 2 * ROWS; ++r) {
+        x[r] = a.quants + (r < ROWS ? first + r : a.rest + first + r - ROWS) * a.stride;
 #pragma GCC unroll 4
         for (int s = 0; s < SIXTEENS; ++s) products[r][s] = no_words();
     }
@@ -263,8 +286,8 @@ void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
             words[s] = load_words(weight + s * 4 * LANES);
             _mm_prefetch((const char*)weight + 16 * 4 * PANEL + s * 4 * LANES, _MM_HINT_T0);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 16
+        for (int r = 0; r < 2 * ROWS; ++r) {
             W16 values = broadcast_word(x[r] + k);
 #pragma GCC unroll 4
             for (int s = 0; s < SIXTEENS; ++s) products[r][s] = add_products(products[r][s], words[s], values);
@@ -273,14 +296,13 @@ void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first
     const float* scales = int8_scales(c, strip);
     for (int r = 0; r < ROWS; ++r)
         for (int s = 0; s < SIXTEENS; ++s) {
-            V16 sums = to_floats(less_offset(products[r][s], a.sums[first + r]));
-            V16 result = int8_result(a, first + r, sums, scales + s * LANES);
+            V16 result = int8_result(a, first + r, products[r][s], products[ROWS + r][s], scales + s * LANES);
             finish(c, first + r, strip * STRIP + s * LANES, result);
         }
 }
 
 void int8_by_vectors(const Call& c) {
-    Activations a(c.rows, c.padded_inputs(), 1, false);
+    Activations a(2 * c.rows, c.padded_inputs(), 1, false);
     quantize(c, a, c.rows);
     for_strips(c, [&](int64_t strip, int64_t end, int) {
         for (; strip < end; ++strip)
@@ -296,6 +318,7 @@ constexpr int SQUARE = 2 * AMX_ROWS;    // rows of x that are multiplied at a ti
 // sums[32][32] = 32 (or 16) rows of x times a strip of a weight whose lines, of 4 bytes an output, are `line` apart.
 template <bool BYTES, bool BOTH>
 INLINE void multiply(const char* x, int64_t stride, const char* weight, int64_t line, int64_t tiles, void* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     if constexpr (BOTH) {
@@ -344,21 +367,30 @@ INLINE void for_products(const Call& c, const char* x, int64_t stride, const cha
 int64_t tile_rows(const Call& c) { return (c.rows + AMX_ROWS - 1) / AMX_ROWS * AMX_ROWS; }
 
 void int8_by_tiles(const Call& c) {
-    int64_t inputs = c.padded_inputs();
-    Activations a(tile_rows(c), inputs + TILE_BYTES, 1, false);
+    int64_t inputs = c.padded_inputs(), tiles = inputs / TILE_BYTES;
+    Activations a(2 * tile_rows(c), inputs + TILE_BYTES, 1, false);
     quantize(c, a, tile_rows(c));
     for_strips(c, [&](int64_t strip, int64_t end, int) {
+        alignas(64) int32_t products[2][SQUARE * STRIP];
         Tiles configured;
         for (; strip < end; ++strip) {
             const float* scales = int8_scales(c, strip);
             const char* weight = (const char*)int8_strip(c, strip);
-            for_products<true>(c, (const char*)a.quants, a.stride, weight, 4 * PANEL, inputs / TILE_BYTES,
-                               [&](int64_t row, const int32_t* sums) {
-                for (int s = 0; s < SIXTEENS; ++s) {
-                    V16 sum = to_floats(less_offset(load_words(sums + s * LANES), a.sums[row]));
-                    finish(c, row, strip * STRIP + s * LANES, int8_result(a, row, sum, scales + s * LANES));
+            for (int64_t row = 0; row < c.rows; row += SQUARE) {
+                int64_t rows = std::min<int64_t>(SQUARE, c.rows - row);
+                for (int part = 0; part < 2; ++part) {
+                    const char* x = (const char*)a.quants + (part * a.rest + row) * a.stride;
+                    rows > AMX_ROWS ? multiply<true, true>(x, a.stride, weight, 4 * PANEL, tiles, products[part])
+                                    : multiply<true, false>(x, a.stride, weight, 4 * PANEL, tiles, products[part]);
                 }
-            });
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int s = 0; s < SIXTEENS; ++s) {
+                        int64_t at = i * STRIP + s * LANES;
+                        V16 result = int8_result(a, row + i, load_words(products[0] + at),
+                                                 load_words(products[1] + at), scales + s * LANES);
+                        finish(c, row + i, strip * STRIP + s * LANES, result);
+                    }
+            }
         }
     });
 }
@@ -411,6 +443,7 @@ constexpr int PRODUCT = AMX_ROWS * LANES;  // integers of a tile
 // to[g][s] = sixteen rows of x times `count` groups of a strip that was spread; two groups at a time in tiles of their
 // own, so that some are stored while others are multiplied.
 INLINE void multiply_groups(const int8_t* x, int64_t stride, const uint8_t* weight, int count, int32_t* to) {
+    written();
     for (int g = 0; g < count; g += 2, x += 2 * GROUP, weight += 4 * GROUP_BYTES, to += 4 * PRODUCT) {
         bool two = g + 1 < count;
         _tile_loadd(4, x, stride);
@@ -482,14 +515,16 @@ void widen_int4(const Call& c, int64_t strip, char* to) {
     int sixteen = int(strip % 2) * SIXTEENS;
     const uint8_t* block = c.weight + strip / 2 * c.groups() * BLOCK;
     constexpr int LINE = STRIP * 4;
+    V16 values = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
     for (int64_t g = 0; g < c.groups(); ++g, block += BLOCK, to += GROUP / 2 * LINE) {
         for (int s = 0; s < SIXTEENS; ++s) {
             const uint8_t* quants = block + (sixteen + s) * (BLOCK_QUANTS / 4);
             const uint8_t* steps = block + BLOCK_QUANTS + (sixteen + s) * 2 * LANES;
             V16 scale = load_halves(steps), minimum = load_halves(steps + 2 * PANEL);
+            // A half byte is an index of the register that holds its value: of an index, only four bits count.
             auto value = [&](W16 words, int shift) {
-                __m512i q = _mm512_and_si512(_mm512_srli_epi32(words.v, shift), _mm512_set1_epi32(15));
-                return fma(to_floats({q}), scale, minimum);
+                V16 q = {_mm512_permutexvar_ps(_mm512_srli_epi32(words.v, shift), values.v)};
+                return fma(q, scale, minimum);
             };
             char* line = to + s * TILE_BYTES;
             for (int i = 0; i < 4; ++i, line += 2 * LINE) {

@@ -27,6 +27,7 @@ from supervisors.status import NodeStatus
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 SETTINGS = (
+    "model.dtype=float32",
     "model.deterministic=true",
     "engine.main.kv_tokens=640",
     "engine.main.chunk_tokens=128",

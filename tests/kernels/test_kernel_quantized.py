@@ -17,12 +17,16 @@ SHAPES = [(32, 1), (96, 33), (64, 64), (576, 200), (1536, 70)]
 KINDS: list[kernels.WeightKind] = ["int8", "int4"]
 
 
-def rounded(x: Tensor, group: int) -> Tensor:
-    """x in float64 after it was rounded to bytes, `group` features to a scale."""
-    groups = x.float().unflatten(-1, (-1, group))
+def rounded(x: Tensor, kind: kernels.WeightKind) -> Tensor:
+    """x in float64 after it was rounded to a byte, 32 features to a scale, or (int8) to two bytes, a row to a scale."""
+    groups = x.float().unflatten(-1, (-1, 32 if kind == "int4" else x.shape[-1]))
     most = groups.abs().amax(-1, keepdim=True)
-    quants = (groups * torch.where(most > 0, 127 / most, 0)).round()
-    return (quants.double() * (most / 127).double()).flatten(-2)
+    # A quotient, as the kernel has it: `127 / most` would be the product with a reciprocal.
+    scaled = groups * torch.where(most > 0, torch.full_like(most, 127) / most, 0)
+    quants = scaled.round().double()
+    if kind == "int8":
+        quants += ((scaled - scaled.round()) * 254).round().double() / 254
+    return (quants * (most / 127).double()).flatten(-2)
 
 
 @pytest.mark.usefixtures("backend")
@@ -52,7 +56,7 @@ def test_is_the_product_of_rounded_activations(inputs: int, outputs: int, kind: 
     weight = reference.dequantize(packed).double()
     x = torch.randn(37, inputs) * torch.rand(37, 1)
     x[5] = 0
-    exact = rounded(x, 32 if kind == "int4" else inputs) @ weight.T
+    exact = rounded(x, kind) @ weight.T
     for rows in (1, 2, 3, 4, 5, 37):
         out = kernels.linear(x[:rows], packed, deterministic=True).double()
         torch.testing.assert_close(out, exact[:rows], atol=2e-5 * inputs**0.5, rtol=1e-5)
@@ -165,12 +169,15 @@ def test_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "table.json"
     monkeypatch.setattr(paths, "_path", lambda: path)
     monkeypatch.setattr(paths, "processor_flags", lambda: set(paths.EXTENSIONS[-1]))
+    monkeypatch.setattr(paths, "PART_OUTPUTS", 64)
     paths._table.cache_clear()
-    weights = [kernels.pack_weight(torch.randn(64, 64), kind=kind) for kind in KINDS]
+    weights = [kernels.pack_weight(torch.randn(outputs, 64), kind=kind) for kind in KINDS for outputs in (64, 130)]
     try:
         table = kernels.tune([*weights, kernels.pack_weight(torch.randn(4, 4))])
         assert json.loads(path.read_text()) == table
-        assert {key.rsplit(" ", 1)[0] for key in table} == {"int8 64 64", "int4 64 64"}
+        assert {key.rsplit(" ", 1)[0] for key in table} == {
+            f"{kind} {outputs} 64" for kind in KINDS for outputs in (64, 130)
+        }
         monkeypatch.setattr(paths, "_measure", lambda *_: pytest.fail("measured again"))
         assert kernels.tune(weights) == table
         path.write_text(json.dumps({key: [5, 7][: len(limits)] for key, limits in table.items()}))
