@@ -6,9 +6,9 @@
 // on the tile it is in nor on the line there.
 #pragma once
 
+#include "amx.h"
 #include "attention.h"
 #include "product.h"
-#include "tiles.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
@@ -35,17 +35,18 @@ INLINE V16 from_digits(const int32_t* high, const int32_t* low) {
 
 template <class KV>
 class TileBlocks {
+    static constexpr int ROW_BYTES = 64;                     // of a tile
     static constexpr bool WHOLE = sizeof(KV) == 1;           // integers
     static constexpr int DIGITS = WHOLE ? 2 : 1;             // lines of a tile for a query
-    static constexpr int QUERIES = TILE_LINES / DIGITS;      // queries of a tile
-    static constexpr int LINE = TILE_LINE_BYTES / sizeof(KV);  // elements of a tile's line
+    static constexpr int QUERIES = AMX_ROWS / DIGITS;      // queries of a tile
+    static constexpr int LINE = ROW_BYTES / sizeof(KV);  // elements of a tile's line
     static constexpr int GROUPED = 4 / sizeof(KV);           // elements of a factor that lie side by side
     static constexpr int KEY_LINES = BLOCK / LINE;           // lines of a block's weights
-    static constexpr int TILE = TILE_LINES * LANES;          // four-byte items of a tile
+    static constexpr int TILE = AMX_ROWS * LANES;          // four-byte items of a tile
     static constexpr int SLOTS = 4;                          // tiles of queries that go through the stages together
 
   public:
-    static constexpr int LEAST_ROWS = 3 * TILE_LINES;
+    static constexpr int LEAST_ROWS = 3 * AMX_ROWS;
     static constexpr int MOST_DIM = 512;  // sums of digits stay below 2**31
 
     explicit TileBlocks(const Call& call) : c(call), width(int((call.dim + LINE - 1) / LINE * LINE)) {}
@@ -55,7 +56,7 @@ class TileBlocks {
         return scales_offset() + c.tokens * c.query_heads * sizeof(float);
     }
     size_t worker_bytes() const {
-        return 4 * BLOCK * width * sizeof(KV) + SLOTS * TILE_LINES * (2 * BLOCK + width) * sizeof(float);
+        return 4 * BLOCK * width * sizeof(KV) + SLOTS * AMX_ROWS * (2 * BLOCK + width) * sizeof(float);
     }
     void use(void* memory) {
         queries = (KV*)memory;
@@ -89,15 +90,15 @@ class TileBlocks {
       public:
         Worker(const TileBlocks& blocks, void* memory, int rows)
             : c(blocks.c), width(blocks.width), queries(blocks.queries), query_scales(blocks.query_scales),
-              packed(BLOCK * width / GROUPED), keys((int32_t*)memory), values(keys + 2 * packed) {
+              packed(BLOCK * width / GROUPED), keys((int32_t*)memory), values(keys + 2 * packed),
+              tiles(ROW_BYTES, AMX_ROWS, std::min(AMX_ROWS, rows * DIGITS)) {
             int32_t* space = values + 2 * packed;
             for (Slot& slot : slots) {
                 slot.sums = space;
-                slot.weights = (KV*)(space + TILE_LINES * BLOCK);
-                slot.mixes = space + 2 * TILE_LINES * BLOCK;
-                space += TILE_LINES * (2 * BLOCK + width);
+                slot.weights = (KV*)(space + AMX_ROWS * BLOCK);
+                slot.mixes = space + 2 * AMX_ROWS * BLOCK;
+                space += AMX_ROWS * (2 * BLOCK + width);
             }
-            tiles.configure(std::min(TILE_LINES, rows * DIGITS));
         }
 
         // The queries of all heads attend to a block; `state` has those of one head after the other. Several tiles of
@@ -137,9 +138,9 @@ class TileBlocks {
             State state;     // of that query
             int head;        // its place among the heads that are unpacked
             alignas(64) float peaks[LANES], totals[LANES], weight_scales[LANES];
-            int32_t* sums;  // [TILE_LINES][BLOCK]
-            KV* weights;    // [TILE_LINES][BLOCK]
-            int32_t* mixes; // [TILE_LINES][width]
+            int32_t* sums;  // [AMX_ROWS][BLOCK]
+            KV* weights;    // [AMX_ROWS][BLOCK]
+            int32_t* mixes; // [AMX_ROWS][width]
 
             void set(const Rows& rows_, int row_, int count_, State state_, int head_) {
                 rows = rows_, row = row_, count = count_, state = state_, head = head_;
@@ -288,14 +289,14 @@ class TileBlocks {
             for (int line = 0; line < width / LINE; ++line) {
                 const int32_t* tile = keys + slot.head % 2 * packed + line * BLOCK_VECTORS * TILE;
                 _tile_loadd(4, q + line * LINE, width * sizeof(KV));
-                _tile_loadd(5, tile, TILE_LINE_BYTES);
-                TIMES(0, 4, 5);
-                _tile_loadd(6, tile + TILE, TILE_LINE_BYTES);
-                TIMES(1, 4, 6);
-                _tile_loadd(7, tile + 2 * TILE, TILE_LINE_BYTES);
-                TIMES(2, 4, 7);
-                _tile_loadd(5, tile + 3 * TILE, TILE_LINE_BYTES);
-                TIMES(3, 4, 5);
+                _tile_loadd(6, tile, ROW_BYTES);
+                TIMES(0, 4, 6);
+                _tile_loadd(7, tile + TILE, ROW_BYTES);
+                TIMES(1, 4, 7);
+                _tile_loadd(6, tile + 2 * TILE, ROW_BYTES);
+                TIMES(2, 4, 6);
+                _tile_loadd(7, tile + 3 * TILE, ROW_BYTES);
+                TIMES(3, 4, 7);
             }
             _tile_stored(0, slot.sums, BLOCK * sizeof(float));
             _tile_stored(1, slot.sums + LANES, BLOCK * sizeof(float));
@@ -313,10 +314,10 @@ class TileBlocks {
                 for (int line = 0; line < KEY_LINES; ++line) {
                     const int32_t* tile = values + slot.head % 2 * packed + (line * vectors + at) * TILE;
                     _tile_loadd(4, slot.weights + line * LINE, BLOCK * sizeof(KV));
-                    _tile_loadd(5, tile, TILE_LINE_BYTES);
-                    TIMES(0, 4, 5);
-                    _tile_loadd(6, tile + TILE, TILE_LINE_BYTES);
-                    TIMES(1, 4, 6);
+                    _tile_loadd(6, tile, ROW_BYTES);
+                    TIMES(0, 4, 6);
+                    _tile_loadd(7, tile + TILE, ROW_BYTES);
+                    TIMES(1, 4, 7);
                 }
                 _tile_stored(0, slot.mixes + at * LANES, width * sizeof(float));
                 _tile_stored(1, slot.mixes + (at + 1) * LANES, width * sizeof(float));
@@ -366,7 +367,7 @@ class TileBlocks {
     float* query_scales = nullptr;
 
     size_t scales_offset() const {
-        return padded(((c.tokens * c.query_heads) * DIGITS + TILE_LINES) * width * sizeof(KV));
+        return padded(((c.tokens * c.query_heads) * DIGITS + AMX_ROWS) * width * sizeof(KV));
     }
 };
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCES = ("attention.cpp", "elementwise.cpp", "linear.cpp", "sampling.cpp", "threads.cpp")
-HEADERS = ("attention.h", "attention_floats.h", "attention_tiles.h", "product.h", "simd.h", "threads.h", "tiles.h")
+HEADERS = ("amx.h", "attention.h", "attention_floats.h", "attention_tiles.h", "product.h", "simd.h", "threads.h")
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.

@@ -6,9 +6,9 @@
 
 #include <algorithm>
 
+#include "amx.h"
 #include "product.h"
 #include "threads.h"
-#include "tiles.h"
 
 namespace {
 
@@ -152,13 +152,13 @@ void linear(const Call& c) {
 
 #ifdef __AMX_BF16__
 
-constexpr int AMX_ROWS = 16;     // rows of a tile of x and of sums
 constexpr int AMX_DEPTH = 32;    // input features of a tile
 constexpr int AMX_CHUNK_ROWS = 128;
 constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a panel
 
 // sums[16][64] = 16 rows of x times a panel.
 void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -183,6 +183,7 @@ void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth,
 
 // The same for 32 rows and 32 of the panel's outputs: half the loads for each product.
 void amx_square(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
+    written();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
