@@ -112,14 +112,14 @@ class TileBlocks {
                         slots[i].set(task.rows(first + i), unseen, rows - unseen,
                                      state.from((first + i) * rows + unseen, width), i);
                     stages(
-                        count, [&](int i) { take_keys(task.head(first + i), task.next(first + i), i); },
-                        [&](int i) { take_values(task.head(first + i), task.next(first + i), i); });
+                        count, [&](int i) { take_keys(task, first + i, i); },
+                        [&](int i) { take_values(task, first + i, i); });
                 }
                 return;
             }
             for (int head = 0; head < task.heads; ++head) {
-                take_keys(task.head(head), task.next(head), 0);
-                take_values(task.head(head), task.next(head), 0);
+                take_keys(task, head, 0);
+                take_values(task, head, 0);
                 for (int row = unseen; row < rows;) {
                     int count = 0;
                     for (; count < SLOTS && row < rows; ++count, row += QUERIES)
@@ -164,10 +164,11 @@ class TileBlocks {
             for (int i = 0; i < count; ++i) merge(slots[i]);
         }
 
-        void take_keys(Head<KV> head, Head<KV> next, int place) {
+        void take_keys(const Task<KV>& task, int index, int place) {
+            Head<KV> head = task.head(index);
             int count = head.lines->count;
             for (int j = 0; j < BLOCK; j += LANES) {
-                next.prefetch(j, j + LANES, false);
+                task.prefetch(index * BLOCK_VECTORS + j / LANES, task.heads * BLOCK_VECTORS, false);
                 pack_keys(head, j, count, keys + place % 2 * packed);
             }
             if constexpr (WHOLE)
@@ -176,10 +177,11 @@ class TileBlocks {
                     value_scales[place][i] = i < count ? head.value_scale(i) : 0.0f;
                 }
         }
-        void take_values(Head<KV> head, Head<KV> next, int place) {
+        void take_values(const Task<KV>& task, int index, int place) {
+            Head<KV> head = task.head(index);
             int count = head.lines->count;
             for (int j = 0; j < BLOCK; j += LANES) {
-                next.prefetch(j, j + LANES, true);
+                task.prefetch(index * BLOCK_VECTORS + j / LANES, task.heads * BLOCK_VECTORS, true);
                 for (int i = j; i < j + LANES; i += GROUPED) interleave_values(head, i, count, values + place % 2 * packed);
             }
         }
