@@ -152,7 +152,7 @@ def _restart(run_dir: Path, name: str) -> None:
 def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint) -> None:
     table = Table(title=f"before → after {restarts} restarts", title_justify="left")
     table.add_column("process")
-    for column in ("private memory (MiB)", "descriptors", "threads", "arenas"):
+    for column in ("memory of its own (PSS, MiB)", "descriptors", "threads", "arenas"):
         table.add_column(column, justify="right")
     rows = {**after.processes, "all": after.total}
     old = {**before.processes, "all": before.total}
@@ -160,7 +160,7 @@ def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint)
         was = old[name]
         table.add_row(
             name,
-            f"{was.private_bytes / 2**20:.1f} → {now.private_bytes / 2**20:.1f}",
+            f"{was.anonymous_bytes / 2**20:.1f} → {now.anonymous_bytes / 2**20:.1f}",
             f"{was.descriptors} → {now.descriptors}",
             f"{was.threads} → {now.threads}",
             f"{was.arenas} → {now.arenas}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ from runtime.chaos.inject import node_report
 
 @dataclass(frozen=True)
 class Footprint:
-    """Of one process. `private_bytes` is anonymous memory, arenas and libraries left out."""
+    """Of one process. `anonymous_bytes` leaves arenas and libraries out, and counts a page that is still shared after a
+    fork in proportion (PSS)."""
 
-    private_bytes: int
+    anonymous_bytes: int
     descriptors: int
     threads: int
     arenas: int
@@ -48,12 +50,18 @@ def _footprint(pid: int) -> Footprint:
     """Of one process; nothing if it has just ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
+        memory = Path(f"/proc/{pid}/smaps_rollup").read_text()
         links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
     except OSError:
         return Footprint(0, 0, 0, 0)
-    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-    private = int(fields.get("RssAnon", "0 kB").split()[0]) * 1024
-    return Footprint(private, len(links), int(fields["Threads"]), sum("/memfd:" in link for link in links))
+    threads = re.search(r"^Threads:\s+(\d+)", status, re.MULTILINE)
+    anonymous = re.search(r"^Pss_Anon:\s+(\d+) kB", memory, re.MULTILINE)
+    return Footprint(
+        int(anonymous[1]) * 1024 if anonymous else 0,
+        len(links),
+        int(threads[1]) if threads else 0,
+        sum("/memfd:" in link for link in links),
+    )
 
 
 def _children(pid: int) -> Iterator[int]:
@@ -67,6 +75,6 @@ def _children(pid: int) -> Iterator[int]:
 def _sum(footprints: Iterable[Footprint]) -> Footprint:
     total = [0, 0, 0, 0]
     for each in footprints:
-        for i, value in enumerate((each.private_bytes, each.descriptors, each.threads, each.arenas)):
+        for i, value in enumerate((each.anonymous_bytes, each.descriptors, each.threads, each.arenas)):
             total[i] += value
     return Footprint(*total)
