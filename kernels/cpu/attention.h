@@ -108,10 +108,11 @@ struct Task {
     // Fetches one of `parts` parts of the next block's keys, or of its values, into the second level of cache (a block
     // of all heads would fill the first). All heads together, for their lines follow each other in memory, and the
     // processor goes on fetching ahead in a run.
-    void prefetch(int part, int parts, bool values) const {
+    INLINE void prefetch(int part, int parts, bool values) const {
         if (next_lines) fetch(*next_lines, part, parts, values);
     }
-    void fetch(const Lines<KV>& from, int part, int parts, bool values) const {
+    // Inline, or GCC takes it for a function without effects and drops the call.
+    INLINE void fetch(const Lines<KV>& from, int part, int parts, bool values) const {
         int64_t offset = first_head * call->dim + (values ? call->value_stride : 0);
         int64_t scale_offset = first_head + (values ? call->scale_value_stride : 0);
         int end = std::min(from.count, BLOCK * (part + 1) / parts);
