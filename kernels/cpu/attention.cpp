@@ -209,8 +209,6 @@ class Attention {
 
         Lines<KV> lines[2];
         find(unit, unit.first_block, end, lines[0]);
-        for (int head = unit.head; head < unit.head + unit.heads; ++head)
-            for (bool values : {false, true}) Head<KV>{&c, &lines[0], head}.prefetch(0, BLOCK, values);
         for (int block = unit.first_block, turn = 0; block < unit.end_block; ++block, turn ^= 1) {
             Lines<KV>& next = lines[turn ^ 1];
             bool last = block + 1 == unit.end_block;
@@ -220,8 +218,11 @@ class Attention {
                 state.clear(all_rows, width);
             }
             int64_t query = query_index(unit.head, c.row_offsets[unit.row] + unit.first, 0);
-            worker.attend({&c, &lines[turn], last ? nullptr : &next, unit.head, unit.heads,
-                           {query, rows, position, block * BLOCK}, c.tokens * group}, state);
+            Task<KV> task{&c, &lines[turn], last ? nullptr : &next, unit.head, unit.heads,
+                          {query, rows, position, block * BLOCK}, c.tokens * group};
+            if (block == unit.first_block)
+                for (bool values : {false, true}) task.fetch(lines[turn], 0, 1, values);
+            worker.attend(task, state);
         }
         if (unit.partial < 0) finish(unit, state, (float*)space);
     }

@@ -70,26 +70,13 @@ struct Lines {
 template <class KV>
 struct Head {
     const Call* call;
-    const Lines<KV>* lines;  // none: nothing to prefetch
+    const Lines<KV>* lines;
     int head;
 
     const KV* key(int i) const { return lines->keys[i] + head * call->dim; }
     const KV* value(int i) const { return key(i) + call->value_stride; }
     float key_scale(int i) const { return lines->scales[i][head]; }
     float value_scale(int i) const { return lines->scales[i][head + call->scale_value_stride]; }
-
-    // Fetches keys first .. last - 1, or their values, into the second level of cache: a block of all heads would
-    // fill the first.
-    void prefetch(int first, int last, bool values) const {
-        if (!lines) return;
-        int64_t offset = head * call->dim + (values ? call->value_stride : 0);
-        int64_t scale_offset = head + (values ? call->scale_value_stride : 0);
-        for (int i = first; i < std::min(last, lines->count); ++i) {
-            for (int64_t at = 0; at < call->dim; at += 64 / sizeof(KV))
-                __builtin_prefetch(lines->keys[i] + offset + at, 0, 2);
-            if constexpr (sizeof(KV) == 1) __builtin_prefetch(lines->scales[i] + scale_offset, 0, 2);
-        }
-    }
 };
 
 // Queries that attend to a block: `rows` of one key head, the query heads of a token side by side.
@@ -112,11 +99,28 @@ struct Task {
     int64_t query_step;
 
     Head<KV> head(int i) const { return {call, lines, first_head + i}; }
-    Head<KV> next(int i) const { return {call, next_lines, first_head + i}; }
     Rows rows(int i) const {
         Rows rows = first_rows;
         rows.query += i * query_step;
         return rows;
+    }
+
+    // Fetches one of `parts` parts of the next block's keys, or of its values, into the second level of cache (a block
+    // of all heads would fill the first). All heads together, for their lines follow each other in memory, and the
+    // processor goes on fetching ahead in a run.
+    INLINE void prefetch(int part, int parts, bool values) const {
+        if (next_lines) fetch(*next_lines, part, parts, values);
+    }
+    // Inline, or GCC takes it for a function without effects and drops the call.
+    INLINE void fetch(const Lines<KV>& from, int part, int parts, bool values) const {
+        int64_t offset = first_head * call->dim + (values ? call->value_stride : 0);
+        int64_t scale_offset = first_head + (values ? call->scale_value_stride : 0);
+        int end = std::min(from.count, BLOCK * (part + 1) / parts);
+        for (int i = BLOCK * part / parts; i < end; ++i) {
+            for (int64_t at = 0; at < heads * call->dim; at += 64 / sizeof(KV))
+                __builtin_prefetch(from.keys[i] + offset + at, 0, 2);
+            if constexpr (sizeof(KV) == 1) __builtin_prefetch(from.scales[i] + scale_offset, 0, 2);
+        }
     }
 };
 

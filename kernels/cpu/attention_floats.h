@@ -36,7 +36,7 @@ class FloatBlocks {
         // The queries of all heads attend to a block; `state` has those of one head after the other.
         void attend(const Task<KV>& task, State state) {
             for (int i = 0; i < task.heads; ++i) {
-                take(task.head(i), task.next(i));
+                take(task, i);
                 Rows rows = task.rows(i);
                 attend(rows, state.from(i * rows.rows, width));
             }
@@ -54,10 +54,10 @@ class FloatBlocks {
         int count = 0;
 
         // Makes a head's block the one that is attended to, and prefetches another.
-        void take(Head<KV> head, Head<KV> next) {
-            block = head;
-            count = head.lines->count;
-            transpose_keys(next);
+        void take(const Task<KV>& task, int head) {
+            block = task.head(head);
+            count = block.lines->count;
+            transpose_keys(task, head);
             if constexpr (sizeof(KV) == 1)
                 for (int i = 0; i < BLOCK; ++i) key_scales[i] = i < count ? block.key_scale(i) : 0.0f;
             if (unpack) unpack_values();
@@ -79,12 +79,12 @@ class FloatBlocks {
 
         // keys[d][j] = key j. From `count` on it does not matter what is there, for such scores are masked, but
         // what lay in the memory before might be denormal, and slow.
-        void transpose_keys(Head<KV> next) {
+        void transpose_keys(const Task<KV>& task, int head) {
             for (int j = int(padded(count)); j < BLOCK; j += LANES)
                 for (int d = 0; d < c.dim; ++d) store(keys + d * BLOCK + j, zeros());
             for (int j = 0; j < BLOCK; j += LANES) {
-                next.prefetch(j, j + LANES, false);
-                next.prefetch(j, j + LANES, true);
+                for (bool values : {false, true})
+                    task.prefetch(head * BLOCK_VECTORS + j / LANES, task.heads * BLOCK_VECTORS, values);
                 if (j >= count) continue;
                 const KV* rows[LANES];
                 for (int i = 0; i < LANES; ++i) rows[i] = block.key(std::min(j + i, count - 1));

@@ -6,9 +6,9 @@
 // on the tile it is in nor on the line there.
 #pragma once
 
+#include "amx.h"
 #include "attention.h"
 #include "product.h"
-#include "amx.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
 
@@ -35,10 +35,11 @@ INLINE V16 from_digits(const int32_t* high, const int32_t* low) {
 
 template <class KV>
 class TileBlocks {
+    static constexpr int ROW_BYTES = 64;                     // of a tile
     static constexpr bool WHOLE = sizeof(KV) == 1;           // integers
     static constexpr int DIGITS = WHOLE ? 2 : 1;             // lines of a tile for a query
     static constexpr int QUERIES = AMX_ROWS / DIGITS;      // queries of a tile
-    static constexpr int LINE = AMX_ROW_BYTES / sizeof(KV);  // elements of a tile's line
+    static constexpr int LINE = ROW_BYTES / sizeof(KV);  // elements of a tile's line
     static constexpr int GROUPED = 4 / sizeof(KV);           // elements of a factor that lie side by side
     static constexpr int KEY_LINES = BLOCK / LINE;           // lines of a block's weights
     static constexpr int TILE = AMX_ROWS * LANES;          // four-byte items of a tile
@@ -89,7 +90,8 @@ class TileBlocks {
       public:
         Worker(const TileBlocks& blocks, void* memory, int rows)
             : c(blocks.c), width(blocks.width), queries(blocks.queries), query_scales(blocks.query_scales),
-              packed(BLOCK * width / GROUPED), keys((int32_t*)memory), values(keys + 2 * packed) {
+              packed(BLOCK * width / GROUPED), keys((int32_t*)memory), values(keys + 2 * packed),
+              tiles(ROW_BYTES, AMX_ROWS, std::min(AMX_ROWS, rows * DIGITS)) {
             int32_t* space = values + 2 * packed;
             for (Slot& slot : slots) {
                 slot.sums = space;
@@ -97,7 +99,6 @@ class TileBlocks {
                 slot.mixes = space + 2 * AMX_ROWS * BLOCK;
                 space += AMX_ROWS * (2 * BLOCK + width);
             }
-            tiles.configure(std::min(AMX_ROWS, rows * DIGITS));
         }
 
         // The queries of all heads attend to a block; `state` has those of one head after the other. Several tiles of
@@ -111,14 +112,14 @@ class TileBlocks {
                         slots[i].set(task.rows(first + i), unseen, rows - unseen,
                                      state.from((first + i) * rows + unseen, width), i);
                     stages(
-                        count, [&](int i) { take_keys(task.head(first + i), task.next(first + i), i); },
-                        [&](int i) { take_values(task.head(first + i), task.next(first + i), i); });
+                        count, [&](int i) { take_keys(task, first + i, i); },
+                        [&](int i) { take_values(task, first + i, i); });
                 }
                 return;
             }
             for (int head = 0; head < task.heads; ++head) {
-                take_keys(task.head(head), task.next(head), 0);
-                take_values(task.head(head), task.next(head), 0);
+                take_keys(task, head, 0);
+                take_values(task, head, 0);
                 for (int row = unseen; row < rows;) {
                     int count = 0;
                     for (; count < SLOTS && row < rows; ++count, row += QUERIES)
@@ -163,10 +164,11 @@ class TileBlocks {
             for (int i = 0; i < count; ++i) merge(slots[i]);
         }
 
-        void take_keys(Head<KV> head, Head<KV> next, int place) {
+        void take_keys(const Task<KV>& task, int index, int place) {
+            Head<KV> head = task.head(index);
             int count = head.lines->count;
             for (int j = 0; j < BLOCK; j += LANES) {
-                next.prefetch(j, j + LANES, false);
+                task.prefetch(index * BLOCK_VECTORS + j / LANES, task.heads * BLOCK_VECTORS, false);
                 pack_keys(head, j, count, keys + place % 2 * packed);
             }
             if constexpr (WHOLE)
@@ -175,10 +177,11 @@ class TileBlocks {
                     value_scales[place][i] = i < count ? head.value_scale(i) : 0.0f;
                 }
         }
-        void take_values(Head<KV> head, Head<KV> next, int place) {
+        void take_values(const Task<KV>& task, int index, int place) {
+            Head<KV> head = task.head(index);
             int count = head.lines->count;
             for (int j = 0; j < BLOCK; j += LANES) {
-                next.prefetch(j, j + LANES, true);
+                task.prefetch(index * BLOCK_VECTORS + j / LANES, task.heads * BLOCK_VECTORS, true);
                 for (int i = j; i < j + LANES; i += GROUPED) interleave_values(head, i, count, values + place % 2 * packed);
             }
         }
@@ -288,14 +291,14 @@ class TileBlocks {
             for (int line = 0; line < width / LINE; ++line) {
                 const int32_t* tile = keys + slot.head % 2 * packed + line * BLOCK_VECTORS * TILE;
                 _tile_loadd(4, q + line * LINE, width * sizeof(KV));
-                _tile_loadd(5, tile, AMX_ROW_BYTES);
-                TIMES(0, 4, 5);
-                _tile_loadd(6, tile + TILE, AMX_ROW_BYTES);
-                TIMES(1, 4, 6);
-                _tile_loadd(7, tile + 2 * TILE, AMX_ROW_BYTES);
-                TIMES(2, 4, 7);
-                _tile_loadd(5, tile + 3 * TILE, AMX_ROW_BYTES);
-                TIMES(3, 4, 5);
+                _tile_loadd(6, tile, ROW_BYTES);
+                TIMES(0, 4, 6);
+                _tile_loadd(7, tile + TILE, ROW_BYTES);
+                TIMES(1, 4, 7);
+                _tile_loadd(6, tile + 2 * TILE, ROW_BYTES);
+                TIMES(2, 4, 6);
+                _tile_loadd(7, tile + 3 * TILE, ROW_BYTES);
+                TIMES(3, 4, 7);
             }
             _tile_stored(0, slot.sums, BLOCK * sizeof(float));
             _tile_stored(1, slot.sums + LANES, BLOCK * sizeof(float));
@@ -313,10 +316,10 @@ class TileBlocks {
                 for (int line = 0; line < KEY_LINES; ++line) {
                     const int32_t* tile = values + slot.head % 2 * packed + (line * vectors + at) * TILE;
                     _tile_loadd(4, slot.weights + line * LINE, BLOCK * sizeof(KV));
-                    _tile_loadd(5, tile, AMX_ROW_BYTES);
-                    TIMES(0, 4, 5);
-                    _tile_loadd(6, tile + TILE, AMX_ROW_BYTES);
-                    TIMES(1, 4, 6);
+                    _tile_loadd(6, tile, ROW_BYTES);
+                    TIMES(0, 4, 6);
+                    _tile_loadd(7, tile + TILE, ROW_BYTES);
+                    TIMES(1, 4, 7);
                 }
                 _tile_stored(0, slot.mixes + at * LANES, width * sizeof(float));
                 _tile_stored(1, slot.mixes + (at + 1) * LANES, width * sizeof(float));

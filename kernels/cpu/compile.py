@@ -38,7 +38,16 @@ HEADERS = (
     "threads.h",
 )
 # Contraction would fuse different products in different instances of a template: results would depend on the batch.
-FLAGS = ("-std=c++20", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-fvisibility=hidden", "-pthread")
+FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-strict-aliasing",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+)
 # What each instruction set needs of the processor (names of /proc/cpuinfo), the best first.
 INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
