@@ -158,11 +158,11 @@ def vllm(binary: str, model: Path, port: int, log: Path) -> Server:
     return Server("vLLM", command, port, environment, log=log)
 
 
-def llama_server(binary: str, gguf: Path, port: int, log: Path) -> Server:
-    """llama.cpp's server with the GGUF file as it is, 16 slots."""
+def llama_server(binary: str, gguf: Path, port: int, log: Path, more: list[str]) -> Server:
+    """llama.cpp's server with the GGUF file as it is, 16 slots, and more options."""
     cores = str(len(os.sched_getaffinity(0)))
     command = [binary, "-m", str(gguf), "-t", cores, "-tb", cores, "-c", "32768", "-np", "16", "--port", str(port)]
-    return Server("llama.cpp", command, port, log=log)
+    return Server("llama.cpp", command + more, port, log=log)
 
 
 def embedded_gguf() -> Path:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -139,7 +140,8 @@ def servers_of(options: argparse.Namespace, logs: Path) -> list[Server]:
     else:
         print("vLLM is left out: give --vllm BIN and --vllm-model DIR")
     if options.llama_server and shutil.which(options.llama_server):
-        servers.append(llama_server(options.llama_server, embedded_gguf(), options.port + 2, logs / "llama.log"))
+        more = shlex.split(options.llama_args)
+        servers.append(llama_server(options.llama_server, embedded_gguf(), options.port + 2, logs / "llama.log", more))
     else:
         print("llama.cpp is left out: give --llama-server BIN")
     return servers
@@ -147,14 +149,22 @@ def servers_of(options: argparse.Namespace, logs: Path) -> list[Server]:
 
 def run(servers: list[Server], options: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Figures]:
     """Starts all servers, one after the other, and measures them in turn; figures by name."""
-    rounds: dict[str, list[Figures]] = {server.name: [] for server in servers}
-    for server in reversed(servers):  # this runtime last: it cannot be stopped meanwhile
-        server.start(START_LIMIT_S)
+    for server in list(reversed(servers)):  # this runtime last: it cannot be stopped meanwhile
+        try:
+            server.start(START_LIMIT_S)
+        except RuntimeError as error:
+            if server is servers[0]:
+                raise
+            say(f"{error}; it is left out")
+            server.stop()
+            servers = [each for each in servers if each is not server]
+            continue
         say(f"{server.name}: first token after {server.start_s:.1f} s")
         idle = server.cpu_seconds()
         time.sleep(1.0)
         say(f"{server.name}: takes {100 * (server.cpu_seconds() - idle):.0f} % of a core when idle")
         server.pause()
+    rounds: dict[str, list[Figures]] = {server.name: [] for server in servers}
     for number in range(options.rounds):
         turn = servers[number % len(servers) :] + servers[: number % len(servers)]
         for server in turn:
@@ -179,6 +189,12 @@ def main() -> None:
     parser.add_argument("--vllm", default=os.environ.get("VLLM"), metavar="BIN")
     parser.add_argument("--vllm-model", type=Path, default=os.environ.get("VLLM_MODEL"), metavar="DIR")
     parser.add_argument("--llama-server", default=os.environ.get("LLAMA_SERVER"), metavar="BIN")
+    parser.add_argument(
+        "--llama-args",
+        default="",
+        metavar="TEXT",
+        help="more options for it, such as --no-repack where it dies of an illegal instruction for want of AMX",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
     parser.add_argument("--port", type=int, default=8970, help="and the two above it")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown (%(default)s)")
@@ -197,7 +213,7 @@ def main() -> None:
     finally:
         for server in servers:
             server.stop()
-    shutil.rmtree(logs)
+    print(f"logs: {logs}")
     show(figures)
 
 
