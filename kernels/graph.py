@@ -86,7 +86,7 @@ class StepGraph(Generic[R]):
         with recorder, _recorded(native, calls):
             self.result = function()
         self._library = native
-        self._keep = recorder.foreign  # what the kernels read, and nobody else may hold
+        self._keep = memory, recorder.foreign  # what the kernels write and read, and nobody else may hold
         places = np.cumsum([0, *(len(call.argument) + -len(call.argument) % _ALIGNMENT for call in calls)])
         self._arguments = np.zeros(places[-1] + _ALIGNMENT, np.uint8)
         start = -self._arguments.ctypes.data % _ALIGNMENT

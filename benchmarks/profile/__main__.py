@@ -29,6 +29,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "profile"
 LINEARS = ("queries, keys, values", "attention output", "gate and up", "down")
+REPORTED_AFTER_S = 1.5
+"""By then what the actors say of themselves leaves the prefill out."""
 console = Console(highlight=False)
 
 
@@ -96,11 +98,15 @@ async def decode(url: str, run_dir: Path, options: argparse.Namespace) -> tuple[
         prompts = np.random.default_rng(0).integers(100, 40_000, (options.batch, options.input)).tolist()
         streams = [asyncio.create_task(stream(session, prompt)) for prompt in prompts]
         await asyncio.wait_for(all_started.wait(), 300)
+        await asyncio.sleep(REPORTED_AFTER_S)
         before, tokens_before = Snapshot.take(run_dir), tokens
+        after, tokens_after = before, tokens_before
         while not ended.is_set():
             after, tokens_after = Snapshot.take(run_dir), tokens
             await asyncio.sleep(0.25)
         await asyncio.gather(*streams)
+    if tokens_after == tokens_before:
+        sys.exit("the streams ended too soon: give a larger --output")
     return before, after, (tokens_after - tokens_before) / options.batch
 
 
@@ -190,7 +196,7 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, default=ROOT / "topology" / "smollm2.toml")
     parser.add_argument("--batch", type=int, default=16, help="streams (%(default)s)")
     parser.add_argument("--input", type=int, default=256, help="prompt tokens (%(default)s)")
-    parser.add_argument("--output", type=int, default=256, help="output tokens (%(default)s)")
+    parser.add_argument("--output", type=int, default=512, help="output tokens (%(default)s)")
     parser.add_argument("--port", type=int, default=8960)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key of the topology")
     parser.add_argument("--kernels", action="store_true", help="time the kernels only, without a node")

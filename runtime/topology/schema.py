@@ -118,7 +118,10 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "cpu"
     threads: Annotated[
         Annotated[int, Meta(ge=1, le=1024)] | None,
-        Meta(description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks."),
+        Meta(
+            description="Threads of each rank on the CPU. By default the cores divided among all CPU ranks; none is "
+            "pinned to a core."
+        ),
     ] = None
     kv_tokens: Annotated[
         Count,
