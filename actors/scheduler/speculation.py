@@ -25,6 +25,9 @@ TRY_AGAIN = 128
 """One in so many good chances is taken although the measured times speak against it: they may be old."""
 GOOD_CHANCE = 0.6
 """Chance of a guess that is worth a try then."""
+LONGEST_S = 0.05
+LONGEST_RATIO = 2.0
+"""A step that verifies may take so long, or so many times as long as plain decoding: streams shall not stutter."""
 PAUSE_S = 0.0005
 """First estimate of how long ranks wait for a step that could not be sent ahead."""
 
@@ -65,6 +68,17 @@ class StepTimes:
             return 0.0
         # Larger than all seen. Between a step bound by memory, where further tokens are free, and one bound by work.
         return low[1] * math.sqrt(tokens / low[0])
+
+    def most_tokens(self, seconds: float, most: int) -> int:
+        """The largest size up to `most` that is expected to take at most so long; 0 if there is none."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.seconds(middle) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return low
 
 
 class Speculation:
@@ -137,14 +151,16 @@ class Speculation:
         each_s = (self.times.seconds(rows + most) - plain_s) / most
         # A guess pays for itself if its chance is above its own time over the time of a token.
         needed = each_s * rows / plain_s
+        longest_s = max(LONGEST_S, LONGEST_RATIO * plain_s)
+        most_each = (self.times.most_tokens(longest_s, rows + most) - rows) // len(matches)
         if self._trial:
-            needed = min(needed, GOOD_CHANCE)
+            needed, most_each = min(needed, GOOD_CHANCE), self._limit
         gain, total = 0.0, 0
         chosen: dict[Request, tuple[Lookup, int]] = {}
         for request, lookup in matches:
             if lookup.rate < needed:
                 continue
-            chances = lookup.chances(self._room(request, ahead) + ahead)
+            chances = lookup.chances(min(self._room(request, ahead), most_each) + ahead)
             first = chances[0] if ahead and chances else 1.0
             useful = [chance for chance in chances[ahead:] if chance >= needed * first]
             if useful:

@@ -139,7 +139,7 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 16
     chunk_tokens: Annotated[
         Count, Meta(description="Most new tokens of one step; longer prompts are prefilled in chunks between decodes.")
-    ] = 512
+    ] = 2048
     max_running: Annotated[
         int, Meta(ge=1, le=4096, description="Requests that decode together; further ones wait.")
     ] = 64

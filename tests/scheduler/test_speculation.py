@@ -26,7 +26,7 @@ from actors.messages import (
 )
 from actors.scheduler.config import Config
 from actors.scheduler.request import Request
-from actors.scheduler.speculation import TRY_AGAIN, Speculation, StepTimes
+from actors.scheduler.speculation import LONGEST_S, TRY_AGAIN, Speculation, StepTimes
 
 LOOP = [11, 12, 13, 14]
 STOP = 2
@@ -325,6 +325,12 @@ def test_long_pauses_speak_against_it() -> None:
     alone = speculation({1: 0.001, 256: 0.002}, run_ahead=False)
     alone.pause_s = 0.02
     assert alone.choose([decoding(LOOP * 5)]), "without running ahead there is a pause after every step anyway"
+
+
+def test_a_step_that_verifies_is_no_pause() -> None:
+    made = speculation({1: 0.020, 8: 0.040, 16: 0.060, 256: 0.5})
+    (guesses,) = made.choose([decoding(LOOP * 5)]).values()
+    assert made.times.seconds(1 + len(guesses)) <= LONGEST_S < made.times.seconds(16)
 
 
 def test_no_step_of_a_request_may_be_under_way() -> None:
