@@ -165,6 +165,7 @@ class _Builder:
                 "max_model_len": self.plan.max_model_len,
                 "tp": settings.tp,
                 "chunk_tokens": settings.chunk_tokens,
+                "max_step_ms": settings.max_step_ms,
                 "max_running": settings.max_running,
                 "max_queue": settings.max_queue,
                 "policy": settings.policy,

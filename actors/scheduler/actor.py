@@ -40,6 +40,7 @@ from actors.scheduler.pages import PageLedger, PagePool
 from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
 from actors.scheduler.speculation import Speculation
+from actors.scheduler.step_times import StepTimes
 from actors.scheduler.wire import encode_step, token_logprobs
 from transport import Arena
 
@@ -107,8 +108,9 @@ class Scheduler(Actor):
         arena = Arena(context.descriptors[f"{config.engine}.pages"])
         self.ledger = PageLedger(arena, config.num_pages, config.page_size)
         self.pool = PagePool(self.ledger, config.prefix_cache)
-        self.speculation = Speculation(config) if config.speculation == "ngram" else None
-        self.batch = Batch(config, self.pool, self.speculation)
+        self.times = StepTimes()
+        self.speculation = Speculation(config, self.times) if config.speculation == "ngram" else None
+        self.batch = Batch(config, self.pool, self.times, self.speculation)
         self.requests: dict[str, Request] = {}
         self.finished: deque[tuple[float, str]] = deque()
         self.in_flight: deque[InFlight] = deque()
@@ -356,7 +358,7 @@ class Scheduler(Actor):
         """The KV pages are empty: everything is computed again."""
         self.in_flight.clear()
         self.pool = PagePool(self.ledger, self.config.prefix_cache)
-        self.batch = Batch(self.config, self.pool, self.speculation)
+        self.batch = Batch(self.config, self.pool, self.times, self.speculation)
         for request in self.requests.values():
             if request.finish is None:
                 request.rewind()
@@ -396,11 +398,9 @@ class Scheduler(Actor):
             self._advance(row, drawn[index], logprobs.get(index), prompt)
 
     def _measure(self, step: InFlight, seconds: float) -> None:
-        """Times of steps, for the choice of what to speculate on."""
-        if self.speculation is None:
-            return
-        self.speculation.times.observe(step.tokens, seconds)
-        if step.sent is not None:
+        """Times of steps, for the choice of how large others should be."""
+        self.times.observe(step.tokens, seconds)
+        if self.speculation is not None and step.sent is not None:
             self.speculation.observe_pause(time.monotonic() - step.sent - seconds)
 
     def _advance(

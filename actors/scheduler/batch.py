@@ -12,6 +12,10 @@ from actors.scheduler.pages import PagePool
 from actors.scheduler.policy import admission_order
 from actors.scheduler.request import Lease, Request
 from actors.scheduler.speculation import Speculation
+from actors.scheduler.step_times import StepTimes
+
+LEAST_CHUNK = 64
+"""Prompt tokens of a step however long decoding takes: else a full batch would starve those that wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,15 +54,19 @@ class Batch:
     A step with drafts must be answered before the next one is asked for.
 
     Args:
+        times: of steps so far, by which those with both prompts and decoding requests are kept short.
         speculation: chooses drafts; None for plain decoding.
 
     Attributes:
         chunk_tokens: prompt tokens of the next step, all requests together, and guesses.
     """
 
-    def __init__(self, config: Config, pool: PagePool, speculation: Speculation | None = None) -> None:
+    def __init__(
+        self, config: Config, pool: PagePool, times: StepTimes, speculation: Speculation | None = None
+    ) -> None:
         self._config = config
         self._pool = pool
+        self._times = times
         self._speculation = speculation
         self._slots = list(range(config.max_running))[::-1]
         self.chunk_tokens = config.chunk_tokens
@@ -76,7 +84,7 @@ class Batch:
         last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
-        budget = self.chunk_tokens
+        budget = self._budget()
         drafts = self._speculation.choose(self.running) if self._speculation and only is None else {}
         for request in list(self.running):
             if request.lease is None:
@@ -97,6 +105,14 @@ class Batch:
         if only is None:
             self._admit(rows, budget)
         return rows
+
+    def _budget(self) -> int:
+        """Prompt tokens, and guesses, that the next step may take."""
+        decoding = sum(request.scheduled >= len(request.tokens) - 1 for request in self.running)
+        if not decoding or not self._config.max_step_ms:
+            return self.chunk_tokens
+        most = self._times.most_tokens(self._config.max_step_ms / 1000, decoding + self.chunk_tokens) - decoding
+        return min(self.chunk_tokens, max(most, LEAST_CHUNK))
 
     def add(self, request: Request) -> None:
         """A request waits."""

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from actors.scheduler.config import Config
 from actors.scheduler.lookup import Lookup
 from actors.scheduler.request import Request
+from actors.scheduler.step_times import StepTimes
 
 GAIN = 1.05
 """Tokens a second, against plain decoding, that verifying has to promise."""
@@ -25,75 +26,29 @@ TRY_AGAIN = 128
 """One in so many good chances is taken although the measured times speak against it: they may be old."""
 GOOD_CHANCE = 0.6
 """Chance of a guess that is worth a try then."""
-LONGEST_S = 0.05
 LONGEST_RATIO = 2.0
-"""A step that verifies may take so long, or so many times as long as plain decoding: streams shall not stutter."""
+"""A step that verifies may take `max_step_ms`, or so many times as long as plain decoding: streams shall flow."""
 PAUSE_S = 0.0005
 """First estimate of how long ranks wait for a step that could not be sent ahead."""
-
-
-class StepTimes:
-    """How long a step takes by the number of its new tokens, as measured.
-
-    Sizes are put together by powers of two; between those seen, times are interpolated.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float, int]] = {}  # by bit length: mean tokens, mean seconds, steps
-        self._points: list[tuple[float, float]] = []
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A step with so many new tokens took so long."""
-        size = tokens.bit_length()
-        mean_tokens, mean_seconds, count = self._seen.get(size, (0.0, 0.0, 0))
-        if self._points and self._points[0][0] <= tokens <= self._points[-1][0]:
-            # One that takes much longer than expected had to wait for the processor, and says little.
-            seconds = min(seconds, 2 * (mean_seconds or self.seconds(tokens)))
-        weight = max(0.1, 1 / (count + 1))
-        mean_tokens += weight * (tokens - mean_tokens)
-        mean_seconds += weight * (seconds - mean_seconds)
-        self._seen[size] = mean_tokens, mean_seconds, count + 1
-        self._points = sorted((at, mean) for at, mean, _ in self._seen.values())
-
-    def seconds(self, tokens: int) -> float:
-        """What a step of this size is expected to take; 0 when nothing is known."""
-        low: tuple[float, float] | None = None
-        for high in self._points:
-            if tokens <= high[0]:
-                if low is None:
-                    return high[1]
-                return low[1] + (high[1] - low[1]) * (tokens - low[0]) / (high[0] - low[0])
-            low = high
-        if low is None:
-            return 0.0
-        # Larger than all seen. Between a step bound by memory, where further tokens are free, and one bound by work.
-        return low[1] * math.sqrt(tokens / low[0])
-
-    def most_tokens(self, seconds: float, most: int) -> int:
-        """The largest size up to `most` that is expected to take at most so long; 0 if there is none."""
-        low, high = 0, most
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.seconds(middle) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return low
 
 
 class Speculation:
     """Decides on drafts and keeps count of them.
 
+    Args:
+        times: of steps so far; the scheduler keeps them.
+
     Attributes:
         draft_tokens, accepted_tokens, drafts: guesses verified, those that were right, and rows that held them.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, times: StepTimes) -> None:
+        self.times = times
         self._limit = config.num_speculative_tokens
         self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
         self._max_model_len = config.max_model_len
         self._pauses = int(config.run_ahead)
-        self.times = StepTimes()
+        self._longest_s = config.max_step_ms / 1000
         self.pause_s = PAUSE_S
         self._refusals = 0
         self._trial = False
@@ -151,7 +106,7 @@ class Speculation:
         each_s = (self.times.seconds(rows + most) - plain_s) / most
         # A guess pays for itself if its chance is above its own time over the time of a token.
         needed = each_s * rows / plain_s
-        longest_s = max(LONGEST_S, LONGEST_RATIO * plain_s)
+        longest_s = max(self._longest_s, LONGEST_RATIO * plain_s) if self._longest_s else math.inf
         most_each = (self.times.most_tokens(longest_s, rows + most) - rows) // len(matches)
         if self._trial:
             needed, most_each = min(needed, GOOD_CHANCE), self._limit

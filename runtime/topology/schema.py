@@ -140,6 +140,16 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     chunk_tokens: Annotated[
         Count, Meta(description="Most new tokens of one step; longer prompts are prefilled in chunks between decodes.")
     ] = 2048
+    max_step_ms: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="While requests decode, a step takes no more of waiting prompts, and of guesses, than is "
+            "expected from measured steps to end within so many milliseconds (but 64 tokens of prompts at least): "
+            "streams flow more evenly, prompts wait longer. 0 for as much as `chunk_tokens` allows.",
+        ),
+    ] = 50
     max_running: Annotated[
         int, Meta(ge=1, le=4096, description="Requests that decode together; further ones wait.")
     ] = 64

@@ -15,6 +15,7 @@ from actors.scheduler.config import Config
 from actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
 from actors.scheduler.request import Request
 from actors.scheduler.speculation import Speculation
+from actors.scheduler.step_times import StepTimes
 from actors.scheduler.wire import encode_step
 from transport import Arena
 
@@ -108,10 +109,11 @@ class Simulation:
 
     def start_scheduler(self) -> None:
         self.pool = PagePool(PageLedger(self.arena, NUM_PAGES, PAGE_SIZE), prefix_cache=True)
-        self.speculation = Speculation(self.config)
+        times = StepTimes()
         for size in (1, 100):  # a step takes as long however many tokens it has: guessing cannot lose much
-            self.speculation.times.observe(size, 0.01)
-        self.batch = Batch(self.config, self.pool, self.speculation if self.model is loopy_token else None)
+            times.observe(size, 0.01)
+        self.speculation = Speculation(self.config, times)
+        self.batch = Batch(self.config, self.pool, times, self.speculation if self.model is loopy_token else None)
         self.flight: deque[tuple[int, list[Row], list[int]]] = deque()
         self.live: dict[str, Request] = {}
         self.number = 0
