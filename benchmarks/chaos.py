@@ -2,7 +2,7 @@
 
     python benchmarks/chaos.py                 # all of it, on a node of its own: about half an hour on two cores
     python benchmarks/chaos.py --kills 30      # shorter
-    python benchmarks/chaos.py --only kills,leaks
+    python benchmarks/chaos.py --only kills,leaks --set model.dtype=float32
 
 Each part starts a node of the embedded model, disturbs it, prints its tables and stops it. For comparison with the
 pauses: vLLM 0.32 on a CPU ends its streams with an error when its engine process is killed, and the server exits; the
@@ -40,11 +40,11 @@ console = Console(highlight=False)
 
 
 @contextlib.contextmanager
-def node(port: int, *settings: str, topology: str = "smollm2.toml") -> Iterator[Path]:
+def node(options: argparse.Namespace, *settings: str, topology: str = "smollm2.toml") -> Iterator[Path]:
     """The run directory of a node that runs as long as the block."""
     command = [sys.executable, "-m", "runtime"]
-    up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(port), "--detach"]
-    for setting in (f"node.name={NAME}", *settings):
+    up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(options.port), "--detach"]
+    for setting in (f"node.name={NAME}", *settings, *options.set):
         up += ["--set", setting]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(up, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -70,27 +70,27 @@ def disturb(title: str, run_dir: Path, options: argparse.Namespace, plan: Plan, 
 def kills(options: argparse.Namespace) -> bool:
     """Random kills, about one a second, of everything but the ingress; compared with the undisturbed run."""
     plan = Plan(duration_s=0.0, kills=options.kills, signals=FATAL, seed=options.seed)
-    with node(options.port, DETERMINISTIC) as run_dir:
+    with node(options, DETERMINISTIC) as run_dir:
         return disturb(f"{options.kills} kills, deterministic", run_dir, options, plan)
 
 
 def plain(options: argparse.Namespace) -> bool:
     """The same without deterministic mode: nothing may be lost or come twice."""
     plan = Plan(duration_s=0.0, kills=options.kills, signals=FATAL, seed=options.seed + 1)
-    with node(options.port) as run_dir:
+    with node(options) as run_dir:
         return disturb(f"{options.kills} kills, not deterministic", run_dir, options, plan)
 
 
 def doubles(options: argparse.Namespace) -> bool:
     """Two processes within 50 ms, or one that is just starting."""
     plan = Plan(every_s=2.0, duration_s=0.0, kills=options.kills // 5, signals=FATAL, double=True, seed=options.seed)
-    with node(options.port, DETERMINISTIC) as run_dir:
+    with node(options, DETERMINISTIC) as run_dir:
         return disturb(f"{options.kills // 5} double faults", run_dir, options, plan, options.long_prompt)
 
 
 def stops(options: argparse.Namespace) -> bool:
     """SIGSTOP of every process but the root in turn, with the default deadline of 5 s."""
-    with node(options.port, DETERMINISTIC, "ingress.workers=2") as run_dir:
+    with node(options, DETERMINISTIC, "ingress.workers=2") as run_dir:
         _, *others = node_report(run_dir).tree.walk()
         schedule = [Planned(9.0 * number, each.name, signal.SIGSTOP) for number, each in enumerate(others, 1)]
         plan = Plan(every_s=9.0, schedule=schedule)
@@ -102,7 +102,7 @@ def tp2(options: argparse.Namespace) -> bool:
     plan = Plan(
         every_s=2.0, duration_s=0.0, kills=options.kills // 10, signals=FATAL, actors=["rank"], seed=options.seed
     )
-    with node(options.port, DETERMINISTIC, "engine.main.threads=1", topology="smollm2-tp2.toml") as run_dir:
+    with node(options, DETERMINISTIC, "engine.main.threads=1", topology="smollm2-tp2.toml") as run_dir:
         return disturb("ranks of tp 2", run_dir, options, plan)
 
 
@@ -111,21 +111,21 @@ def ingress(options: argparse.Namespace) -> bool:
     plan = Plan(every_s=2.0, duration_s=0.0, kills=options.kills // 10, actors=["ingress[0-9]*"], seed=options.seed)
     ok = True
     for workers in (1, 2):
-        with node(options.port, DETERMINISTIC, f"ingress.workers={workers}") as run_dir:
+        with node(options, DETERMINISTIC, f"ingress.workers={workers}") as run_dir:
             ok &= disturb(f"ingress workers, {workers} in all", run_dir, options, plan)
     return ok
 
 
 def rolling(options: argparse.Namespace) -> bool:
     """Every process replaced in turn."""
-    with node(options.port, DETERMINISTIC, "ingress.workers=2") as run_dir:
+    with node(options, DETERMINISTIC, "ingress.workers=2") as run_dir:
         return disturb("rolling restart", run_dir, options, Plan(every_s=2.0, rolling=True))
 
 
 def leaks(options: argparse.Namespace) -> bool:
     """What the machine holds after many restarts, without load."""
     restarts = options.kills // 3
-    with node(options.port, "supervision.intensity=1000") as run_dir:
+    with node(options, "supervision.intensity=1000") as run_dir:
         names = [each.name for each in node_report(run_dir).tree.walk() if each.role not in ("", "ingress")]
         for name in names:
             _restart(run_dir, name)
@@ -184,6 +184,7 @@ def main() -> int:
     parser.add_argument("--long-prompt", type=int, default=700, metavar="WORDS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8940)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
     options = parser.parse_args()
     failed = [name for name in options.only.split(",") if not PARTS[name](options)]
     console.rule("all parts: nothing was lost" if not failed else f"something was lost in: {', '.join(failed)}")

@@ -41,7 +41,8 @@ def bare_loop(options: argparse.Namespace) -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     config = RankConfig(
         model=str(resolve_model("smollm2-135m-instruct", ROOT).path),
-        dtype="float32",
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
         num_pages=count * pages_each,
         max_slots=count,
         max_model_len=pages_each * PAGE_SIZE,
@@ -123,6 +124,8 @@ def main() -> None:
     parser.add_argument("--input", type=int, default=256, help="prompt tokens")
     parser.add_argument("--output", type=int, default=128, help="output tokens")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown")
+    parser.add_argument("--dtype", default="int4", help="of the weights (%(default)s)")
+    parser.add_argument("--kv-dtype", default="int8", help="of cached keys and values (%(default)s)")
     parser.add_argument("--stream", action="store_true", help="stream the answers")
     parser.add_argument("--port", type=int, default=8950)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
@@ -134,8 +137,11 @@ def main() -> None:
     runtime = [sys.executable, "-m", "runtime"]
     node = f"pipeline-{os.getpid()}"
     up = [*runtime, "up", str(TOPOLOGY), "--detach", "--port", str(options.port), "--set", f"node.name={node}"]
-    up += ["--set", "model.dtype=float32", "--set", f"engine.main.chunk_tokens={CHUNK_TOKENS}"]
-    up += ["--set", "engine.main.speculation=off"]
+    # The same steps as the bare loop's: no guesses, and prompts in whole chunks.
+    engine = {"chunk_tokens": CHUNK_TOKENS, "max_step_ms": 0, "speculation": "off", "kv_dtype": options.kv_dtype}
+    up += ["--set", f"model.dtype={options.dtype}"]
+    for key, value in engine.items():
+        up += ["--set", f"engine.main.{key}={value}"]
     subprocess.run(up, check=True, env=environment, stdout=subprocess.DEVNULL)
     bare = subprocess.Popen(
         [sys.executable, "-P", __file__, "--bare", *sys.argv[1:]],
@@ -161,7 +167,7 @@ def main() -> None:
         bare.wait(30)
         subprocess.run([*runtime, "down", "--node", node], env=environment, stdout=subprocess.DEVNULL)
     tokens = options.concurrency * options.output
-    print(f"{options.concurrency} requests, {options.input} in, {options.output} out, float32")
+    print(f"{options.concurrency} requests, {options.input} in, {options.output} out, {options.dtype}")
     print(f"{'':24}{'seconds':>10}{'output tok/s':>14}")
     for name, seconds in times.items():
         print(f"{name:24}{median(seconds):10.2f}{tokens / median(seconds):14.1f}")
