@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=128, help="output tokens")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown")
     parser.add_argument("--dtype", default="int4", help="of the weights (%(default)s)")
-    parser.add_argument("--kv-dtype", default="int8", help="of cached keys and values (%(default)s)")
+    parser.add_argument("--kv-dtype", default="bfloat16", help="of cached keys and values (%(default)s)")
     parser.add_argument("--stream", action="store_true", help="stream the answers")
     parser.add_argument("--port", type=int, default=8950)
     parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)

@@ -103,18 +103,12 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
     )
 
 
-def _kv_dtype(weights: WeightDType) -> KVDType:
-    """The type of cached keys and values beside weights of a type. Where those are rounded to 8 bits or 4, rounding
-    these to 8 changes less than they do (docs/performance.md)."""
-    return "int8" if weights in ("int8", "int4") else compute_dtype(weights)
-
-
 def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads: int) -> EnginePlan:
     engine = loaded.topology.engine[name]
     dtype = loaded.topology.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
-    kv_dtype = _kv_dtype(dtype) if engine.kv_dtype == "auto" else engine.kv_dtype
+    kv_dtype = compute_dtype(dtype) if engine.kv_dtype == "auto" else engine.kv_dtype
     num_pages = -(-engine.kv_tokens // engine.page_size)
     try:
         formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]

@@ -130,8 +130,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8"],
         Meta(
-            description="Type of cached keys and values. `auto` is int8 beside int8 and int4 weights, else the type of "
-            "the arithmetic. `int8` holds each vector with a scale of its own, in about half the memory of bfloat16."
+            description="Type of cached keys and values. `auto` is the type of the arithmetic. `int8` holds each "
+            "vector with a scale of its own, in about half the memory of bfloat16."
         ),
     ] = "auto"
     page_size: Annotated[

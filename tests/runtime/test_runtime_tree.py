@@ -181,11 +181,11 @@ def test_memory_and_descriptors(plan_of: Any, tmp_path: Path) -> None:
     ("stored", "setting", "dtype", "kv_dtype"),
     [
         ("F32", "auto", "float32", "float32"),
-        ("Q4_K", "auto", "int4", "int8"),
-        ("Q8_0", "auto", "int8", "int8"),
+        ("Q4_K", "auto", "int4", "bfloat16"),
+        ("Q8_0", "auto", "int8", "bfloat16"),
         ("F16", "auto", "bfloat16", "bfloat16"),
         ("Q4_0", "float32", "float32", "float32"),
-        ("BF16", "int4", "int4", "int8"),
+        ("BF16", "int4", "int4", "bfloat16"),
     ],
 )
 def test_types_of_numbers(
