@@ -94,7 +94,7 @@ class Batch:
             if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
                 continue
             todo = request.planned - request.scheduled
-            is_prompt = request.scheduled < len(request.tokens) - 1
+            is_prompt = request.prefilling
             length = min(todo, budget) if is_prompt else todo
             if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
                 draft = drafts.get(request, ())[:budget]
@@ -108,7 +108,7 @@ class Batch:
 
     def _budget(self) -> int:
         """Prompt tokens, and guesses, that the next step may take."""
-        decoding = sum(request.scheduled >= len(request.tokens) - 1 for request in self.running)
+        decoding = sum(not request.prefilling for request in self.running)
         if not decoding or not self._config.max_step_ms:
             return self.chunk_tokens
         most = self._times.most_tokens(self._config.max_step_ms / 1000, decoding + self.chunk_tokens) - decoding

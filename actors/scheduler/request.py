@@ -101,13 +101,18 @@ class Request:
         return len(self.tokens) + self.pending
 
     @property
+    def prefilling(self) -> bool:
+        """Whether more than its last token is still to be sent."""
+        return self.scheduled < len(self.tokens) - 1
+
+    @property
     def wants_prompt_logprobs(self) -> bool:
         """Whether logprobs of the prompt are still to be computed for this request."""
         return self.sampling.prompt_logprobs >= 0 and not self.output_len
 
     def exhausted(self, max_model_len: int) -> bool:
         """Whether the tokens asked for so far are all it may have."""
-        planned = len(self.tokens) + self.pending
+        planned = self.planned
         return planned >= self.max_len or planned >= max_model_len
 
     def append(self, token: int) -> None:

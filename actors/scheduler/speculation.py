@@ -141,9 +141,8 @@ class Speculation:
 
     def _room(self, request: Request, ahead: int) -> int:
         """Most guesses for a request: with the token after them they must fit into what it may still have."""
-        length = len(request.tokens) + ahead
-        left = request.sampling.max_tokens - (length - request.prompt_len)
-        return max(0, min(self._limit, left - 1, self._max_model_len - length - 1))
+        left = min(request.max_len, self._max_model_len) - len(request.tokens) - ahead
+        return max(0, min(self._limit, left - 1))
 
 
 def _decodes(request: Request) -> bool:

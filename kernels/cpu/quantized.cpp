@@ -91,32 +91,23 @@ INLINE float greatest(const T* x, int64_t count) {
     return largest(most);
 }
 
-// Rounds x to quants and zeros up to `end`; returns their sum, which float32 holds exactly.
-template <class T>
-INLINE float round_to_bytes(const T* x, int64_t count, int64_t end, float inverse, int8_t* quants) {
+// Rounds x times `inverse`, by `rounded`, to quants, with zeros up to `end`; returns their sum, which float32 holds
+// exactly.
+template <class T, class F>
+INLINE float round_to_bytes(const T* x, int64_t count, int64_t end, float inverse, int8_t* quants, F rounded) {
     V16 sums = zeros();
     for (int64_t i = 0; i < end; i += LANES) {
         int part = int(std::min<int64_t>(LANES, std::max<int64_t>(0, count - i)));
-        V16 q = nearest(load_part(x + i, part) * broadcast(inverse));
+        V16 q = rounded(load_part(x + i, part) * broadcast(inverse));
         store_bytes(quants + i, q);
         sums = sums + q;
     }
     return sum(sums);
 }
 
-// Rounds what round_to_bytes leaves, in steps of 1 / REST.
-template <class T>
-INLINE float round_rest(const T* x, int64_t count, int64_t end, float inverse, int8_t* quants) {
-    V16 sums = zeros();
-    for (int64_t i = 0; i < end; i += LANES) {
-        int part = int(std::min<int64_t>(LANES, std::max<int64_t>(0, count - i)));
-        V16 scaled = load_part(x + i, part) * broadcast(inverse);
-        V16 q = nearest((scaled - nearest(scaled)) * broadcast(REST));
-        store_bytes(quants + i, q);
-        sums = sums + q;
-    }
-    return sum(sums);
-}
+constexpr auto WHOLE = [](V16 scaled) { return nearest(scaled); };
+// What that leaves, in steps of 1 / REST.
+constexpr auto REMAINDER = [](V16 scaled) { return nearest((scaled - nearest(scaled)) * broadcast(REST)); };
 
 template <class T>
 void quantize_row(const Call& c, const Activations& a, int64_t row) {
@@ -126,13 +117,13 @@ void quantize_row(const Call& c, const Activations& a, int64_t row) {
     for (int64_t g = 0; g < a.groups; ++g) {
         float most = greatest(x + g * count, count);
         float inverse = most > 0 ? 127 / most : 0, scale = most / 127;
-        float sum = round_to_bytes(x + g * count, count, end, inverse, a.quants + row * a.stride + g * end);
+        float sum = round_to_bytes(x + g * count, count, end, inverse, a.quants + row * a.stride + g * end, WHOLE);
         if (sum != sum) {  // there are values that are no numbers: nor shall the results be
             scale = sum;
             sum = 0;
         }
         if (c.bits == 8) {
-            float rest = round_rest(x, count, end, inverse, a.quants + (a.rest + row) * a.stride);
+            float rest = round_to_bytes(x, count, end, inverse, a.quants + (a.rest + row) * a.stride, REMAINDER);
             a.sums[a.rest + row] = rest == rest ? rest : 0;
         }
         int64_t at = row * a.row_step + g * a.group_step;
