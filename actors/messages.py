@@ -456,14 +456,14 @@ class PrefillRefused(Tagged):
 
 
 class Release(Tagged):
-    """Decode scheduler → prefill scheduler: the transfer is over or no longer wanted; free what it holds. Repeated once a
-    second until answered by `Released`, when no step writes into the transfer's pages any more."""
+    """Decode scheduler → prefill scheduler: the transfer is over or no longer wanted; free what it holds. Repeated
+    once a second until answered by `Released`, when no step writes into the transfer's pages any more."""
 
     transfer: TransferId
 
 
 class Released(Tagged):
-    """Prefill scheduler → decode scheduler: nothing is held for, and nothing is written into pages of, this transfer."""
+    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages."""
 
     transfer: TransferId
 
@@ -540,8 +540,8 @@ class Receive(Tagged):
 
     Attributes:
         sender: the KV sender of the prefill engine that was asked.
-        first: index of the first page that is wanted. pages: where this and the following ones go (i32), as the ranks of
-            the decode engine number them.
+        first: index of the first page that is wanted. pages: where this and the following ones go (i32), as the
+            ranks of the decode engine number them.
     """
 
     transfer: TransferId
@@ -565,7 +565,7 @@ class ReceiveFailed(Tagged):
 
 
 class CancelReceive(Tagged):
-    """Decode scheduler → KV receiver: the transfer is no longer wanted. Repeated until answered by `ReceiveCancelled`."""
+    """Decode scheduler → KV receiver: the transfer is not wanted. Repeated until answered by `ReceiveCancelled`."""
 
     transfer: TransferId
 
