@@ -463,7 +463,8 @@ class Release(Tagged):
 
 
 class Released(Tagged):
-    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages."""
+    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages. Also without a
+    `Release`, when the prefill engine has given the transfer up because nobody seemed to want it any more."""
 
     transfer: TransferId
 

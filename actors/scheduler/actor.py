@@ -159,12 +159,9 @@ class Scheduler(EngineScheduler):
         tokens = self._accepted(row, drawn) if row.draft else drawn
         for token in tokens:
             request.append(token)
-        self.generated += len(tokens)
         self.batch.computed(row)
-        if not tokens and (row.start + row.length < request.prompt_len or request.sampling.max_tokens):
-            return
-        prompt = request.prompt_logprobs or None if request.output_len <= 1 else None
-        self._emit(request, tokens, logprobs and logprobs[: len(tokens)], prompt, self._finish_reason(request))
+        if tokens or (row.start + row.length >= request.prompt_len and not request.sampling.max_tokens):
+            self.deliver(request, tokens, logprobs and logprobs[: len(tokens)])
 
     def _accepted(self, row: Row, drawn: list[int]) -> list[int]:
         """What a row that verified guesses has brought: tokens up to the first wrong guess, or to one that ends the
@@ -191,6 +188,12 @@ class Scheduler(EngineScheduler):
         if length >= request.max_len or length >= self.config.max_model_len:
             return "length"
         return None
+
+    def deliver(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
+        """Sends on the tokens that a request has just got."""
+        self.generated += len(tokens)
+        prompt = request.prompt_logprobs or None if request.output_len <= 1 else None
+        self._emit(request, tokens, logprobs, prompt, self._finish_reason(request))
 
     def _emit(
         self,

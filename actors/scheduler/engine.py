@@ -307,7 +307,7 @@ class EngineScheduler(Actor):
         if not self.ledger.match_epoch(message.kv_epoch):
             self.start_over()
         for request in list(self.batch.running):
-            if request.wants_prompt_logprobs and request.computed:
+            if request.wants_prompt_logprobs and request.computed and request.finish is None:
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
             elif request.lease is not None:
                 request.lease.opened = False

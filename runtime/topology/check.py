@@ -102,14 +102,36 @@ class Check:
     def _cross_check(self, topology: Topology) -> None:
         for name, engine in topology.engine.items():
             self._check_engine(("engine", name), engine, topology.model)
+        self._check_roles(topology.engine)
+
+    def _check_roles(self, engines: dict[str, Engine]) -> None:
+        """Prefill and decode engines need each other, and exchange pages of one form."""
+        apart = {name: engine for name, engine in engines.items() if engine.role != "unified"}
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            alone = [name for name, engine in apart.items() if engine.role == role]
+            if alone and not any(engine.role == other for engine in apart.values()):
+                self._report(
+                    ("engine", alone[0], "role"),
+                    f'is "{role}", and no engine has the role "{other}"; add one, or give the role "unified"',
+                )
+        for key in ("page_size", "kv_dtype"):
+            values = {name: getattr(engine, key) for name, engine in apart.items()}
+            first = next(iter(values.items()), None)
+            for name, value in values.items():
+                if first is not None and value != first[1]:
+                    self._report(
+                        ("engine", name, key),
+                        f"is {_toml(value)}, and engine.{first[0]}.{key} is {_toml(first[1])}; engines that exchange "
+                        "pages need the same",
+                    )
 
     def _check_engine(self, path: KeyPath, engine: Engine, model: Model) -> None:
         max_model_len = model.max_model_len
-        if engine.role != "unified":
+        if engine.role != "unified" and engine.device == "cuda":
             self._report(
-                (*path, "role"),
-                f'is "{engine.role}"; prefill and decode in engines of their own are not built yet: '
-                'give "unified" or remove the key',
+                (*path, "device"),
+                f'is "cuda", and engines of the role {engine.role} run on the CPU only so far; give "cpu", or the role '
+                '"unified"',
             )
         if engine.device == "cuda" and model.dtype in ("int8", "int4"):
             self._report(
