@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from actors.ingress.journal import slot_bytes
+from runtime.nodes import part_of
 from runtime.plan import EnginePlan, NodePlan
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
@@ -30,11 +32,11 @@ def arena_sizes(plan: NodePlan) -> dict[str, int]:
             for name, weights, kv in zip(_rank_names(engine), engine.weight_bytes, engine.kv_bytes, strict=True):
                 sizes[f"{name}.weights"] = weights
                 sizes[f"{name}.kv"] = kv
-    return sizes
+    return {name: size for name, size in sizes.items() if plan.placement.is_here(name)}
 
 
 def actor_names(plan: NodePlan) -> list[str]:
-    """Names of all workers of a node."""
+    """Names of all workers, those of other nodes among them."""
     engines = [name for engine in plan.engines for name in (*_rank_names(engine), f"{engine.name}.scheduler")]
     ingresses = _ingress_names(plan)
     return ["bootstrap", *engines, "detokenizer", "tokenizer", *ingresses]
@@ -44,9 +46,9 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, and its scheduler), detokenizer,
-    tokenizer, ingress (a supervisor of the HTTP workers).
+    tokenizer, ingress (a supervisor of the HTTP workers). With several nodes, what of this lives on this one.
     """
-    return _Builder(plan, run_dir).root()
+    return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=int(time.time()))
 
 
 def _ingress_names(plan: NodePlan) -> list[str]:
