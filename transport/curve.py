@@ -81,6 +81,7 @@ class Doorkeeper:
     ) -> None:
         self._key = z85.decode(network.public)
         self._counter = counter
+        self._strangers = 0
         self._zap = context.socket(zmq.REP)
         self._zap.setsockopt(zmq.LINGER, 0)
         self._zap.bind(_ZAP_ADDRESS)
@@ -126,7 +127,9 @@ class Doorkeeper:
         version, number, _, address, _, mechanism, *credentials = self._zap.recv_multipart()
         allowed = mechanism == b"CURVE" and credentials == [self._key]
         if not allowed:
-            logger.warning("%s has other keys than this deployment", address.decode("ascii", "replace"))
+            self._strangers += 1
+            if self._strangers.bit_count() == 1:  # 1, 2, 4, 8 …: whoever tries all the time must not fill the log
+                logger.warning("%s has other keys than this deployment", address.decode("ascii", "replace"))
         status = (b"200", b"") if allowed else (b"400", b"unknown key")
         self._zap.send_multipart([version, number, *status, b"", b""])
 
