@@ -17,6 +17,7 @@ from actors.rank.shard import kv_format, shard_of, weight_bytes
 from actors.scheduler.pages import page_ledger_bytes
 from runtime.errors import UserError
 from runtime.models import NotLocal, ResolvedModel, resolve_model
+from runtime.nodes import Placement, place
 from runtime.topology import Engine, LoadedTopology, Topology
 
 
@@ -77,7 +78,9 @@ class NodePlan:
     """One node.
 
     Attributes:
-        url: where clients on this machine reach it.
+        url: where clients on this machine reach it; empty if the ingress is on another one.
+        engines: those of all nodes.
+        placement: which of them, and of the other actors, live here.
         max_model_len: most tokens of one request, prompt and output together.
     """
 
@@ -92,18 +95,26 @@ class NodePlan:
     max_model_len: int
     api_key: str | None
     engines: list[EnginePlan]
+    placement: Placement
 
 
-def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str], None] = lambda _: None) -> NodePlan:
+def plan_node(
+    loaded: LoadedTopology,
+    download: bool = True,
+    note: Callable[[str], None] = lambda _: None,
+    node: str | None = None,
+) -> NodePlan:
     """Finds the model and fits the topology to it.
 
     Args:
         download: fetch a model that is not on this machine; otherwise raise NotLocal.
         note: told what takes long.
+        node: the one of several nodes that is started; by default a topology of several is only looked at.
 
     Raises TopologyError, or UserError when the model cannot be had.
     """
     topology = loaded.topology
+    placement = place(loaded, node)
     try:
         model = resolve_model(topology.model.path, loaded.base_of("model.path"), download, note)
     except NotLocal:
@@ -114,13 +125,18 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
         config = read_config(model.path)
     except CheckpointError as error:
         raise loaded.error("model.path", str(error)) from None
-    ranks = sum(engine.tp for engine in topology.engine.values() if engine.device == "cpu")
+    here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
+    ranks = sum(engine.tp for engine in here if engine.device == "cpu")
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
-    engines = _share_arenas([_plan_engine(loaded, name, config, threads) for name in topology.engine], topology)
-    _check_memory(loaded, [engine for engine in engines if engine.settings.device == "cpu"])
+    engines = _share_arenas(
+        [_plan_engine(loaded, name, config, threads) for name in topology.engine], topology, placement
+    )
+    if node is not None or not placement.machines:
+        on_cpu = [engine for engine in engines if engine.settings.device == "cpu"]
+        _check_memory(loaded, [engine for engine in on_cpu if placement.is_here(engine.name)])
     return NodePlan(
-        name=topology.node.name or f"{loaded.file.stem}-{topology.ingress.port}",
-        url=_url(topology.ingress.host, topology.ingress.port),
+        name=_name(loaded, node),
+        url=_url(topology.ingress.host, topology.ingress.port) if placement.is_here("ingress") else "",
         topology=topology,
         file=loaded.file,
         model=model,
@@ -130,7 +146,15 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
         max_model_len=_max_model_len(loaded, config),
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         engines=engines,
+        placement=placement,
     )
+
+
+def _name(loaded: LoadedTopology, node: str | None) -> str:
+    topology = loaded.topology
+    if node is not None:
+        return f"{topology.node.name or loaded.file.stem}-{node}"
+    return topology.node.name or f"{loaded.file.stem}-{topology.ingress.port}"
 
 
 def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads: int) -> EnginePlan:
@@ -164,16 +188,17 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
     )
 
 
-def _share_arenas(engines: list[EnginePlan], topology: Topology) -> list[EnginePlan]:
-    """Gives engines on the CPU that hold the same weights the same arena of them, and, where nothing stands against it,
-    prefill engines the KV arenas of the decode engines: these then have their pages one after the other in them."""
-    first: dict[tuple[str, int], EnginePlan] = {}
-    shared = [
-        replace(engine, weight_arenas=first.setdefault((engine.dtype, engine.settings.tp), engine).weight_arenas)
-        if engine.settings.device == "cpu"
-        else engine
-        for engine in engines
-    ]
+def _share_arenas(engines: list[EnginePlan], topology: Topology, placement: Placement) -> list[EnginePlan]:
+    """Gives engines on the CPU of a node that hold the same weights the same arena of them, and, where nothing stands
+    against it, prefill engines the KV arenas of the decode engines: these then have their pages one after the
+    other in them."""
+    first: dict[tuple[str, str, int], EnginePlan] = {}
+    shared = []
+    for engine in engines:
+        if engine.settings.device == "cpu":
+            holds = placement.node_of(engine.name), engine.dtype, engine.settings.tp
+            engine = replace(engine, weight_arenas=first.setdefault(holds, engine).weight_arenas)
+        shared.append(engine)
     apart = [engine for engine in shared if engine.role != "unified"]
     if not apart or topology.transfer.engine != "shm" or len({engine.settings.tp for engine in apart}) > 1:
         return shared

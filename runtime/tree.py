@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import msgspec
 
 from actors.ingress.journal import slot_bytes
+from runtime.nodes import part_of
 from runtime.plan import EnginePlan, NodePlan, arena_sizes_of
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
@@ -28,11 +30,12 @@ def arena_sizes(plan: NodePlan) -> dict[str, int]:
     slots = min(2 * ingress.max_concurrent, MAX_JOURNALLED)
     sizes = {_journal(name): slots * slot_bytes(ingress.max_body_bytes) for name in _ingress_names(plan)}
     ledgers = {f"{engine.name}.pages": engine.ledger_bytes for engine in plan.engines}
-    return sizes | ledgers | arena_sizes_of(plan.engines)
+    sizes |= ledgers | arena_sizes_of(plan.engines)
+    return {name: size for name, size in sizes.items() if plan.placement.is_here(name)}
 
 
 def actor_names(plan: NodePlan) -> list[str]:
-    """Names of all workers of a node."""
+    """Names of all workers, those of other nodes among them."""
     engines = [
         name
         for engine in plan.engines
@@ -47,9 +50,10 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
-    prefills or decodes, and its scheduler), detokenizer, tokenizer, ingress (a supervisor of the HTTP workers).
+    prefills or decodes, and its scheduler), detokenizer, tokenizer, ingress (a supervisor of the HTTP workers). With
+    several nodes, what of this lives on this one.
     """
-    return _Builder(plan, run_dir).root()
+    return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=int(time.time()))
 
 
 def _ingress_names(plan: NodePlan) -> list[str]:

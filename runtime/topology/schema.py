@@ -20,16 +20,53 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
-    """All processes that one `runtime up` starts on this machine."""
+    """All processes that one `runtime up` starts on this machine. With several nodes, these settings hold for all."""
 
     name: Annotated[
         Name | None,
-        Meta(description="Name of the node for `--node`. By default the file's name and the port: `smollm2-8000`."),
+        Meta(
+            description="Name of the node for `--node`. By default the file's name and the port: `smollm2-8000`. With "
+            "several machines, the file's name by default, and each node's own follows: `pair-a`."
+        ),
     ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description="What the actors write to their logs."),
     ] = "info"
+
+
+class Machine(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of several machines that serve together (see deployment.md). `runtime up FILE --node NAME` starts its part.
+    `NAME` is free: `[node.a]`."""
+
+    address: Annotated[
+        Text,
+        Meta(
+            description="IP address or host name at which the other machines reach this one. Its actors listen there "
+            "and on no other interface."
+        ),
+    ]
+    port: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_535,
+            description="First of the TCP ports on which the node's actors listen for those of other machines, one "
+            "each; `runtime check` lists them.",
+        ),
+    ] = 8600
+
+
+class Transport(Struct, frozen=True, forbid_unknown_fields=True):
+    """Messages between machines. Those on one machine travel through its run directory and need no keys."""
+
+    keys: Annotated[
+        Text | None,
+        Meta(
+            description="File with the keys under which machines talk, made by `runtime keygen`: the same on all of "
+            "them, readable by its owner alone, and required where there are several. Relative as `model.path` is."
+        ),
+    ] = None
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +122,10 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then."),
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65_535, description="Port to listen on; `--port` sets it too.")] = 8000
+    node: Annotated[
+        Name | None,
+        Meta(description="The `[node.NAME]` that serves HTTP, tokenizes and detokenizes. By default the first one."),
+    ] = None
     workers: Annotated[int, Meta(ge=1, le=64, description="HTTP processes. They share the port.")] = 1
     api_key: Annotated[
         Text | None,
@@ -115,6 +156,10 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
             "their prompts; a topology has both or neither of these."
         ),
     ] = "unified"
+    node: Annotated[
+        Name | None,
+        Meta(description="The `[node.NAME]` on which the engine runs. By default the first one."),
+    ] = None
     tp: Annotated[int, Meta(ge=1, le=64, description="Tensor-parallel ranks; at most the model's key-value heads.")] = 1
     device: Annotated[
         Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
@@ -269,14 +314,16 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole topology file."""
+    """A whole topology file; `nodes` are its tables `[node.NAME]`."""
 
     model: Model
     engine: dict[str, Engine]
     node: Node = field(default_factory=Node)
+    nodes: dict[str, Machine] = field(default_factory=dict)
     ingress: Ingress = field(default_factory=Ingress)
     transfer: Transfer = field(default_factory=Transfer)
     supervision: Supervision = field(default_factory=Supervision)
+    transport: Transport = field(default_factory=Transport)
     faults: Faults = field(default_factory=Faults)
 
 
@@ -287,6 +334,8 @@ TABLES: dict[str, type[Struct]] = {
     "engine.NAME": Engine,
     "transfer": Transfer,
     "supervision": Supervision,
+    "node.NAME": Machine,
+    "transport": Transport,
     "faults": Faults,
 }
 """Tables of a topology file by their headers, in the order of the documentation."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_tools import PAGE_SIZE, Driver, Sequence, generate, rank_config, save_model
-from test_rank_group import run_group
+from rank_tools import PAGE_SIZE, Driver, Sequence, rank_config, save_model
 
-from actors.actor import StartFailure
 from actors.messages import SamplingParams
 from actors.rank import Executor, build_executor
 
@@ -57,7 +53,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3ForCausalLM",
         {**DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
     ),
-    "deepseek, halves, biases": ("DeepseekV3ForCausalLM", {**DEEPSEEK, "rope_interleave": False, "attention_bias": True}),
+    "deepseek, halves, biases": (
+        "DeepseekV3ForCausalLM",
+        {**DEEPSEEK, "rope_interleave": False, "attention_bias": True},
+    ),
     "qwen3 moe": (
         "Qwen3MoeForCausalLM",
         {
