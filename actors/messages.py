@@ -407,6 +407,9 @@ class Texts(Tagged):
 
 TransferId = Annotated[str, Meta(min_length=1, max_length=256)]
 """Names one try to have one request's KV computed elsewhere. A decode scheduler never uses one twice."""
+Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""Counts, at a KV sender, the times that a transfer was offered from the start: what was offered in an earlier epoch is
+void. The epochs of a sender rise, those of a restarted one above those of the former."""
 
 
 class Prefill(Tagged):
@@ -507,7 +510,7 @@ class Offered(Tagged):
     """KV sender → KV receiver: pages that may be read now. Offers may come again, and out of order.
 
     Attributes:
-        endpoint: what the transfer engine needs to read from the sender's arenas.
+        endpoint: what is needed to read from the sender's arenas, a `SenderPages`.
         tp: arenas, one a rank, that hold a part each, or the same, of the pages.
     """
 
@@ -516,13 +519,15 @@ class Offered(Tagged):
     pages: bytes
     endpoint: bytes
     tp: Index = 1
+    epoch: Epoch = 0
 
 
 class Confirm(Tagged):
-    """KV receiver → KV sender: all pages of the transfer have been read; were they still there? Repeated until answered
-    by `Confirmed`."""
+    """KV receiver → KV sender: all pages of the transfer have been read, as they were offered in one epoch; were they
+    still there? Repeated once a second until answered by `Confirmed`."""
 
     transfer: TransferId
+    epoch: Epoch = 0
 
 
 class Confirmed(Tagged):
@@ -530,6 +535,7 @@ class Confirmed(Tagged):
 
     transfer: TransferId
     valid: bool
+    epoch: Epoch = 0
 
 
 # -- decode scheduler ↔ KV receiver --------------------------------------------------------------------------------
