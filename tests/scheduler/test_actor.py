@@ -402,7 +402,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     rids = [f"r{number}" for number in range(4)]
     for rid in rids:
         stage.send("ingress0", generate(rid, prompt=3, max_tokens=5))
-    stage.until(lambda: len(stage.scheduler.batch.running) == 4)
+    stage.until(lambda: len(stage.scheduler.requests) == 4)
     stage.received["main.rank0"] = [m for m in stage.received["main.rank0"] if not isinstance(m, Attach)]
     answered: set[int] = set()
     deaths, attached = 0, True
