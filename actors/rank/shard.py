@@ -96,7 +96,7 @@ def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank
     if config.latent is None:
         return KVFormat(config.num_layers, page_size, kv_heads, config.head_dim, dtype)
     if dtype == "int8":
-        raise StartFailure('kv_dtype = "int8" is not possible with latent attention: set it to "bfloat16" or "auto"')
+        raise StartFailure('int8 is not possible with latent attention: set kv_dtype to "bfloat16" or "auto"')
     width = config.latent.kv_rank + config.latent.rope_dim
     return KVFormat(config.num_layers, page_size, 1, width, dtype, "mla")
 
