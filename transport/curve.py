@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ LARGE_BYTES = 64 * 2**10
 """Messages from this size on are counted in bytes too."""
 MAX_LARGE_BYTES = 64 * 2**20
 """Bytes of large messages that may wait for one peer on another machine."""
+RENEW_S = 5.0
+"""A socket that takes nothing more is replaced if it is older."""
 
 _HEARTBEAT_MS = 500
 _SILENCE_MS = 2_000
@@ -140,28 +143,50 @@ class Doorkeeper:
 
 
 class RemoteOutbox:
-    """The way to one peer on another machine. Reconnects by itself; what waits meanwhile is bounded in number and size.
+    """The way to one peer on another machine. What waits while it is away is bounded in number and size.
+
+    It reconnects by itself. But ZeroMQ gives an address up for good when something answers there that does not speak
+    the protocol, such as another program on the port of an actor that is down, and then nothing can be queued, as if
+    the queue were full. So a socket that takes nothing is replaced, at most every few seconds, and what waited in it is
+    lost: it was old, and the protocols above repeat what was not acknowledged.
 
     Args:
         address: `tcp://HOST:PORT`.
     """
 
     def __init__(self, context: zmq.Context[Any], network: Network, address: str) -> None:
+        self._context = context
+        self._network = network
+        self._address = address
+        self._open()
+
+    def _open(self) -> None:
+        self._opened_at = time.monotonic()
         self._large: deque[tuple[zmq.MessageTracker, int]] = deque()
         self._large_bytes = 0
-        self._socket = context.socket(zmq.PUSH)
+        self._socket = self._context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
         self._socket.setsockopt(zmq.CONNECT_TIMEOUT, _CONNECT_MS)
-        self._socket.setsockopt(zmq.CURVE_SERVERKEY, network.public.encode())
-        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, network.public.encode())
-        self._socket.setsockopt(zmq.CURVE_SECRETKEY, network.secret.encode())
-        _set_tcp_options(self._socket, address)
-        self._socket.connect(address)
+        self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._network.public.encode())
+        self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._network.public.encode())
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._network.secret.encode())
+        _set_tcp_options(self._socket, self._address)
+        self._socket.connect(self._address)
 
     def send(self, frame: bytes, flags: int) -> None:
         """Queues a frame. Raises zmq.Again when too much waits already."""
+        try:
+            self._put(frame, flags)
+        except zmq.Again:
+            if time.monotonic() - self._opened_at < RENEW_S:
+                raise
+            self._socket.close(0)
+            self._open()
+            self._put(frame, flags)
+
+    def _put(self, frame: bytes, flags: int) -> None:
         if len(frame) < LARGE_BYTES:
             self._socket.send(frame, flags)
             return

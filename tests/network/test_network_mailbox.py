@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -159,11 +160,9 @@ def test_junk_and_plain_sockets_get_nothing_through(new_box: NewBox) -> None:
         # All but the silent one are cut off as soon as they have shown what they are, and that one a little later.
         for raw in raws:
             raw.settimeout(DEADLINE_S)
-            try:
+            with contextlib.suppress(ConnectionResetError):
                 while raw.recv(4096):
                     pass
-            except ConnectionResetError:
-                pass
         eventually(lambda: a.counters.refused >= 3, "refusals")
         friend = new_box("friend", {"a": a.address})
         friend.send("a", Blob(b"x"))
@@ -231,6 +230,32 @@ def test_large_messages_are_let_through_again_once_some_have_left(
     b = new_box("b", at=address)
     b.take(2)
     eventually(lambda: a.send("b", body), "room")
+
+
+def test_a_peer_is_found_again_after_another_program_had_its_port(
+    new_box: NewBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curve, "RENEW_S", 0.2)
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        a = new_box("a", {"b": address})
+        a.send("b", Blob(b"lost"))
+        server.settimeout(DEADLINE_S)
+        connection, _ = server.accept()
+        with connection, contextlib.suppress(ConnectionResetError):
+            connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n" + bytes(100))
+            while connection.recv(4096):
+                pass
+    b = new_box("b", at=address)
+
+    def arrived() -> bool:
+        a.send("b", Blob(b"again"))
+        return any(each.body.data == b"again" for each in b.receive())
+
+    eventually(arrived, "the message")
 
 
 def test_without_keys_other_machines_are_out_of_reach(tmp_path: Path) -> None:
