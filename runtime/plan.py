@@ -29,7 +29,8 @@ class EnginePlan:
         dtype: of the weights. kv_dtype: of cached keys and values.
         num_pages: pages of the KV pool.
         threads: of each rank.
-        formats: of each rank's pages. heads: the model's key-value heads [first, end) that they hold.
+        formats: of each rank's pages. heads: the key-value heads [first, end) that they hold: the model's
+            heads, or, where all ranks hold the same, one.
         weight_arenas, kv_arenas: names of each rank's arenas, which engines may share.
         weight_bytes, kv_bytes: their sizes.
         ledger_bytes: size of the arena of the scheduler's page ledger.
@@ -166,7 +167,10 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
     num_pages = -(-engine.kv_tokens // engine.page_size)
     try:
         formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
-        heads = [shard_of(config, engine.tp, rank).kv_heads for rank in range(engine.tp)]
+        heads = [
+            range(1) if each.replicated else shard_of(config, engine.tp, rank).kv_heads
+            for rank, each in enumerate(formats)
+        ]
         weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
     except StartFailure as failure:
         key = "kv_dtype" if "kv_dtype" in str(failure) else "tp"

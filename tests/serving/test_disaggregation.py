@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, Node, start, wait_until
+from conftest import FLOAT32, MODEL, Node, start, wait_until
 
 DETERMINISTIC = (FLOAT32, "model.deterministic=true")
 LONG = "The quick brown fox jumps over the lazy dog, number {}. "
@@ -57,11 +57,16 @@ def answers(node: Node) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """What one engine answers that does both."""
-    for node in start(tmp_path_factory.mktemp("unified"), "smollm2.toml", *DETERMINISTIC):
-        return answers(node)
-    raise AssertionError
+def unified(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What one engine answers that does both, by model."""
+
+    @cache
+    def of(model: str) -> list[Any]:
+        for node in start(tmp_path_factory.mktemp("unified"), "smollm2.toml", *DETERMINISTIC, f"model.path={model}"):
+            return answers(node)
+        raise AssertionError
+
+    return of
 
 
 def over(node: Node) -> bool:
@@ -73,19 +78,25 @@ def wheel(module: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"the package {module} is not installed")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        pytest.param((), id="one memory"),
-        pytest.param(("engine.decode.tp=2",), id="tp 1 to 2"),
-        pytest.param(("engine.prefill.tp=2",), id="tp 2 to 1"),
-        pytest.param(("transfer.engine=mooncake",), id="mooncake", marks=wheel("mooncake")),
-        pytest.param(("transfer.engine=nixl",), id="nixl", marks=wheel("nixl_cu12")),
-    ],
-)
-def test_answers_are_those_of_one_engine(tmp_path: Path, expected: list[Any], settings: tuple[str, ...]) -> None:
-    for node in start(tmp_path, "pd-smollm2.toml", *DETERMINISTIC, *CHUNKS, *settings):
-        assert answers(node) == expected
+MOONCAKE = pytest.param("transfer.engine=mooncake", id="mooncake", marks=wheel("mooncake"))
+NIXL = pytest.param("transfer.engine=nixl", id="nixl", marks=wheel("nixl_cu12"))
+WAYS = [
+    pytest.param("transfer.engine=shm", id="one memory"),
+    pytest.param("engine.decode.tp=2", id="tp 1 to 2"),
+    pytest.param("engine.prefill.tp=2", id="tp 2 to 1"),
+    MOONCAKE,
+    NIXL,
+]
+
+
+@pytest.mark.parametrize("setting", WAYS)
+@pytest.mark.parametrize("topology", ["pd-smollm2.toml", "pd-deepseek.toml"])
+def test_answers_are_those_of_one_engine(
+    tmp_path: Path, unified: Callable[[str], list[Any]], topology: str, setting: str
+) -> None:
+    model = MODEL if topology == "pd-smollm2.toml" else "deepseek-v3-tiny"
+    for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
+        assert answers(node) == unified(model)
         assert node.metric("runtime:actor_prefills") >= len(PROMPTS)
         wait_until(partial(over, node), "the end of all transfers")
 
@@ -106,8 +117,8 @@ def test_all_roles_are_processes(four: Node) -> None:
     assert len(set(roles.values())) == len(roles)
 
 
-def test_requests_are_divided_among_the_engines(four: Node, expected: list[Any]) -> None:
-    assert answers(four) == expected
+def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[str], list[Any]]) -> None:
+    assert answers(four) == unified(MODEL)
     metrics = four.metrics("runtime:actor_prefills")
     assert all(metrics[f"prefill{number}.scheduler"] for number in (0, 1)), metrics
     totals = four.metrics("runtime:actor_transfers_total")
@@ -118,14 +129,14 @@ VICTIMS = [f"{role}0{part}" for role in ("prefill", "decode") for part in ("", "
 
 
 @pytest.mark.parametrize("victim", [*VICTIMS, "prefill0.kv_sender", "decode0.kv_receiver"])
-def test_a_kill_changes_no_answer(four: Node, expected: list[Any], victim: str) -> None:
+def test_a_kill_changes_no_answer(four: Node, unified: Callable[[str], list[Any]], victim: str) -> None:
     before = next(each for each in four.tree() if each["name"] == victim)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(answers, four)
         done = sum(four.metrics("runtime:actor_prefills").values())
         wait_until(lambda: sum(four.metrics("runtime:actor_prefills").values()) > done, "a prefill")
         os.kill(before["pid"], signal.SIGKILL)
-        assert running.result(120) == expected
+        assert running.result(120) == unified(MODEL)
 
     def restarted() -> bool:
         after = next((each for each in four.tree() if each["name"] == victim), None)
