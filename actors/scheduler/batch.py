@@ -127,6 +127,10 @@ class Batch:
         most = self._times.most_tokens(self._config.max_step_ms / 1000, decoding + self.chunk_tokens) - decoding
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))
 
+    def admit_elsewhere(self) -> None:
+        """Admits those waiting requests whose prompts are computed elsewhere, whatever this engine's ranks are doing."""
+        self._admit([], 0)
+
     def add(self, request: Request) -> None:
         """A request waits."""
         self.waiting.append(request)

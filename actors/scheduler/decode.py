@@ -24,6 +24,7 @@ class DecodeScheduler(Scheduler):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.transfers = Transfers(self.config, self.name, self.incarnation, self.send, self.pool)
+        self.met: set[str] = set()
         self.transferred = self.transferred_bytes = self.failed_transfers = 0
 
     def new_batch(self) -> Batch:
@@ -36,6 +37,7 @@ class DecodeScheduler(Scheduler):
         )
 
     def planned(self) -> None:
+        self.batch.admit_elsewhere()
         for request, lease in self.batch.departing:
             if request.lease is lease and not self.transfers.begin(request, lease):
                 self.batch.retract(request)
@@ -46,7 +48,9 @@ class DecodeScheduler(Scheduler):
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         super().peer_started(peer, incarnation)
-        self._plan_anew(self.transfers.restarted(peer))
+        if peer in self.met:  # else it may be the one that has all along what it was asked for
+            self._plan_anew(self.transfers.restarted(peer))
+        self.met.add(peer)
 
     def sweep(self) -> None:
         super().sweep()

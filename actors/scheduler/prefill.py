@@ -78,6 +78,7 @@ class PrefillScheduler(EngineScheduler):
 
     def setup(self) -> None:
         """What a former incarnation has offered is void before any of its pages is used again."""
+        super().setup()
         asked = 0.0
         while not self.fenced and not self.link.shutdown_requested:
             if time.monotonic() - asked > FENCE_INTERVAL_S:
@@ -85,7 +86,6 @@ class PrefillScheduler(EngineScheduler):
                 self.send(self.config.transfer, Withdraw())
             self.mailbox.poll(0.05)
             self.drain()
-        super().setup()
 
     def planned(self) -> None:
         """Answers for transfers that no step under way belongs to any more."""
