@@ -407,7 +407,8 @@ class Texts(Tagged):
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
-    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests."""
+    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests; on
+    other machines than its own, the address that the topology gives holds."""
 
     engine: str
     role: Literal["unified", "prefill", "decode"]

@@ -214,7 +214,7 @@ def test_ports_that_clash(plan_of: Plan) -> None:
         plan_of(None, "ingress.port=8601")
 
 
-def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan) -> None:
+def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         TopologyError, match=r'node\.b\.address: is "192\.0\.2\.1", on which this machine cannot listen'
     ):
@@ -224,6 +224,12 @@ def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan) -> N
         TopologyError, match=r'node\.b\.address: there is no host "no\.such\.host\.invalid"; give an IP'
     ):
         plan_of("b", "node.b.address=no.such.host.invalid")
+    with monkeypatch.context() as patched:
+        patched.setattr("runtime.ports.ip_address", lambda _: "127.0.1.1")  # as many a machine knows its own name
+        with pytest.raises(
+            TopologyError, match=r'node\.b\.address: is "me", which is 127\.0\.1\.1 for this machine itse'
+        ):
+            plan_of("b", "node.b.address=me")
     with socket.socket() as other:
         other.bind(("127.77.0.2", 0))
         other.listen()
