@@ -132,6 +132,15 @@ def test_an_error_names_place_key_and_remedy(tmp_path: Path, text: str, expected
     assert [line[: len(expected)] for line in found] == [expected]
 
 
+def test_the_example_of_the_documentation_is_right(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/deployment.md").read_text()
+    file = tmp_path / "pair.toml"
+    file.write_text(text.partition("```toml\n")[2].partition("```")[0])
+    topology = load_topology(file).topology
+    assert list(topology.nodes) == ["a", "b"]
+    assert topology.engine["far"].node == "b"
+
+
 def test_each_node_runs_its_part(plan_of: Plan, tmp_path: Path) -> None:
     a, b = plan_of("a"), plan_of("b")
     spec_a, spec_b = build_tree(a, tmp_path / "run-a"), build_tree(b, tmp_path / "run-b")
