@@ -141,6 +141,9 @@ class Actor:
         self.bad_messages = 0
         self.began = time.perf_counter()
         self.waited_s = 0.0
+        self.watched: list[int] = []
+        """Descriptors beside the mailbox that wake the main loop when they are readable; `turn` attends to them. They
+        are added in `setup`."""
         self._timers: list[tuple[float, int, Callable[[], None], float | None]] = []
         self._timer_ids = itertools.count()
 
@@ -212,7 +215,8 @@ class Actor:
         poller = zmq.Poller()
         for inbox in self.mailbox.sockets:
             poller.register(inbox, zmq.POLLIN)
-        poller.register(self.link.shutdown_fd, zmq.POLLIN)
+        for descriptor in (self.link.shutdown_fd, *self.watched):
+            poller.register(descriptor, zmq.POLLIN)
         link, limit = self.link, self.args.busy_limit_s
         while not link.shutdown_requested:
             timeout_ms = self._milliseconds_to_next_timer()

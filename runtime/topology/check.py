@@ -122,6 +122,7 @@ class Check:
         for name, engine in topology.engine.items():
             self._check_engine(("engine", name), engine, topology.model)
             self._check_node(("engine", name, "node"), engine.node, topology)
+        self._check_roles(topology)
         self._check_node(("ingress", "node"), topology.ingress.node, topology)
         for name, machine in topology.nodes.items():
             if not _is_host(machine.address):
@@ -137,6 +138,35 @@ class Check:
                 'machine, and add keys = "transport.keys" under [transport]',
             )
 
+    def _check_roles(self, topology: Topology) -> None:
+        """Prefill and decode engines need each other, and exchange pages of one form."""
+        engines = topology.engine
+        apart = {name: engine for name, engine in engines.items() if engine.role != "unified"}
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            alone = [name for name, engine in apart.items() if engine.role == role]
+            if alone and not any(engine.role == other for engine in apart.values()):
+                self._report(
+                    ("engine", alone[0], "role"),
+                    f'is "{role}", and no engine has the role "{other}"; add one, or give the role "unified"',
+                )
+        for key in ("page_size", "kv_dtype"):
+            values = {name: getattr(engine, key) for name, engine in apart.items()}
+            first = next(iter(values.items()), None)
+            for name, value in values.items():
+                if first is not None and value != first[1]:
+                    self._report(
+                        ("engine", name, key),
+                        f"is {_toml(value)}, and engine.{first[0]}.{key} is {_toml(first[1])}; engines that exchange "
+                        "pages need the same",
+                    )
+        first_node = next(iter(topology.nodes), None)
+        nodes = {engine.node or first_node for engine in apart.values()}
+        if len(nodes) > 1 and topology.transfer.engine == "shm":
+            self._report(
+                ("transfer", "engine"),
+                'is "shm", which needs prefill and decode engines on one node; give "mooncake" or "nixl"',
+            )
+
     def _check_node(self, path: KeyPath, node: str | None, topology: Topology) -> None:
         if node is not None and node not in topology.nodes:
             known = " or ".join(f'"{name}"' for name in topology.nodes)
@@ -145,11 +175,11 @@ class Check:
 
     def _check_engine(self, path: KeyPath, engine: Engine, model: Model) -> None:
         max_model_len = model.max_model_len
-        if engine.role != "unified":
+        if engine.role != "unified" and engine.device == "cuda":
             self._report(
-                (*path, "role"),
-                f'is "{engine.role}"; prefill and decode in engines of their own are not built yet: '
-                'give "unified" or remove the key',
+                (*path, "device"),
+                f'is "cuda", and engines of the role {engine.role} run on the CPU only so far; give "cpu", or the role '
+                '"unified"',
             )
         if engine.device == "cuda" and model.dtype in ("int8", "int4"):
             self._report(

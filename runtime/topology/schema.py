@@ -151,7 +151,10 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
 
     role: Annotated[
         Literal["unified", "prefill", "decode"],
-        Meta(description="`unified` prefills and decodes. Engines that do one of the two are not served yet."),
+        Meta(
+            description="`unified` prefills and decodes. `decode` owns requests and has `prefill` engines compute "
+            "their prompts; a topology has both or neither of these."
+        ),
     ] = "unified"
     node: Annotated[
         Name | None,
@@ -170,7 +173,10 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     kv_tokens: Annotated[
         Count,
-        Meta(description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages."),
+        Meta(
+            description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages. A prefill "
+            "engine that computes in the memory of the decode engines (see `transfer.engine`) has no pool of its own."
+        ),
     ] = 32_768
     kv_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8"],
@@ -201,6 +207,15 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     max_queue: Annotated[
         Count, Meta(description="Requests that may wait; further ones are answered with 429 and Retry-After.")
     ] = 1024
+    local_prefill_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="A decode engine computes a prompt itself of which no more than so many tokens are missing in "
+            "its cache. So it does when there has been no prefill engine for ten seconds.",
+        ),
+    ] = 32
     policy: Annotated[
         Literal["fcfs", "lpm"],
         Meta(
@@ -241,6 +256,20 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         int,
         Meta(ge=1, le=64, description="Of several such places, the longest match of up to so many tokens is taken."),
     ] = 8
+
+
+class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
+    """How KV pages get from prefill engines to decode engines."""
+
+    engine: Annotated[
+        Literal["shm", "mooncake", "nixl", "fake"],
+        Meta(
+            description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
+            "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
+            '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
+            "network. `fake` moves nothing: for benchmarks, its answers are nonsense."
+        ),
+    ] = "shm"
 
 
 class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
@@ -292,6 +321,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     node: Node = field(default_factory=Node)
     nodes: dict[str, Machine] = field(default_factory=dict)
     ingress: Ingress = field(default_factory=Ingress)
+    transfer: Transfer = field(default_factory=Transfer)
     supervision: Supervision = field(default_factory=Supervision)
     transport: Transport = field(default_factory=Transport)
     faults: Faults = field(default_factory=Faults)
@@ -302,6 +332,7 @@ TABLES: dict[str, type[Struct]] = {
     "model": Model,
     "ingress": Ingress,
     "engine.NAME": Engine,
+    "transfer": Transfer,
     "supervision": Supervision,
     "node.NAME": Machine,
     "transport": Transport,
