@@ -115,7 +115,7 @@ def part_of(root: SupervisorSpec, placement: Placement, epoch: int) -> Superviso
     """What the node that is started runs of the whole tree.
 
     Args:
-        epoch: when it is started, in seconds; see `transport.Network`.
+        epoch: when it is started, in milliseconds; see `transport.Network`.
     """
     if placement.here is None:
         return root

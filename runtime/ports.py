@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,9 @@ def check_machine(loaded: LoadedTopology, plan: NodePlan) -> None:
         address = ip_address(host)
     except UserError as error:
         raise loaded.error(key, f"{error}; give an IP address, or a name that this machine can resolve") from None
+    if host not in (address, "localhost") and ipaddress.ip_address(address).is_loopback:
+        problem = f'is "{host}", which is {address} for this machine itself, where no other can reach it'
+        raise loaded.error(key, f"{problem}; give its IP address")
     for actor, port in listening(plan).items():
         if not placement.is_here(actor):
             continue

@@ -53,7 +53,7 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     prefills or decodes, and its scheduler), detokenizer, tokenizer, ingress (a supervisor of the HTTP workers). With
     several nodes, what of this lives on this one.
     """
-    return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=int(time.time()))
+    return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
 
 
 def _ingress_names(plan: NodePlan) -> list[str]:

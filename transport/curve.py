@@ -47,8 +47,9 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         public, secret: the deployment's key pair, in Z85.
-        epoch: when this actor's node was started, in seconds. What counts starts on one node alone begins anew with the
-            node, and a peer elsewhere has to know a later start from an earlier one.
+        epoch: when this actor's node was started, in milliseconds. The count of an actor's starts begins anew with its
+            node, and a peer elsewhere has to know a later start from an earlier one. So the clock of a machine must not
+            be turned back between two starts of its node.
         listen: `tcp://ADDRESS:PORT` where peers on other machines reach the actor; empty if none has to.
     """
 

@@ -1,4 +1,5 @@
-"""Mailboxes: one bound inbox an actor, one outbox to each peer, over ZeroMQ PUSH/PULL.
+"""Mailboxes: one bound inbox an actor (a second one for peers on other machines, see `transport.curve`), one outbox to
+each peer, over ZeroMQ PUSH/PULL.
 
 A peer may die and come back under the same address at any time. ZeroMQ reconnects by itself and keeps what was
 queued meanwhile; the envelope's incarnation tells the receiver that the peer is a new process. Delivery

@@ -36,8 +36,8 @@ class Node(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Machine(Struct, frozen=True, forbid_unknown_fields=True):
-    """One of several machines that serve together (see deployment.md). `runtime up FILE --node NAME` starts its part.
-    `NAME` is free: `[node.a]`."""
+    """One of several machines that serve together. `runtime up FILE --node NAME` starts its part. `NAME` is free:
+    `[node.a]`."""
 
     address: Annotated[
         Text,

@@ -19,7 +19,9 @@ import pytest
 
 from runtime.chaos.inject import node_report
 from runtime.control import Kill, command
+from runtime.errors import UserError
 from runtime.keys import write_keys
+from runtime.rundir import is_running
 from supervisors.status import NodeStatus
 
 ROOT = Path(__file__).parents[2]
@@ -148,7 +150,11 @@ class Hosts:
         return self.base / "r" / f"pair-{host}"
 
     def state(self, host: str) -> str:
-        return node_report(self.run_dir(host)).state if (self.run_dir(host) / "control").exists() else ""
+        """The state of a host's node; empty before it answers."""
+        try:
+            return node_report(self.run_dir(host)).state if is_running(self.run_dir(host)) else ""
+        except UserError:
+            return ""
 
     def actors(self, host: str) -> dict[str, NodeStatus]:
         return {each.name: each for each in node_report(self.run_dir(host)).tree.walk()}

@@ -203,7 +203,7 @@ def test_a_restarted_peer_is_reconnected_and_recognized(new_box: NewBox, network
 
 
 def test_incarnations_rise_over_starts_of_the_node() -> None:
-    epochs = [structs.replace(new_network(), epoch=epoch) for epoch in (1_900_000_000, 1_900_000_001)]
+    epochs = [structs.replace(new_network(), epoch=epoch) for epoch in (2_900_000_000_000, 2_900_000_000_001)]
     numbers = [epoch.incarnation(starts) for epoch, starts in itertools.product(epochs, (1, 2, 1_000_000))]
     assert numbers == sorted(set(numbers))
     assert max(numbers) < 2**63

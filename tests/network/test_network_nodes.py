@@ -132,6 +132,15 @@ def test_an_error_names_place_key_and_remedy(tmp_path: Path, text: str, expected
     assert [line[: len(expected)] for line in found] == [expected]
 
 
+def test_the_example_of_the_documentation_is_right(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/deployment.md").read_text()
+    file = tmp_path / "pair.toml"
+    file.write_text(text.partition("```toml\n")[2].partition("```")[0])
+    topology = load_topology(file).topology
+    assert list(topology.nodes) == ["a", "b"]
+    assert topology.engine["far"].node == "b"
+
+
 def test_each_node_runs_its_part(plan_of: Plan, tmp_path: Path) -> None:
     a, b = plan_of("a"), plan_of("b")
     spec_a, spec_b = build_tree(a, tmp_path / "run-a"), build_tree(b, tmp_path / "run-b")
@@ -214,7 +223,7 @@ def test_ports_that_clash(plan_of: Plan) -> None:
         plan_of(None, "ingress.port=8601")
 
 
-def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan) -> None:
+def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         TopologyError, match=r'node\.b\.address: is "192\.0\.2\.1", on which this machine cannot listen'
     ):
@@ -224,6 +233,12 @@ def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan) -> N
         TopologyError, match=r'node\.b\.address: there is no host "no\.such\.host\.invalid"; give an IP'
     ):
         plan_of("b", "node.b.address=no.such.host.invalid")
+    with monkeypatch.context() as patched:
+        patched.setattr("runtime.ports.ip_address", lambda _: "127.0.1.1")  # as many a machine knows its own name
+        with pytest.raises(
+            TopologyError, match=r'node\.b\.address: is "me", which is 127\.0\.1\.1 for this machine itse'
+        ):
+            plan_of("b", "node.b.address=me")
     with socket.socket() as other:
         other.bind(("127.77.0.2", 0))
         other.listen()
