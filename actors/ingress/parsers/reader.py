@@ -78,6 +78,11 @@ class Reader(ABC):
         self.content(self._text[self._mark : self._at])
         self._mark = self._at
 
+    @property
+    def read(self) -> int:
+        """How many characters have been read from the mark on."""
+        return self._at - self._mark
+
     def rewind(self) -> None:
         """Goes back to the mark."""
         self._at = self._mark
@@ -115,16 +120,16 @@ class Reader(ABC):
 
     def word(self, also: str = "_-", most: int = 256) -> Steps[str]:
         """Reads letters, digits and the characters of `also`; empty if there are none or too many."""
-        start = self._at - self._mark
+        start = self.read
         while (character := (yield from self.peek())) and (character.isalnum() or character in also):
             self._at += 1
-            if self._at - self._mark - start > most:
+            if self.read - start > most:
                 return ""
         return self._text[self._mark + start : self._at]
 
     def until(self, end: str) -> Steps[str | None]:
         """Reads up to a literal and over it. None if it does not come: then everything is read."""
-        start = self._at - self._mark
+        start = self.read
         while True:
             place = self._text.find(end, self._at)
             if place >= 0:
@@ -165,7 +170,7 @@ class Reader(ABC):
 
     def json(self) -> Steps[str | None]:
         """Reads a JSON value that ends by itself; None if it does not or is none."""
-        start = self._at - self._mark
+        start = self.read
         scanner = JsonScanner()
         while True:
             self._at = scanner.scan(self._text, self._at)

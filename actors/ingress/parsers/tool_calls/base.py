@@ -36,7 +36,7 @@ class ToolCallParser(Reader):
 
     def parse(self) -> Steps[None]:
         while (marker := (yield from self.give_until(self.MARKERS, self.content))) is not None:
-            if not (yield from self.read_calls(marker)):
+            if not (yield from self.read_calls(marker)) and not self._text[self._mark : self._at].isspace():
                 self.give_back()
             self.rewind()
         if not self._nothing_since_call:
@@ -50,12 +50,12 @@ class ToolCallParser(Reader):
         self._nothing_since_call = False
         super().content(text)
 
-    def start(self, name: str, identity: str = "") -> None:
-        """A call begins; what has been read of it is markup."""
+    def start(self, name: str, identity: str = "", markup: int | None = None) -> None:
+        """A call begins; what has been read of it is markup, or only so many characters from the mark on."""
         self.emit(CallStart(self._calls, name, identity))
         self._calls += 1
         self._nothing_since_call = True
-        self.drop()
+        self._mark = self._at if markup is None else self._mark + markup
 
     def arguments(self, text: str) -> None:
         """More of the last call's arguments."""

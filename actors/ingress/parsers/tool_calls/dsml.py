@@ -59,6 +59,7 @@ class DSMLCalls(ToolCallParser):
                     self.start(name)
                 self.end_members(none=first)
                 return True
+            before = self.read
             tag = yield from self._tag("<", "parameter")
             key = (yield from self._attribute("name")) if tag else ""
             if not key:
@@ -68,7 +69,7 @@ class DSMLCalls(ToolCallParser):
             if not (yield from self.accept(">")):
                 return False
             if first:
-                self.start(name)
+                self.start(name, markup=before)
             end = f"</{tag[1:]}parameter>"
             if not (
                 (yield from self.string_parameter(key, first, end))

@@ -26,6 +26,7 @@ class GLMCalls(ToolCallParser):
                     self.start(name)
                 self.end_members(none=first)
                 return True
+            before = self.read
             if not (yield from self.accept("<arg_key>")):
                 return False
             key = yield from self.until("</arg_key>")
@@ -33,7 +34,7 @@ class GLMCalls(ToolCallParser):
             if key is None or not (yield from self.accept("<arg_value>")):
                 return False
             if first:
-                self.start(name)
+                self.start(name, markup=before)
             if not (yield from self.parameter(name, key.strip(), first, "</arg_value>")):
                 return False
             first = False

@@ -40,11 +40,11 @@ class PythonicCalls(ToolCallParser):
         return True
 
     def _call(self) -> Steps[bool]:
-        start = self._at - self._mark
+        start = self.read
         name = yield from self.word("_.")
         if name not in self._tools or (yield from self.peek()) != "(":
             return False
-        arguments_start = self._at - self._mark
+        arguments_start = self.read
         if not (yield from self._brackets()):
             return False
         text = "f" + self._text[self._mark + arguments_start : self._at]
@@ -59,8 +59,8 @@ class PythonicCalls(ToolCallParser):
     def _brackets(self) -> Steps[bool]:
         """Reads from a bracket to the one that closes it."""
         open_: list[str] = []
-        start = self._at - self._mark
-        while self._at - self._mark - start < MAX_CHARACTERS and len(open_) <= MAX_DEPTH:
+        start = self.read
+        while self.read - start < MAX_CHARACTERS and len(open_) <= MAX_DEPTH:
             character = yield from self.peek()
             if character in ("", "#"):
                 return False

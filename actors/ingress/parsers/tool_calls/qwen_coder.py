@@ -39,13 +39,14 @@ class QwenCoderCalls(ToolCallParser):
                     self.start(name)
                 self.end_members(none=first)
                 return True
+            before = self.read
             if not (yield from self.accept("<parameter=")):
                 return False
             key = yield from self.word("_-.$ ")
             if not key.strip() or not (yield from self.accept(">")):
                 return False
             if first:
-                self.start(name)
+                self.start(name, markup=before)
             if not (yield from self.parameter(name, key.strip(), first, "</parameter>", newlines=True)):
                 return False
             first = False
