@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.ingress.journal import slot_bytes
+from runtime.output_formats import output_formats
 from runtime.plan import EnginePlan, NodePlan
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
@@ -210,6 +211,7 @@ class _Builder:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_concurrent": settings.max_concurrent,
                 "tokenizer": "tokenizer",
+                **output_formats(plan),
             },
         )
 

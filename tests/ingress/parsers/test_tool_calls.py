@@ -274,7 +274,10 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         ("<tool_call>now", None),
         ("<tool_call>now{}</tool_call>", None),
         ("<tool_call></tool_call>", None),
-        (f"<tool_call>get_weather\n{PAIR}oops</tool_call>", [("get_weather", '{"city": "Paris"'), "\noops</tool_call>"]),
+        (
+            f"<tool_call>get_weather\n{PAIR}oops</tool_call>",
+            [("get_weather", '{"city": "Paris"'), "\noops</tool_call>"],
+        ),
         (
             f"<tool_call>get_weather\n{PAIR}<arg_key>days</arg_key>\n<arg_value>5</arg",
             [("get_weather", '{"city": "Paris"'), "\n<arg_key>days</arg_key>\n<arg_value>5</arg"],
