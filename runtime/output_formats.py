@@ -34,7 +34,7 @@ def chat_template_source(model: Path, replaced_by: Path | None = None) -> str:
             return _of_directory(model)
         template = GGUFFile(model).metadata.get("tokenizer.chat_template")
         return template if isinstance(template, str) else ""
-    except (OSError, ValueError, CheckpointError):
+    except (OSError, ValueError, RecursionError, CheckpointError):
         return ""
 
 

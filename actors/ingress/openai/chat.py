@@ -86,6 +86,7 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         request.add_generation_prompt,
         request.continue_final_message,
         rendered(tools),
+        service.config.tool_call_parser in ("deepseekv3", "deepseekv31"),
     )
     (prompt,) = await service.tokenize(exchange, [conversation])
     max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages", asked_param)

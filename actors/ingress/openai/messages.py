@@ -34,7 +34,8 @@ class ToolCall(Struct, forbid_unknown_fields=True):
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """One message. Fields of type Any are what clients send back of an answer, and are empty then."""
+    """One message. Fields of type Any are what clients send back of an answer, and are empty then, but for `parsed`,
+    which OpenAI's client adds to an answer."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
@@ -42,6 +43,7 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     annotations: Any = None
     audio: Any = None
     function_call: Any = None
+    parsed: Any = None
     reasoning_content: str | None = None
     refusal: Any = None
     tool_call_id: str | None = None
@@ -61,14 +63,17 @@ def chat_prompt(
     add_generation_prompt: bool | None,
     continue_final_message: bool,
     tools: str = "",
+    arguments_as_text: bool = False,
 ) -> ChatPrompt:
-    """What the tokenizer renders; `tools` is the JSON text of a list.
+    """What the tokenizer renders. Raises ApiError for messages that are not text or make no conversation.
 
-    Raises ApiError for messages that are not text or make no conversation.
+    Args:
+        tools: the JSON text of a list.
+        arguments_as_text: the template wants the arguments of calls as JSON text. Most want them as an object.
     """
     if not messages:
         raise invalid("Invalid value for 'messages': there must be at least one message.", "messages", "invalid_value")
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    plain = [_plain(message, f"messages[{i}]", arguments_as_text) for i, message in enumerate(messages)]
     if add_generation_prompt is None:
         add_generation_prompt = not continue_final_message
     if continue_final_message:
@@ -89,7 +94,7 @@ def chat_prompt(
     )
 
 
-def _plain(message: ChatMessage, param: str) -> dict[str, Any]:
+def _plain(message: ChatMessage, param: str, arguments_as_text: bool) -> dict[str, Any]:
     """A message as chat templates know it."""
     if message.role == "function":
         raise unsupported(f"{param}.role", f"A message with role '{message.role}'")
@@ -127,17 +132,19 @@ def _plain(message: ChatMessage, param: str) -> dict[str, Any]:
     if message.reasoning_content:
         plain["reasoning_content"] = message.reasoning_content
     if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call) for call in message.tool_calls]
+        plain["tool_calls"] = [_plain_call(call, arguments_as_text) for call in message.tool_calls]
     if message.tool_call_id:
         plain["tool_call_id"] = message.tool_call_id
     return plain
 
 
-def _plain_call(call: ToolCall) -> dict[str, Any]:
-    """A call as chat templates know it: its arguments are an object. Those that a model has not written as one are left
-    a text, which some templates can show to it."""
+def _plain_call(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:
+    """A call as chat templates know it. Arguments that a model has not written as an object are left a text, which some
+    templates can show to it."""
     arguments = call.function.arguments
-    if isinstance(arguments, str):
+    if arguments_as_text:
+        arguments = (arguments or "{}") if isinstance(arguments, str) else _encode(arguments).decode()
+    elif isinstance(arguments, str):
         try:
             arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
         except (msgspec.MsgspecError, RecursionError):
