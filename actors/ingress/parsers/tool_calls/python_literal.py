@@ -9,8 +9,8 @@ import warnings
 from typing import Any
 
 MAX_DEPTH = 64
-MAX_CHARACTERS = 2**18
-"""Python's parser takes some hundred bytes a character."""
+MAX_CHARACTERS = 2**16
+"""Python's parser takes a microsecond and some hundred bytes a character."""
 
 
 def json_of_python(text: str) -> str | None:
