@@ -34,6 +34,7 @@ REASONED = f"<think>\nWeather first.\n</think>\n\nI look.\n{PARIS}\n{NOW}"
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with one_ingress(tmp_path_factory.mktemp("i"), tool_call_parser="qwen25", reasoning_parser="qwen3") as served:
+        served.fakes.per_step = 3
         yield served
 
 

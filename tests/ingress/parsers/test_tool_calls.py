@@ -89,6 +89,10 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         ("<tool_cal", None),
         ("a < b <tool", None),
         ('<tool_call>{"name": "now", "arguments": [1]}</tool_call>', None),
+        ('<tool_call>{"name": "now", "arguments": "Paris"}</tool_call>', None),
+        ('<tool_call>{"name": "now", "arguments": "[1]"}</tool_call>', None),
+        ('<tool_call>{"arguments": 5, "name": "now"}</tool_call>', None),
+        ('<tool_call>{"name": "now", "arguments": nothing}</tool_call>', None),
         ('<tool_call>{"name": "get_weather"', None),
         ('<tool_call>{name: "now"}</tool_call>', None),
         ("<tool_call>" + "{" * 300, None),
@@ -389,7 +393,7 @@ def test_damaged(name: str) -> None:
     whole = "Hi " + write([call, ("now", {})]) + "\nBye"
     tokens = re.findall(r"<[^>]*>|\[TOOL_CALLS\]|\w+|\s+|.", whole)
     texts = [whole[:cut] for cut in range(0, len(whole), 3)]
-    for _ in range(150):
+    for _ in range(80):
         some = list(tokens)
         for _ in range(chance.randrange(1, 4)):
             place = chance.randrange(len(some))
@@ -398,7 +402,7 @@ def test_damaged(name: str) -> None:
             else:
                 some.insert(place, chance.choice([*tokens, '"', "{", "}", "\\", ",", "\n", "é"]))
         texts.append("".join(some))
-    texts += ["".join(chance.choices(tokens, k=30)) for _ in range(50)]
+    texts += ["".join(chance.choices(tokens, k=30)) for _ in range(30)]
     for text in texts:
         events = parsed(lambda: tool_call_parser(name, TOOLS), text)  # type: ignore[arg-type]
         if not any(isinstance(event, CallStart) for event in events):

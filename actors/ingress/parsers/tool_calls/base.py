@@ -88,12 +88,10 @@ class ToolCallParser(Reader):
                 if name is None or name not in self._tools:
                     return False
             elif key in ("arguments", "parameters") and held is None and not started:
-                if not (yield from self._begins_arguments()):
-                    return False
-                if name is not None:
+                if name is not None and (yield from self.peek()) == "{":
                     self.start(name)
                     started = True
-                    if not (yield from self.give_arguments()):
+                    if not (yield from self.give_json(self.arguments)):
                         return False
                 else:
                     held = yield from self._held_arguments()
@@ -118,25 +116,12 @@ class ToolCallParser(Reader):
         self.drop()
         return True
 
-    def give_arguments(self) -> Steps[bool]:
-        """Reads arguments and gives them out: an object, a string that holds its JSON, or null for none."""
-        if (yield from self.peek()) == "{":
-            return (yield from self.give_json(self.arguments))
-        held = yield from self._held_arguments()
-        if held is None:
-            return False
-        self.drop()
-        self.arguments(held)
-        return True
-
-    def _begins_arguments(self) -> Steps[bool]:
-        first = yield from self.peek()
-        return first != "" and first in '{"n'
-
     def _held_arguments(self) -> Steps[str | None]:
-        if (yield from self.peek()) == "n":
+        """Reads arguments: an object, a string that holds the JSON of one, or null for none."""
+        first = yield from self.peek()
+        if first == "n":
             return "{}" if (yield from self.accept("null")) else None
-        text = yield from self.json()
+        text = (yield from self.json()) if first in ("{", '"') else None
         if text is None or text.startswith("{"):
             return text
         inner = (string_value(text) or "").strip()
