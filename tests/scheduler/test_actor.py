@@ -226,7 +226,7 @@ def test_steps_are_short_after_the_ranks_died_until_some_are_answered(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ranks die more often than a long prefill takes, it would never be answered."""
-    monkeypatch.setattr("actors.scheduler.actor.SLOW_START_TOKENS", 10)
+    monkeypatch.setattr("actors.scheduler.engine.SLOW_START_TOKENS", 10)
     stage.send("ingress0", generate(prompt=100, max_tokens=1))
     assert len(stage.expect("main.rank0", Step).tokens) == 4 * 100
     stage.received["main.rank0"].clear()
@@ -402,7 +402,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     rids = [f"r{number}" for number in range(4)]
     for rid in rids:
         stage.send("ingress0", generate(rid, prompt=3, max_tokens=5))
-    stage.until(lambda: len(stage.scheduler.batch.running) == 4)
+    stage.until(lambda: len(stage.scheduler.requests) == 4)
     stage.received["main.rank0"] = [m for m in stage.received["main.rank0"] if not isinstance(m, Attach)]
     answered: set[int] = set()
     deaths, attached = 0, True
@@ -475,7 +475,7 @@ def test_prompt_logprobs_of_a_chunked_prompt_begin_anew_with_the_ranks(stage: St
 
 
 def test_a_step_longer_than_the_silence_allowed_is_not_repeated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.scheduler.actor.RANK_SILENCE_S", 0.0)
+    monkeypatch.setattr("actors.scheduler.engine.RANK_SILENCE_S", 0.0)
     stage.send("ingress0", generate(max_tokens=1))
     step = stage.expect("main.rank0", Step)
     stage.received["main.rank0"].clear()
