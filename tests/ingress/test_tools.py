@@ -298,14 +298,19 @@ def test_without_parsers_tools_are_only_rendered(serve: Serve) -> None:
     assert served.fakes.seen.generates[-1].text.skip_special_tokens
 
 
-def test_templates_that_want_text(serve: Serve) -> None:
-    served = serve(tool_call_parser="deepseekv3")
+def test_deepseeks_templates(serve: Serve) -> None:
+    """They want arguments as text, and have no new beginning, and so no `<think>`, after a tool's result."""
+    served = serve(tool_call_parser="deepseekv3", reasoning_parser="deepseek-r1")
     calls = [{"function": {"name": "now", "arguments": each}} for each in ('{"a": 1}', "", {"b": 2})]
     says(served, "x", messages=[{"role": "assistant", "content": None, "tool_calls": calls}])
     prompt = served.fakes.seen.tokenizes[-1].prompt
     assert isinstance(prompt, ChatPrompt)
     sent = json.loads(prompt.messages)[0]["tool_calls"]
     assert [each["function"]["arguments"] for each in sent] == ['{"a": 1}', "{}", '{"b":2}']
+    (choice,) = says(served, "Hm.</think>Noon.")
+    assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Noon.")
+    (choice,) = says(served, "Noon.", messages=[{"role": "tool", "content": "12"}])
+    assert choice["message"] == {"role": "assistant", "content": "Noon.", "refusal": None}
 
 
 def test_an_answer_goes_on(shared: Served) -> None:

@@ -32,6 +32,10 @@ from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
 from actors.ingress.sampling import Tokens
 from actors.ingress.service import Service
 
+_ONE_TURN = ("deepseekv3", "deepseekv31")
+"""Formats of DeepSeek's whose templates take the arguments of calls as text, and let the model go on with its turn
+after the tools' results, without a new beginning."""
+
 _encode = msgspec.json.encode
 
 
@@ -86,7 +90,7 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         request.add_generation_prompt,
         request.continue_final_message,
         rendered(tools),
-        service.config.tool_call_parser in ("deepseekv3", "deepseekv31"),
+        service.config.tool_call_parser in _ONE_TURN,
     )
     (prompt,) = await service.tokenize(exchange, [conversation])
     max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages", asked_param)
@@ -142,7 +146,10 @@ def _parsers(
     reasoning_format = config.reasoning_parser if request.separate_reasoning else None
     calls_format = config.tool_call_parser if tools else None
     parameters = parameters_of(tools)
-    continued = request.messages[-1].text if request.continue_final_message else None
+    last = request.messages[-1]
+    continued = last.text if request.continue_final_message else None
+    if last.role == "tool" and config.tool_call_parser in _ONE_TURN:
+        continued = ""
 
     def make() -> OutputParser | None:
         reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
