@@ -11,6 +11,7 @@ import msgspec
 
 from actors.ingress.journal import slot_bytes
 from runtime.nodes import part_of
+from runtime.output_formats import output_formats
 from runtime.plan import EnginePlan, NodePlan, arena_sizes_of
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
@@ -276,6 +277,7 @@ class _Builder:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_concurrent": settings.max_concurrent,
                 "tokenizer": "tokenizer",
+                **output_formats(plan),
             },
         )
 

@@ -144,6 +144,35 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    tool_call_parser: Annotated[
+        Literal[
+            "auto",
+            "none",
+            "deepseekv3",
+            "deepseekv31",
+            "deepseekv32",
+            "glm45",
+            "glm47",
+            "hermes",
+            "kimi_k2",
+            "llama3",
+            "mistral",
+            "pythonic",
+            "qwen25",
+            "qwen3_coder",
+        ],
+        Meta(
+            description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
+            "calls in the content, and so does `auto` where the template shows none that is known."
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        Meta(
+            description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
+            "`none` are as with `tool_call_parser`."
+        ),
+    ] = "auto"
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
