@@ -128,7 +128,7 @@ class Batch:
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))
 
     def admit_elsewhere(self) -> None:
-        """Admits those waiting requests whose prompts are computed elsewhere, whatever this engine's ranks are doing."""
+        """Admits waiting requests whose prompts are computed elsewhere, whatever this engine's ranks are doing."""
         self._admit([], 0)
 
     def add(self, request: Request) -> None:
