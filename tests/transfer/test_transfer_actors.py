@@ -292,7 +292,7 @@ def test_a_page_is_not_read_anew_while_an_older_read_may_still_write_into_it(sta
 def test_a_transfer_that_is_withdrawn_again_and_again_fails(stage: Stage) -> None:
     engine = hold(stage)
     stage.receive("t", [8])
-    for refused in range(5):
+    for refused in range(6):
         stage.offer("t", [3])
         stage.until(lambda: engine.waiting)
         stage.tell(P, Withdraw())
@@ -337,18 +337,20 @@ def test_a_failed_read_is_tried_again_at_once_when_the_pages_are_offered_again(
     assert arrived(stage, [3], [8])
 
 
-def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage) -> None:
+def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
     engine = hold(stage)
     stage.receive("t", [8])
     stage.offer("t", [3])
-    for _ in range(5):
+    for _ in range(6):
         stage.until(lambda: engine.waiting)
         engine.fail("the peer is gone")
     assert stage.expect(D, ReceiveFailed).reason == "the peer is gone"
     assert not stage.receiver.transfers
 
 
-def test_memory_that_is_not_mapped_here_is_named(new_stage: NewStage) -> None:
+def test_memory_that_is_not_mapped_here_is_named(new_stage: NewStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
     stage = new_stage()
     stage.restart(RECEIVER, sources=[])
     stage.receive("t", [8])
