@@ -16,6 +16,8 @@ TOPOLOGY = topology/smollm2.toml
 TORCH_FLAGS =
 PYTEST_FLAGS =
 
+MOONCAKE_LIBRARIES = libibverbs1 librdmacm1 libnuma1 libcurl4
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
@@ -67,4 +69,7 @@ $(INSTALLED): pyproject.toml | .venv/bin/python
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing the development tools (once)"
 	@$(PIP) -e ".[dev]"
+	@$(BIN)/python -c 'import mooncake.engine' 2>/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update && apt-get install -y --no-install-recommends $(MOONCAKE_LIBRARIES); } >/dev/null 2>&1 || \
+		echo "make: $(MOONCAKE_LIBRARIES) could not be installed, tests of mooncake are skipped"
 	@touch $@

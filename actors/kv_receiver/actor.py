@@ -39,10 +39,11 @@ MAX_READS = 4
 """Reads under way at a time, of all transfers together: no more than keeps the engine busy, so that those of one long
 transfer do not stand before all others, and each has its part of the network while its time runs."""
 MAX_READ_BYTES = 32 * 2**20
-MAX_FAILURES = 5
+MAX_FAILURES = 6
+RETRY_S = 0.25
+"""After a read has failed for the first time; doubled each time. A sender that is started anew offers again itself."""
 CONFIRM_INTERVAL_S = 1.0
-_TICK_S = 0.5
-"""Between tries to read what could not be read."""
+_TICK_S = 0.25
 
 
 class ReceiverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,6 +118,7 @@ class KvReceiver(Actor):
             return
         for transfer in list(self.transfers.values()):
             if transfer.sender == peer and transfer.end is None:
+                transfer.failures = 0
                 self._begin_anew(transfer, incarnation << 32)
 
     # -- the scheduler ----------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ class KvReceiver(Actor):
         if counts and error:
             self.reads_failed += 1
             logger.warning("a read for transfer %s has failed: %s", transfer.name, error)
-            transfer.postpone(read)
+            transfer.postpone(read, time.monotonic() + RETRY_S * 2**transfer.failures)
             self._count_failure(transfer, error)
         self._go_on(transfer)
 
@@ -356,7 +358,7 @@ class KvReceiver(Actor):
     def _tick(self) -> None:
         self.early.forget_old()
         for transfer in list(self.transfers.values()):
-            transfer.retry()
+            transfer.retry(time.monotonic())
             self._go_on(transfer)
 
     # -- its end ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class Transfer:
         end: set when the transfer is to end before it is complete, with the reason.
         over: it has ended.
         asked: when confirmation was last asked for, 0.0 if it was not yet.
-        failures: reads that have failed and confirmations that were refused.
+        failures: reads that have failed and confirmations that were refused, since the sender was started.
+        retry_at: when postponed pages are tried again.
     """
 
     def __init__(self, name: str, sender: str, first: int, pages: Sequence[int]) -> None:
@@ -72,6 +73,7 @@ class Transfer:
         self.over = False
         self.reason = ""
         self.failures = 0
+        self.retry_at = 0.0
         self.begin_anew(0)
 
     def begin_anew(self, epoch: int) -> None:
@@ -95,14 +97,16 @@ class Transfer:
                 self.postponed.pop(index, None)
                 self.offered[index] = page
 
-    def postpone(self, read: Read) -> None:
+    def postpone(self, read: Read, retry_at: float) -> None:
         """A read has failed."""
+        self.retry_at = retry_at
         self.postponed.update(zip(read.indices, read.sources, strict=True))
 
-    def retry(self) -> None:
-        """Postponed pages may be read again."""
-        self.offered.update(self.postponed)
-        self.postponed.clear()
+    def retry(self, now: float) -> None:
+        """Postponed pages may be read again when it is time."""
+        if self.postponed and now >= self.retry_at:
+            self.offered.update(self.postponed)
+            self.postponed.clear()
 
     def target(self, index: int) -> int:
         """The own page of an index."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -272,10 +273,26 @@ def test_pages_offered_from_elsewhere_without_a_withdrawal_are_read_anew(stage: 
     assert arrived(stage, [5], [8])
 
 
+def test_a_page_is_not_read_anew_while_an_older_read_may_still_write_into_it(stage: Stage) -> None:
+    engine = hold(stage)
+    stage.receive("t", [8])
+    stage.offer("t", [3])
+    stage.until(lambda: engine.waiting)
+    stage.tell(P, Withdraw(["t"]))
+    stage.offer("t", [5])
+    stage.until(lambda: stage.receiver.transfers["t"].offered == {0: 5})
+    stage.settle()
+    assert engine.cancelled == [1]
+    assert len(engine.waiting) == 1
+    engine.held = False
+    stage.expect(D, Received)
+    assert arrived(stage, [5], [8])
+
+
 def test_a_transfer_that_is_withdrawn_again_and_again_fails(stage: Stage) -> None:
     engine = hold(stage)
     stage.receive("t", [8])
-    for refused in range(5):
+    for refused in range(6):
         stage.offer("t", [3])
         stage.until(lambda: engine.waiting)
         stage.tell(P, Withdraw())
@@ -320,18 +337,20 @@ def test_a_failed_read_is_tried_again_at_once_when_the_pages_are_offered_again(
     assert arrived(stage, [3], [8])
 
 
-def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage) -> None:
+def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
     engine = hold(stage)
     stage.receive("t", [8])
     stage.offer("t", [3])
-    for _ in range(5):
+    for _ in range(6):
         stage.until(lambda: engine.waiting)
         engine.fail("the peer is gone")
     assert stage.expect(D, ReceiveFailed).reason == "the peer is gone"
     assert not stage.receiver.transfers
 
 
-def test_memory_that_is_not_mapped_here_is_named(new_stage: NewStage) -> None:
+def test_memory_that_is_not_mapped_here_is_named(new_stage: NewStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
     stage = new_stage()
     stage.restart(RECEIVER, sources=[])
     stage.receive("t", [8])
@@ -476,6 +495,75 @@ def test_a_restarted_decode_scheduler_hears_when_the_former_ones_reads_have_stop
     assert stage.expect(D, ReceiveCancelled).transfer == "new"
     assert stage.expect(D, Received).transfer == "new"
     assert arrived(stage, [4], [8])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_lost_and_restarted_no_mixture_arrives(
+    new_stage: NewStage, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Messages are lost, both actors and the prefill scheduler are restarted, pages are taken back, overwritten and
+    offered from elsewhere: what is reported as received is what was offered at one time."""
+    monkeypatch.setattr("actors.kv_receiver.actor.CONFIRM_INTERVAL_S", 0.02)
+    monkeypatch.setattr("actors.kv_receiver.actor._TICK_S", 0.01)
+    monkeypatch.setattr("actors.kv_receiver.actor.MAX_FAILURES", 10_000)
+    draw = random.Random(seed)
+    stage = new_stage()
+    stage.lost = lambda sender, message: draw.random() < 0.2
+    size = len(stage.pages("prefill", 0, [0])[0])
+    arena = stage.arenas["prefill.rank0.kv"].buffer
+    targets = {f"t{number}": list(range(4 * number, 4 * number + 4)) for number in range(6)}
+    offered: dict[str, list[int]] = {}
+    contents: dict[str, list[list[bytes]]] = {name: [] for name in targets}
+    withdrawing, withdrawals = False, 0
+
+    def compute() -> None:
+        """The prefill engine fills pages anew, for all transfers."""
+        places = draw.sample(range(NUM_PAGES), NUM_PAGES)
+        arena[:] = draw.randbytes(len(arena))
+        for name in targets:
+            offered[name], places = places[:4], places[4:]
+            contents[name].append([bytes(arena[page * size : (page + 1) * size]) for page in offered[name]])
+
+    def received() -> set[str]:
+        return {message.transfer for message in of_kind(stage, D, Received)}
+
+    compute()
+    engine = hold(stage)
+    checked: set[str] = set()
+    for _ in range(10_000):
+        for name, pages in targets.items():
+            if draw.random() < 0.3:
+                stage.receive(name, pages)
+            if draw.random() < 0.1 and not withdrawing:
+                first = draw.randrange(4)
+                stage.offer(name, offered[name][first : first + 1], first)
+        if withdrawals < 30 and draw.random() < 0.1 and not withdrawing:
+            withdrawing = True
+            withdrawals += 1
+            if draw.random() < 0.3:
+                stage.restart_scheduler(P)
+        if withdrawing:
+            stage.tell(P, Withdraw())
+        if draw.random() < 0.02:
+            stage.restart(SENDER)
+        if draw.random() < 0.02:
+            stage.restart(RECEIVER)
+            engine = hold(stage)
+        if draw.random() < 0.2:
+            engine.let_go()  # until then reads are delayed
+        stage.until(lambda: True)
+        if withdrawing and of_kind(stage, P, Withdrawn):
+            stage.got[P].clear()
+            stage.settle()  # of several answers, all come
+            stage.got[P].clear()
+            withdrawing = False
+            compute()
+        for name in received() - checked:
+            assert stage.pages("decode", 0, targets[name]) in contents[name], name
+            checked.add(name)
+        if len(checked) == len(targets):
+            return
+    raise AssertionError(f"only {checked} have arrived")
 
 
 # -- ranks that hold different heads -------------------------------------------------------------------------------

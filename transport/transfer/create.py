@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from transport.transfer.engine import TransferEngine, TransferUnavailable
+from transport.transfer.engine import TransferEngine
 from transport.transfer.nothing import NoTransfer
 from transport.transfer.shm import ShmEngine
 
@@ -25,7 +25,8 @@ class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             `nixl` between machines, `fake` moves nothing.
         host: the address that mooncake and nixl listen on, and under which peers reach it.
         protocol: of mooncake.
-        device: of rdma, for example mlx5_0; the first one if empty.
+        device: of RDMA: for mooncake with protocol rdma a name such as mlx5_0, the fitting ones if empty; for nixl a
+            name as UCX has it, such as mlx5_0:1, and if empty TCP is used.
         timeout_s: a read to which nothing comes for so long has failed.
     """
 
@@ -33,7 +34,7 @@ class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     host: str = LOOPBACK
     protocol: Literal["tcp", "rdma"] = "tcp"
     device: str = ""
-    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 5.0
+    timeout_s: Annotated[float, Meta(gt=0, le=60)] = 4.0
 
     def check(self) -> None:
         """Raises ValueError for settings that do not fit together."""
@@ -41,7 +42,7 @@ class TransferSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"{self.kind} transfers use no network: leave out host")
         if self.kind != "mooncake" and self.protocol != "tcp":
             raise ValueError(f"protocol = {self.protocol} is for mooncake: set kind to mooncake or leave out protocol")
-        if self.protocol != "rdma" and self.device:
+        if self.device and self.protocol != "rdma" and self.kind != "nixl":
             raise ValueError(f"device = {self.device} is for rdma: set protocol to rdma or leave out device")
         try:
             ipaddress.ip_address(self.host)
@@ -63,4 +64,10 @@ def create_engine(settings: TransferSettings, sources: Mapping[str, memoryview] 
         return NoTransfer()
     if settings.kind == "shm":
         return ShmEngine(sources or {}, settings.timeout_s)
-    raise TransferUnavailable(f"{settings.kind} transfers are not built yet")
+    if settings.kind == "mooncake":
+        from transport.transfer.mooncake import MooncakeEngine
+
+        return MooncakeEngine(settings)
+    from transport.transfer.nixl import NixlEngine
+
+    return NixlEngine(settings)

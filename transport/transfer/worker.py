@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import logging
 import os
 import queue
 import threading
@@ -16,7 +17,10 @@ import msgspec
 
 from transport.transfer.engine import MAX_ENDPOINT_BYTES, Piece, Region, TransferFailed, TransferStuck
 
+logger = logging.getLogger(__name__)
+
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 1e-3
+_GRACE_S = 1.0
 _MAX_KNOWN_ENDPOINTS = 256
 
 
@@ -64,8 +68,8 @@ class WorkerEngine(ABC):
     """Base of engines with a thread. A subclass says how a read begins; see `Reading` for how it goes on.
 
     Args:
-        timeout_s: a read without progress for so long is stopped and fails; if it has not stopped after that time
-            once more, the engine is stuck.
+        timeout_s: a read without progress for so long is stopped and fails; if it has not stopped a second later, or a
+            cancelled one after that time and a second, the engine is stuck.
     """
 
     kind: str
@@ -78,6 +82,8 @@ class WorkerEngine(ABC):
         self._begun: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._ended: deque[tuple[int, str]] = deque()
         self._stuck = ""
+        self._looked_at = 0.0
+        """When the thread last looked at its reads, 0.0 while it has none."""
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._endpoints: dict[bytes, Endpoint] = {}
         self._thread = threading.Thread(target=self._run, name=f"{self.kind} transfers", daemon=True)
@@ -126,6 +132,9 @@ class WorkerEngine(ABC):
 
     def poll(self) -> list[tuple[int, str]]:
         """See `TransferEngine.poll`."""
+        looked_at = self._looked_at
+        if looked_at and time.monotonic() - looked_at > 2 * self._timeout_s + _GRACE_S:
+            self._stuck = f"a call of the {self.kind} transfer engine does not return"
         if self._stuck:
             raise TransferStuck(self._stuck)
         try:
@@ -155,7 +164,7 @@ class WorkerEngine(ABC):
             for job in list(self._jobs.values()):
                 job.cancelled = True
             self._begun.put(None)
-            self._thread.join(2 * self._timeout_s + 1)
+            self._thread.join(2 * (self._timeout_s + _GRACE_S))
         if self._stuck or self._thread.is_alive():
             raise TransferStuck(self._stuck or f"the {self.kind} transfer engine does not end")
         self._detach()
@@ -165,6 +174,14 @@ class WorkerEngine(ABC):
     # -- the thread -------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:
+            logger.exception("the %s transfer engine has failed", self.kind)
+            self._stuck = f"the {self.kind} transfer engine has failed: {error}"
+        os.eventfd_write(self._wake, 1)
+
+    def _serve(self) -> None:
         active: list[_Job] = []
         pause_s, closing = _SHORTEST_PAUSE_S, False
         while not self._stuck and not (closing and not active):
@@ -174,10 +191,10 @@ class WorkerEngine(ABC):
                     closing = True
                 else:
                     active.append(job)
-                pause_s = 0
             except queue.Empty:
                 pass
             moved = False
+            self._looked_at = time.monotonic() if active else 0.0
             for job in list(active):
                 progress = self._advance(job)
                 moved = moved or progress is not Progress.WAITING
@@ -185,13 +202,16 @@ class WorkerEngine(ABC):
                     active.remove(job)
                     self._ended.append((job.handle, job.error or ""))
                     os.eventfd_write(self._wake, 1)
+            if not active:
+                self._looked_at = 0.0
             pause_s = 0 if moved else min(max(2 * pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S)
 
     def _advance(self, job: _Job) -> Progress:
         """One look at a job, DONE when it is over."""
         now = time.monotonic()
         if job.cancelled and job.error is None:
-            self._end(job, "the read was cancelled", now)
+            job.error = "the read was cancelled"
+            job.deadline = now + self._timeout_s + _GRACE_S
         if job.error is None:
             try:
                 if job.reading is None:
@@ -199,24 +219,19 @@ class WorkerEngine(ABC):
                     job.deadline = time.monotonic() + self._timeout_s
                 progress = job.reading.advance()
             except TransferFailed as failure:
-                self._end(job, str(failure), now)
+                job.error, job.deadline = str(failure), now + self._timeout_s + _GRACE_S
             else:
                 if progress is Progress.MOVED:
                     job.deadline = now + self._timeout_s
                 elif progress is Progress.WAITING and now > job.deadline:
-                    self._end(job, f"nothing came from the peer for {self._timeout_s:g} s", now)
+                    job.error, job.deadline = f"nothing came from the peer for {self._timeout_s:g} s", now + _GRACE_S
                 if job.error is None:
                     return progress
         if job.reading is None or job.reading.stop():
             return Progress.DONE
         if now > job.deadline:
             self._stuck = f"a read of the {self.kind} transfer engine cannot be stopped ({job.error})"
-            os.eventfd_write(self._wake, 1)
         return Progress.WAITING
-
-    def _end(self, job: _Job, error: str, now: float) -> None:
-        job.error = error
-        job.deadline = now + self._timeout_s
 
     def _checked(self, job: _Job) -> Endpoint:
         """The job's endpoint. Raises TransferFailed if that, or a piece, is not what it should be."""
