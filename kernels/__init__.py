@@ -24,7 +24,6 @@ from kernels.ops import (
     sample,
     silu_and_mul,
     tune,
-    widen,
 )
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
@@ -58,5 +57,4 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
-    "widen",
 ]
