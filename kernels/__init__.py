@@ -24,7 +24,6 @@ from kernels.ops import (
     sample,
     silu_and_mul,
     tune,
-    widen,
 )
 from kernels.packing import WeightKind
 from kernels.reference_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
@@ -64,5 +63,4 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
-    "widen",
 ]

@@ -81,7 +81,8 @@ class Cli:
     def processes(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in walk(self.status()["tree"])}
 
-    def ask(self, prompt: str = "What is the capital of France?") -> str:
+    def ask(self, prompt: str = "Name the capital of France.") -> str:
+        """A question whose answer has a wide margin at every token, in every type of weights."""
         body = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
