@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from actors.rank.models.deepseek import DeepseekV3
 from actors.rank.models.llama import Llama
+from actors.rank.models.model import Model
 from actors.rank.models.moe import MixtureOfExperts
 
 MODELS: dict[str, type[Llama]] = {
@@ -16,4 +17,4 @@ MODELS: dict[str, type[Llama]] = {
     "DeepseekV3ForCausalLM": DeepseekV3,
 }
 
-__all__ = ["MODELS", "DeepseekV3", "Llama", "MixtureOfExperts"]
+__all__ = ["MODELS", "DeepseekV3", "Llama", "MixtureOfExperts", "Model"]
