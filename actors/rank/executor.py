@@ -19,7 +19,7 @@ from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, T
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
-from actors.rank.models import MODELS, Model
+from actors.rank.models import Model, model_class
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
@@ -495,7 +495,7 @@ def build_executor(
         loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
         if device.type == "cpu":
             kernels.tune(loaded.packed)
-        model = MODELS[model_config.architecture](
+        model = model_class(model_config.architecture)(
             model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
         )
     if device.type == "cuda":
