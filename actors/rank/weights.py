@@ -86,11 +86,19 @@ class ExpertWeights:
     """The mixture of experts of one layer: matrices as `kernels.experts` takes them, the experts one below the
     other."""
 
+    count: int
     router: Matrix
     gate_up: Matrix
     down: Matrix
     router_bias: Tensor | None
     shared: MLPWeights | None
+
+    def singly(self) -> Iterator[Matrix]:
+        """The packed matrices of the single experts."""
+        for matrix in (self.gate_up, self.down):
+            if isinstance(matrix, kernels.PackedWeight):
+                rows = matrix.out_features // self.count
+                yield from (matrix.rows(expert * rows, rows) for expert in range(self.count))
 
 
 @dataclass(frozen=True)
@@ -115,11 +123,13 @@ class Weights:
 
     @property
     def packed(self) -> list[kernels.PackedWeight]:
-        """The matrices that `kernels.linear` takes packed, but for the experts'."""
+        """The matrices that `kernels.linear` takes packed, each expert's by itself."""
         matrices: list[Matrix | None] = [self.lm_head]
         for layer in self.layers:
             matrices += [layer.attention.qkv, layer.attention.o]
             matrices += [layer.attention.q] if isinstance(layer.attention, LatentWeights) else []
+            if isinstance(layer.mlp, ExpertWeights):
+                matrices += layer.mlp.singly()
             mlp = layer.mlp.shared if isinstance(layer.mlp, ExpertWeights) else layer.mlp
             matrices += [mlp.gate_up, mlp.down] if mlp else []
         return [matrix for matrix in matrices if isinstance(matrix, kernels.PackedWeight)]
@@ -291,8 +301,9 @@ def _layer(named: dict[str, Any], config: ModelConfig) -> LayerWeights:
         return kind(**{name: named[prefix + name] for name in names if prefix + name in named})
 
     mlp: MLPWeights | ExpertWeights
-    if "router" in named:
+    if config.experts is not None and "router" in named:
         mlp = ExpertWeights(
+            count=config.experts.count,
             router=named["router"],
             gate_up=named["experts_gate_up"],
             down=named["experts_down"],

@@ -216,9 +216,9 @@ def _module(
         tensors, size = _places(module)
         check_room(descriptor, size)
         with packing(descriptor, Contents(identity, config, checkpoint_identity(path, config), tensors)) as arena:
-            for name, values in module.state_dict().items():
-                place = next(each for each in tensors if each.name == name)
-                _view(arena, place).copy_(values)
+            values = module.state_dict()
+            for place in tensors:
+                _view(arena, place).copy_(values[place.name])
     else:
         compare_identities(found.identity, identity)
         tensors = found.tensors
