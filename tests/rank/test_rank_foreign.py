@@ -73,6 +73,7 @@ def test_bfloat16(tmp_path: Path) -> None:
         ("MambaForCausalLM", {}, "MambaForCausalLM is not supported, for its attention in transformers cannot be"),
         ("BloomForCausalLM", {}, "BloomForCausalLM is not supported, for its attention in transformers cannot be"),
         ("GptOssForCausalLM", {}, r"implementation: its attention is not plain causal attention \(s_aux\)"),
+        ("GPTNeoXForCausalLM", {}, r"implementation: its keys \(6, 16\) and values \(6, 16\) are not \(2, 16\)"),
         ("Olmo2ForCausalLM", {"deterministic": True}, "set deterministic to false"),
         ("Olmo2ForCausalLM", {"dtype": "int4"}, 'which has no int4: set model.dtype to "bfloat16"'),
         ("Olmo2ForCausalLM", {"tp": 2, "process_group_dir": "/tmp"}, "on one rank: set tp to 1"),

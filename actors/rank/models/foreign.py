@@ -92,6 +92,10 @@ def _attention(
     _running.layers.append(module.layer_idx)
     vectors, scales = cache.layers[module.layer_idx]
     q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
+    if not k.shape[1:] == v.shape[1:] == vectors.shape[3:]:
+        raise _Refused(
+            f"its keys {tuple(k.shape[1:])} and values {tuple(v.shape[1:])} are not {tuple(vectors.shape[3:])}"
+        )
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     mixed = kernels.attention(q, k, v, vectors, meta, angles, angles, scale, window=sliding_window, cache_scales=scales)
     return mixed[None], None
