@@ -29,6 +29,11 @@ serve: $(INSTALLED)
 	@exec $(BIN)/runtime up $(TOPOLOGY) --port $(PORT)
 
 test: $(INSTALLED_DEV)
+	@if ! command -v ip >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing iproute2, for the tests with two hosts"; \
+		(apt-get update -qq && apt-get install -qq -y iproute2) >/dev/null 2>&1 || \
+			echo "make: iproute2 could not be installed, so the tests with two hosts are skipped" >&2; \
+	fi
 	@exec $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_DEV)

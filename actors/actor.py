@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from actors.messages import ActorStats, Hello, Message
-from transport import Codec, Faults, FaultyMailbox, Mailbox
+from transport import Codec, Faults, FaultyMailbox, Mailbox, Network
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         config: the role's own settings, validated by the role.
         busy_limit_s: how long one message, timer or turn may take before the actor counts as hung.
         faults: what is done to the messages that it sends, in tests.
+        network: keys, and where it is reached, if it has peers on other machines.
     """
 
     address: str
@@ -84,6 +85,7 @@ class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, Any] = {}
     busy_limit_s: float = 60.0
     faults: Faults | None = None
+    network: Network | None = None
 
 
 Handler = Callable[[Any, Any, str], None]
@@ -128,7 +130,13 @@ class Actor:
         self.args = msgspec.convert(context.args, ActorArgs)
         kind = Mailbox if self.args.faults is None else partial(FaultyMailbox, self.args.faults)
         self.mailbox: Mailbox[Message] = kind(
-            self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
+            self.name,
+            self.incarnation,
+            self.args.address,
+            self.args.peers,
+            _CODEC,
+            self.peer_started,
+            self.args.network,
         )
         self.bad_messages = 0
         self.began = time.perf_counter()
@@ -205,7 +213,8 @@ class Actor:
     def loop(self) -> None:
         """Serves messages and timers until shutdown is requested."""
         poller = zmq.Poller()
-        poller.register(self.mailbox.socket, zmq.POLLIN)
+        for inbox in self.mailbox.sockets:
+            poller.register(inbox, zmq.POLLIN)
         for descriptor in (self.link.shutdown_fd, *self.watched):
             poller.register(descriptor, zmq.POLLIN)
         link, limit = self.link, self.args.busy_limit_s

@@ -466,7 +466,8 @@ class Release(Tagged):
 
 
 class Released(Tagged):
-    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages."""
+    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages. Also without a
+    `Release`, when the prefill engine has given the transfer up because nobody seemed to want it any more."""
 
     transfer: TransferId
 
@@ -586,8 +587,9 @@ class ReceiveCancelled(Tagged):
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
-    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests;
-    `transfer` the KV sender of a prefill engine or the KV receiver of a decode engine."""
+    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests (on
+    other machines than its own, the address that the topology gives holds); `transfer` the KV sender of a prefill
+    engine or the KV receiver of a decode engine."""
 
     engine: str
     role: Literal["unified", "prefill", "decode"]

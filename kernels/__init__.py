@@ -24,9 +24,9 @@ from kernels.ops import (
     sample,
     silu_and_mul,
     tune,
-    widen,
 )
 from kernels.packing import WeightKind
+from kernels.reference_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
 
@@ -46,8 +46,12 @@ __all__ = [
     "counter_uniform",
     "cpu",
     "embedding",
+    "experts",
     "linear",
+    "linear_heads",
     "logprobs",
+    "mla_attention",
+    "mla_prefill",
     "pack_int4",
     "pack_weight",
     "packed_bytes",
@@ -55,8 +59,8 @@ __all__ = [
     "packed_shape",
     "rms_norm",
     "rotary_table",
+    "route_experts",
     "sample",
     "silu_and_mul",
     "tune",
-    "widen",
 ]

@@ -54,7 +54,8 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
     try:
         if detached:
             _redirect_output(run_dir)
-        listener = _listen(plan.topology.ingress.host, plan.topology.ingress.port)
+        ingress = plan.topology.ingress
+        listener = _listen(ingress.host, ingress.port) if plan.placement.is_here("ingress") else None
         run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
         result = _Root(plan, run_dir, listener, tell).run()
         keep_logs = not result.ok or run_dir.has_crash_reports
@@ -78,7 +79,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
 class _Root:
     """The root supervisor with what a node adds to it: arenas, the control socket, and word of what happens."""
 
-    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket, tell: Tell) -> None:
+    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket | None, tell: Tell) -> None:
         self.plan = plan
         self.run_dir = run_dir
         self.tell = tell
@@ -90,10 +91,12 @@ class _Root:
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         _import_actors(spec, plan.topology.node.log_level)
-        _load_vocabulary(plan)
+        if plan.placement.is_here("tokenizer"):
+            _load_vocabulary(plan)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
-        descriptors[LISTENER] = listener.fileno()
+        if listener is not None:
+            descriptors[LISTENER] = listener.fileno()
         self.supervisor = Supervisor(spec, run_dir.path, descriptors=descriptors)
 
     def run(self) -> RunResult:
@@ -109,7 +112,8 @@ class _Root:
             return self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
         finally:
             control.close()
-            self.listener.close()
+            if self.listener is not None:
+                self.listener.close()
 
     def on_event(self, event: Event) -> None:
         self.tell(Happened(event))

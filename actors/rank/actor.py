@@ -27,7 +27,7 @@ SECONDS_PER_TOKEN = 0.05
 class Rank(Actor):
     """One tensor-parallel rank of an engine. Rank 0 leads: it alone talks to the scheduler, and passes on what it does.
 
-    Its arenas come as the descriptors `NAME.weights` and `NAME.kv`; what is not given is made anew at each start.
+    Its arenas come as the descriptors that its configuration names; what is not given is made anew at each start.
     """
 
     def setup(self) -> None:
@@ -43,7 +43,7 @@ class Rank(Actor):
             config.deterministic,
         )
         descriptors = self.context.descriptors
-        weights, kv = descriptors.get(f"{self.name}.weights"), descriptors.get(f"{self.name}.kv")
+        weights, kv = descriptors.get(config.weights_arena), descriptors.get(config.kv_arena)
         try:
             self.executor: Executor = build_executor(config, weights, kv, self.group)
         except CheckpointError as error:
@@ -79,7 +79,7 @@ class Rank(Actor):
         except InterruptedError:
             return
         config = self.config
-        kept = f"{self.name}.kv" in self.context.descriptors and config.device == "cpu"
+        kept = config.kv_arena in self.context.descriptors and config.device == "cpu"
         if config.rank == 0:
             attached = Attached(
                 num_pages=config.num_pages,

@@ -20,11 +20,10 @@ _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 6q f")
 _SILU = struct.Struct("@2P 4q")
-_WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@12P 20q f")
-_LINEAR = struct.Struct("@4P 8q")
-_LINEAR_QUANTIZED = struct.Struct("@4P 8q")
+_LINEAR = struct.Struct("@4P 9q")
+_LINEAR_QUANTIZED = struct.Struct("@4P 9q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _QUANTIZE = struct.Struct("@4P 2q")
 _GRAPH = struct.Struct("@P 2q P")
@@ -73,12 +72,6 @@ def silu_and_mul(library: ctypes.CDLL, gate_up: Tensor) -> Tensor:
             gate_up.dtype == torch.bfloat16,
         )
     )
-    return out
-
-
-def widen(library: ctypes.CDLL, x: Tensor) -> Tensor:
-    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
-    library.widen(_WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()))
     return out
 
 
@@ -189,13 +182,15 @@ def _heads_together(x: Tensor) -> tuple[Tensor, int]:
     return x, stride
 
 
-def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+def linear(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, wide: bool = False
+) -> Tensor:
     if isinstance(weight, PackedWeight):
         packed, data, outputs = True, weight.panels, weight.out_features
     else:
         packed, data, outputs = False, weight, weight.shape[0]
     rows, inputs = x.shape
-    out = x.new_empty(rows, outputs)
+    out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device="cpu")
     result = library.linear(
         _LINEAR.pack(
             x.data_ptr(),
@@ -210,16 +205,19 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             torch.get_num_threads(),
             data.dtype == torch.bfloat16,
             x.dtype == torch.bfloat16,
+            wide,
         )
     )
     _check(result)
     return out
 
 
-def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int) -> Tensor:
+def linear_quantized(
+    library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int, wide: bool = False
+) -> Tensor:
     """`way`: one of `kernels.cpu.paths`."""
     rows, inputs = x.shape
-    out = x.new_empty(rows, weight.out_features)
+    out = torch.empty(rows, weight.out_features, dtype=torch.float32 if wide else x.dtype, device="cpu")
     result = library.linear_quantized(
         _LINEAR_QUANTIZED.pack(
             x.data_ptr(),
@@ -234,6 +232,7 @@ def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias
             x.dtype == torch.bfloat16,
             _BITS[weight.kind],
             way,
+            wide,
         )
     )
     _check(result)

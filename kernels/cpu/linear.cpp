@@ -24,7 +24,8 @@ struct Call {
     int64_t packed;  // whether the weight is in panels (see packing.py), not rows [outputs, inputs]
     int64_t threads;
     int64_t narrow;    // the weight is bfloat16, else float32
-    int64_t x_narrow;  // likewise x, bias and out
+    int64_t x_narrow;  // likewise x, bias and, unless it is wide, out
+    int64_t wide;      // out is float32 whatever x is
 
     int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
     int panel_outputs(int64_t panel) const { return int(std::min<int64_t>(PANEL, outputs - panel * PANEL)); }
@@ -111,7 +112,10 @@ void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
         int64_t output = panel * PANEL + n;
         int part = std::min(LANES, count - n);
         V16 bias = c.bias ? load_part((const X*)c.bias + output, part) : zeros();
-        store_part((X*)c.out + row * c.outputs + output, load(sums + n) + bias, part);
+        V16 values = load(sums + n) + bias;
+        int64_t at = row * c.outputs + output;
+        if (c.wide) store_part((float*)c.out + at, values, part);
+        else store_part((X*)c.out + at, values, part);
     }
 }
 

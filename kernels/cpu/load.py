@@ -18,7 +18,6 @@ FUNCTIONS = (
     "embedding_quantized",
     "rms_norm",
     "silu_and_mul",
-    "widen",
     "graph",
     "counter_uniform",
     "argmax",

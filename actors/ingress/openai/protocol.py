@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -30,7 +30,7 @@ from actors.messages import SamplingParams, TextParams
 Choices = Annotated[int, Meta(ge=1, lt=2**31)]
 TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
 
-_UNSUPPORTED = (
+UNSUPPORTED = (
     "audio",
     "ebnf",
     "function_call",
@@ -42,11 +42,9 @@ _UNSUPPORTED = (
     "json_schema",
     "lora_path",
     "prediction",
-    "reasoning_effort",
     "regex",
     "structured_outputs",
     "suffix",
-    "tools",
     "verbosity",
     "web_search_options",
 )
@@ -65,6 +63,9 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     Fields of type Any are either without effect by their definition, or refused when they ask for anything.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
+    """Fields that are refused when they ask for anything."""
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -125,11 +126,9 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         """Raises ApiError for what is not supported and for fields that contradict each other."""
-        for name in _UNSUPPORTED:
+        for name in self.unsupported:
             if getattr(self, name) not in (None, [], ""):
                 raise unsupported(name)
-        if self.tool_choice not in (None, "none"):
-            raise unsupported("tool_choice")
         if self.response_format not in (None, {"type": "text"}):
             raise unsupported("response_format", "A response_format other than {'type': 'text'}")
         if self.modalities not in (None, ["text"]):
