@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 
 from actors.ingress.journal import slot_bytes
+from runtime.engine_plan import EnginePlan
+from runtime.needs import arena_sizes_of
 from runtime.nodes import part_of
 from runtime.output_formats import output_formats
-from runtime.plan import EnginePlan, NodePlan, arena_sizes_of
+from runtime.plan import NodePlan
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 

@@ -7,6 +7,7 @@ import argparse
 from runtime.cli.options import add_topology, topology_of
 from runtime.cli.output import say
 from runtime.models import NotLocal
+from runtime.needs import describe_needs
 from runtime.plan import NodePlan, plan_node
 from runtime.ports import check_ports, listening
 from runtime.tree import actor_names
@@ -31,14 +32,9 @@ def run(options: argparse.Namespace) -> int:
     else:
         say(f"  node    {plan.name}, {plan.url}")
     say(f"  model   {plan.served_name}, {plan.model.path}, requests of up to {plan.max_model_len} tokens")
-    chosen = " (auto)" if plan.topology.model.dtype == "auto" else ""
-    for engine in plan.engines:
-        weights, kv = sum(engine.weight_bytes) / 2**20, sum(engine.kv_bytes) / 2**20
-        say(
-            f"  engine  {engine.name}: {engine.settings.tp} rank(s) on {engine.settings.device}, "
-            f"{engine.dtype}{chosen} weights {weights:,.0f} MiB, "
-            f"{engine.kv_dtype} KV {kv:,.0f} MiB in {engine.num_pages} pages of {engine.settings.page_size}"
-        )
+    here = plan.engines if not plan.placement.machines or plan.placement.here else []
+    for line in describe_needs(plan.engines, [engine for engine in here if plan.placement.is_here(engine.name)]):
+        say(f"  {line}")
     return 0
 
 
