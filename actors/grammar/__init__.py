@@ -6,7 +6,8 @@ loaded when it is first needed.
 """
 
 from actors.grammar.actor import Grammar, GrammarConfig
-from actors.grammar.compiler import BadGrammar, GrammarCompiler, Tokens, load_tokens
+from actors.grammar.compiler import GrammarCompiler, Tokens, load_tokens
+from actors.grammar.errors import BadGrammar
 from actors.grammar.library import available, xgrammar
 from actors.grammar.workshop import Workshop
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from actors.grammar.errors import BadGrammar
 from actors.grammar.library import xgrammar
+from actors.grammar.schema import prepared
 from actors.messages import Constraint
 from actors.vocabulary import Vocabulary, load_vocabulary
 
@@ -19,10 +21,6 @@ MAX_COMPILED_BYTES = 64 * 2**20
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
-
-
-class BadGrammar(ValueError):
-    """A constraint that cannot be kept; the text is one sentence for the client."""
 
 
 class Tokens:
@@ -64,6 +62,8 @@ def load_tokens(model: Path, vocab_size: int) -> Tokens:
 class GrammarCompiler:
     """Compiles constraints. Keeps nothing of them.
 
+    JSON has one form, `{"a": 1, "b": [2]}` on one line: where blanks are free, small models draw them for ever.
+
     Args:
         tokens: of the model.
     """
@@ -95,9 +95,10 @@ class GrammarCompiler:
         compiler = self._compiler
         match kind:
             case "json":
-                return compiler.compile_json_schema('{"type": "object"}', max_whitespace_cnt=MAX_WHITESPACE)
+                return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
             case "json_schema":
-                return compiler.compile_json_schema(text, max_whitespace_cnt=MAX_WHITESPACE)
+                schema = json.dumps(prepared(json.loads(text)))
+                return compiler.compile_json_schema(schema, any_whitespace=False)
             case "regex":
                 return compiler.compile_regex(text)
             case "ebnf":
@@ -116,8 +117,6 @@ class GrammarCompiler:
             raise BadGrammar(f"The {_NAMES[constraint.kind]} allows no text at all.")
 
 
-MAX_WHITESPACE = 16
-"""Blanks in a row between the parts of a JSON text, so that no model indents for ever."""
 _NAMES = {
     "json": "JSON object",
     "json_schema": "JSON schema",
@@ -148,20 +147,30 @@ def _structural_tag(text: str) -> Any:
     tag = json.loads(text)
     if not isinstance(tag, dict):
         raise BadGrammar("The structural tag must be a JSON object.")
-    if "structures" not in tag:
-        return {"type": "structural_tag", **tag}
-    structures, triggers = tag["structures"], tag.get("triggers")
-    if not isinstance(structures, list) or not all(isinstance(each, dict) for each in structures):
-        raise BadGrammar("The structural tag's 'structures' must be a list of objects.")
-    tags = [
-        {
-            "begin": each["begin"],
-            "content": {"type": "json_schema", "json_schema": each.get("schema", True)},
-            "end": each["end"],
-        }
-        for each in structures
-    ]
-    return {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": triggers, "tags": tags}}
+    if "structures" in tag:
+        structures = tag["structures"]
+        if not isinstance(structures, list) or not all(isinstance(each, dict) for each in structures):
+            raise BadGrammar("The structural tag's 'structures' must be a list of objects.")
+        tags = [
+            {
+                "begin": each["begin"],
+                "content": {"type": "json_schema", "json_schema": each.get("schema", True)},
+                "end": each["end"],
+            }
+            for each in structures
+        ]
+        tag = {"format": {"type": "triggered_tags", "triggers": tag.get("triggers"), "tags": tags}}
+    return _with_prepared_schemas({**tag, "type": "structural_tag"})
+
+
+def _with_prepared_schemas(tag: Any) -> Any:
+    if isinstance(tag, list):
+        return [_with_prepared_schemas(each) for each in tag]
+    if not isinstance(tag, dict):
+        return tag
+    if tag.get("type") == "json_schema" and "json_schema" in tag:
+        return {**tag, "json_schema": prepared(tag["json_schema"])}
+    return {name: _with_prepared_schemas(each) for name, each in tag.items()}
 
 
 def _reason(error: BaseException) -> str:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.checkpoint import CheckpointError
-from actors.grammar.compiler import BadGrammar, GrammarCompiler, Tokens
+from actors.grammar.compiler import GrammarCompiler, Tokens
+from actors.grammar.errors import BadGrammar
 from actors.messages import Compiled, Constraint
 
 logger = logging.getLogger(__name__)

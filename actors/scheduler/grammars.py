@@ -62,6 +62,7 @@ class Grammars:
         self._queue: deque[Wish] = deque()  # the first one is at the grammar actor
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._incarnation: int | None = None
+        self._calm_at = 0.0
 
     def hold(self, request: Request) -> str:
         """Holds a request until its constraint is ready; why it cannot be kept, if that is known."""
@@ -113,10 +114,12 @@ class Grammars:
             return []
         wish, now = self._queue[0], time.monotonic()
         wish.deaths += 1
+        wish.asked = 0.0
         self._deaths.append(now)
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < CALM_S:
+            self._calm_at = now + REPEAT_S
         if wish.deaths >= MAX_DEATHS:
             return self._refuse(wish, "The constraint cannot be compiled: the compiler crashes.")
-        wish.asked = now if self._restless(now) else 0.0
         self._ask()
         return []
 
@@ -138,14 +141,12 @@ class Grammars:
             self._queue[0].asked = 0.0
             self._ask()
 
-    def _restless(self, now: float) -> bool:
-        return len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < CALM_S
-
     def _ask(self) -> None:
         """Gives the grammar actor the next constraint."""
-        if self._queue and not self._queue[0].asked:
+        now = time.monotonic()
+        if self._queue and not self._queue[0].asked and now >= self._calm_at:
             wish = self._queue[0]
-            wish.asked = time.monotonic()
+            wish.asked = now
             self._send(self._config.grammar, Compile(wish.constraint))
 
     def _ask_leader(self, wish: Wish) -> None:
