@@ -7,6 +7,7 @@ scheduler again, and whoever knows a newer attempt drops what belongs to an olde
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -96,6 +97,27 @@ class Detokenized(Tagged):
 # -- ingress ↔ scheduler -------------------------------------------------------------------------------------------
 
 
+MAX_CONSTRAINT = 65_536
+"""Characters of a constraint."""
+
+
+class Constraint(Struct, array_like=True, frozen=True, gc=False):
+    """What the text of an answer must look like.
+
+    Attributes:
+        text: a JSON schema, nothing for `json` (any JSON object), a regular expression, a grammar in EBNF whose first
+            rule is `root`, a JSON list of strings for `choice`, or the JSON of a structural tag.
+    """
+
+    kind: Literal["json_schema", "json", "regex", "ebnf", "choice", "structural_tag"]
+    text: Annotated[str, Meta(max_length=MAX_CONSTRAINT)] = ""
+
+    @property
+    def digest(self) -> str:
+        """Names the constraint by its content."""
+        return blake2b(f"{self.kind}:{self.text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     """How the tokens of one request are drawn.
 
@@ -104,6 +126,7 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
         stop_token_ids: ids that end the request, the model's end-of-sequence ids among them unless `ignore_eos`.
         logprobs: -1 for none, else how many of the most probable tokens are reported beside the drawn one.
         prompt_logprobs: the same for the prompt's tokens.
+        constraint: only tokens are drawn with which the output can still become what it says.
     """
 
     max_tokens: Annotated[int, Meta(ge=0)]
@@ -120,11 +143,17 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     logit_bias: dict[TokenId, float] = {}
     logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
+    constraint: Constraint | None = None
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens are less likely for having occurred."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
 
     @property
     def needs_history(self) -> bool:
         """Whether drawing a token needs the tokens before it."""
-        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
+        return self.penalizes or self.constraint is not None
 
 
 class TextParams(Struct, array_like=True, frozen=True, gc=False):
@@ -199,6 +228,24 @@ class Unknown(Tagged):
 
     rid: Rid
     attempt: Index
+
+
+# -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
+
+
+class Compile(Tagged):
+    """Scheduler → grammar: can this constraint be kept? Then → rank 0: have it ready. A rank that is asked for tokens
+    before compiles it on the spot. Answered by `Compiled`, and repeated until it is."""
+
+    constraint: Constraint
+
+
+class Compiled(Tagged):
+    """Grammar, rank 0 → scheduler: the constraint with this `digest` is ready, or why it cannot be kept: a sentence for
+    the client."""
+
+    digest: Annotated[str, Meta(max_length=64)]
+    error: str = ""
 
 
 # -- scheduler ↔ rank ----------------------------------------------------------------------------------------------
@@ -638,6 +685,8 @@ Message = (
     | Resend
     | Refused
     | Unknown
+    | Compile
+    | Compiled
     | Attach
     | Attached
     | Step

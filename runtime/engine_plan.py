@@ -63,6 +63,10 @@ class EnginePlan:
         return f"{self.name}.scheduler"
 
     @property
+    def grammar(self) -> str:
+        return f"{self.name}.grammar"
+
+    @property
     def transfer_actor(self) -> str:
         """The KV sender of a prefill engine, the KV receiver of a decode engine, nobody in a unified one."""
         actor = {"prefill": "kv_sender", "decode": "kv_receiver"}.get(self.role)

@@ -18,6 +18,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from actors.checkpoint import CheckpointError
+from actors.grammar import available, load_tokens
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
@@ -93,6 +94,8 @@ class _Root:
         _import_actors(spec, plan.topology.node.log_level)
         if plan.placement.is_here("tokenizer"):
             _load_vocabulary(plan)
+        if available() and any(plan.placement.is_here(engine.scheduler) for engine in plan.engines):
+            _load_grammars(plan)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
         if listener is not None:
@@ -178,6 +181,14 @@ def _load_vocabulary(plan: NodePlan) -> None:
         _ = load_vocabulary(plan.model.path).tokenizer
     except CheckpointError:
         pass  # the actor that needs it says what is wrong
+
+
+def _load_grammars(plan: NodePlan) -> None:
+    """The same for what compiles constraints: a rank that draws the first constrained token has no time to load it."""
+    try:
+        load_tokens(plan.model.path, plan.config.vocab_size)
+    except CheckpointError:
+        pass
 
 
 def _log_to(run_dir: RunDirectory) -> None:

@@ -42,7 +42,7 @@ def actor_names(plan: NodePlan) -> list[str]:
     engines = [
         name
         for engine in plan.engines
-        for name in (*engine.rank_names, engine.transfer_actor, engine.scheduler)
+        for name in (*engine.rank_names, engine.transfer_actor, engine.scheduler, engine.grammar)
         if name
     ]
     ingresses = _ingress_names(plan)
@@ -53,8 +53,8 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
-    prefills or decodes, and its scheduler), detokenizer, tokenizer, ingress (a supervisor of the HTTP workers). With
-    several nodes, what of this lives on this one.
+    prefills or decodes, its scheduler, and its grammar actor), detokenizer, tokenizer, ingress (a supervisor of the
+    HTTP workers). With several nodes, what of this lives on this one.
     """
     return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
 
@@ -125,6 +125,7 @@ class _Builder:
                 self._nested(f"{engine.name}.ranks", "ranks", ranks, "one_for_all"),
                 *([transfer(engine)] if transfer else []),
                 self._scheduler(engine),
+                self._grammar(engine),
             ],
         )
 
@@ -195,6 +196,15 @@ class _Builder:
             "transfer": {"kind": kind},
         }
 
+    def _grammar(self, engine: EnginePlan) -> ChildSpec:
+        return self._worker(
+            engine.grammar,
+            "grammar",
+            "actors.grammar:Grammar",
+            peers=[engine.scheduler, *self.ingresses],
+            config={"model": str(self.plan.model.path), "vocab_size": self.plan.config.vocab_size},
+        )
+
     def _scheduler(self, engine: EnginePlan) -> ChildSpec:
         name, settings, role = engine.scheduler, engine.settings, engine.role
         others = {
@@ -208,6 +218,7 @@ class _Builder:
             peers=[
                 *engine.rank_names,
                 *([engine.transfer_actor] if engine.transfer_actor else []),
+                engine.grammar,
                 *others.get(role, []),
                 *(["detokenizer"] if role != "prefill" else []),
                 "bootstrap",
@@ -226,6 +237,7 @@ class _Builder:
                 "leader": engine.rank_names[0],
                 "detokenizer": "detokenizer",
                 "bootstrap": "bootstrap",
+                "grammar": engine.grammar,
                 "page_size": settings.page_size,
                 "num_pages": engine.num_pages,
                 "first_page": engine.first_page,

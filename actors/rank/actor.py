@@ -12,7 +12,7 @@ import torch
 
 from actors.actor import Actor, BadMessage, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.messages import Attach, Attached, Step
+from actors.messages import Attach, Attached, Compile, Step
 from actors.rank.config import RankConfig
 from actors.rank.executor import Executor, build_executor
 from actors.rank.group import JOIN_TIMEOUT_S, Group
@@ -56,6 +56,7 @@ class Rank(Actor):
         self.source: str | None = None
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
+        self.watched.append(self.executor.grammars.fd)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.source:
@@ -92,6 +93,11 @@ class Rank(Actor):
             )
             self.send(sender, attached)
 
+    @handles(Compile)
+    def compile(self, message: Compile, sender: str) -> None:
+        """Compiles a constraint beside the steps."""
+        self.executor.grammars.want(message.constraint, sender)
+
     @handles(Step)
     def step(self, message: Step, sender: str) -> None:
         """Queues a step of the scheduler that is attached; others are ignored."""
@@ -102,6 +108,8 @@ class Rank(Actor):
 
     def turn(self) -> None:
         """Runs the queued steps, with a look into the mailbox after each: an `Attach` there forgets the others."""
+        for asker, answer in self.executor.grammars.finished():
+            self.send(asker, answer)
         while self.steps and not self.link.shutdown_requested:
             self._run(self.steps.popleft())
             if self.mailbox.poll(0):

@@ -87,6 +87,8 @@ class Scheduler(EngineScheduler):
         if finish is not None and (not request.wants_prompt_logprobs or request.prompt_len == 1):
             prompt = [TokenLogprob(request.tokens[0], None)] if request.wants_prompt_logprobs else None
             self._emit(request, [], None, prompt, finish)
+        elif reason := self.grammars.hold(request):
+            self.refuse(request, 400, reason)
         else:
             self.batch.add(request)
 

@@ -235,7 +235,7 @@ class Batch:
         for request in admission_order(self.waiting, self._config.policy, pool.tree):
             if not self._slots or (budget <= 0 and self._place is None):
                 return
-            if request.pending:
+            if request.pending or request.held:
                 continue  # retracted with a token under way: that comes first
             usable, known = b"", 0
             if pool.prefix_cache and not request.wants_prompt_logprobs:

@@ -22,6 +22,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         model: name under which the model is served.
         address: this scheduler's mailbox, as ingresses reach it.
         leader: name of the engine's rank 0.
+        grammar: name of the engine's grammar actor; empty where there is none, and no structured output.
         tp: ranks of the engine.
         num_pages: KV pages of `page_size` tokens each.
         first_page, arena_pages: where engines share the arenas of their ranks, the number of this engine's first page
@@ -51,6 +52,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     num_pages: Positive
     max_model_len: Positive
     detokenizer: str = ""
+    grammar: str = ""
     tp: Positive = 1
     role: Literal["unified", "prefill", "decode"] = "unified"
     transfer: str = ""

@@ -18,6 +18,7 @@ from actors.messages import (
     SAMPLE,
     Attach,
     Attached,
+    Compiled,
     EngineInfo,
     Hello,
     Register,
@@ -27,6 +28,7 @@ from actors.messages import (
 )
 from actors.scheduler.batch import Batch, Row
 from actors.scheduler.config import Config
+from actors.scheduler.grammars import Grammars, Refusals
 from actors.scheduler.pages import PageLedger, PagePool
 from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
@@ -94,6 +96,7 @@ class EngineScheduler(Actor):
         self.times = StepTimes()
         self.speculation = Speculation(config, self.times) if config.speculation == "ngram" else None
         self.batch = self.new_batch()
+        self.grammars = Grammars(config, self.send)
         self.requests: dict[str, Request] = {}
         self.in_flight: deque[InFlight] = deque()
         self.bisection = Bisection(config.poison_limit)
@@ -129,6 +132,10 @@ class EngineScheduler(Actor):
     @abstractmethod
     def give_up(self, request: Request) -> None:
         """The ranks die whenever they compute this request: tells its owner and forgets it."""
+
+    @abstractmethod
+    def refuse(self, request: Request, status: int, message: str) -> None:
+        """Tells a request's owner that it is not served, and forgets it."""
 
     def planned(self) -> None:
         """Runs after each turn, when the steps that can be sent have been sent."""
@@ -169,6 +176,7 @@ class EngineScheduler(Actor):
     def sweep(self) -> None:
         """Runs once a second."""
         self._watch_ranks()
+        self.grammars.repeat()
 
     def _may_send(self) -> bool:
         """Whether another step may be sent now."""
@@ -184,9 +192,12 @@ class EngineScheduler(Actor):
                 self.leader_restarts += 1
                 self._ranks_died()
                 self._attach()
+                self.grammars.leader_started()
             self.leader_incarnation = incarnation
         elif peer == self.config.bootstrap:
             self._register()
+        elif peer == self.config.grammar:
+            self._refuse_all(self.grammars.grammar_started(incarnation))
 
     def stats(self) -> dict[str, float]:
         pages = self.pool.num_pages
@@ -210,6 +221,18 @@ class EngineScheduler(Actor):
         `Attach` that was sent to it."""
         if sender == self.config.leader and self.attached is None and not self.leader_restarts:
             self._attach()
+
+    # -- constraints ------------------------------------------------------------------------------------
+
+    @handles(Compiled)
+    def compiled(self, message: Compiled, sender: str) -> None:
+        """A constraint is possible, or ready, or neither."""
+        self._refuse_all(self.grammars.compiled(message, sender))
+
+    def _refuse_all(self, refusals: Refusals) -> None:
+        for request, reason in refusals:
+            if self.requests.get(request.rid) is request:
+                self.refuse(request, 400, reason)
 
     # -- registry ---------------------------------------------------------------------------------------
 

@@ -194,6 +194,10 @@ class PrefillScheduler(EngineScheduler):
         )
         self.arrivals += 1
         request = Request(generate, sender, self.arrivals, size)
+        reason = self.grammars.hold(request)
+        if reason:
+            self.send(sender, PrefillRefused(message.transfer, 400, reason))
+            return
         first = message.held // size
         self.jobs[request.rid] = Job(request, message.receiver, first, first, time.monotonic())
         self.requests[request.rid] = request
@@ -266,8 +270,10 @@ class PrefillScheduler(EngineScheduler):
         self.send(request.owner, job.answer)
 
     def give_up(self, request: Request) -> None:
-        text = "The engine crashed each time it computed this request, so the request was given up."
-        self.send(request.owner, PrefillRefused(request.rid, 500, text))
+        self.refuse(request, 500, "The engine crashed each time it computed this request, so the request was given up.")
+
+    def refuse(self, request: Request, status: int, message: str) -> None:
+        self.send(request.owner, PrefillRefused(request.rid, status, message))
         self._end(self.jobs[request.rid])
 
     def start_over(self) -> None:

@@ -43,8 +43,9 @@ class Request:
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
         away: its prompt is being computed by another engine, into pages that are lent.
-        speculates: whether its next tokens may be guessed. Not with penalties, for which the rank would have to count
-            the tokens before each position anew.
+        held: it waits for its constraint to be ready.
+        speculates: whether its next tokens may be guessed. Not with penalties or a constraint, for which the rank
+            would have to go through the tokens before each position anew.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
     """
@@ -73,6 +74,7 @@ class Request:
         self.shared = 0
         self.node: Node | None = None
         self.away = False
+        self.held = False
         self.speculates = not message.sampling.needs_history
         self.lookup: Lookup | None = None
         self.computed = 0

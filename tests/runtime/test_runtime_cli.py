@@ -182,7 +182,7 @@ def test_status(node: Cli) -> None:
     assert {each["state"] for each in processes} == {"running"}
     workers = {each["name"]: each for each in processes if each["kind"] == "worker"}
     assert set(workers) == {
-        "bootstrap", "main.rank0", "main.scheduler", "detokenizer", "tokenizer", "ingress0", "ingress1"
+        "bootstrap", "main.rank0", "main.grammar", "main.scheduler", "detokenizer", "tokenizer", "ingress0", "ingress1"
     }  # fmt: skip
     assert len({each["pid"] for each in processes}) == len(processes)
     for each in processes:

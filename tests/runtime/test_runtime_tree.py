@@ -12,6 +12,7 @@ from actors.actor import ActorArgs
 from actors.bootstrap import BootstrapConfig
 from actors.checkpoint import ModelConfig
 from actors.detokenizer.actor import DetokenizerConfig
+from actors.grammar import GrammarConfig
 from actors.ingress.config import IngressConfig
 from actors.rank import RankConfig, kv_format, weight_bytes
 from actors.scheduler.config import Config as SchedulerConfig
@@ -70,7 +71,7 @@ def test_names_and_strategies(plan_of: Any, tmp_path: Path) -> None:
     validate(spec)
     assert names(spec) == [
         "bootstrap",
-        ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler"]],
+        ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler", "main.grammar"]],
         "detokenizer",
         "tokenizer",
         ["ingress", ["ingress0", "ingress1"]],
@@ -102,7 +103,8 @@ def test_everybody_knows_whom_he_sends_to(plan_of: Any, tmp_path: Path) -> None:
         "bootstrap": {"main.scheduler"} | ingresses,
         "main.rank0": {"main.scheduler", "main.rank1"} | ingresses,
         "main.rank1": {"main.scheduler", "main.rank0"} | ingresses,
-        "main.scheduler": {"main.rank0", "main.rank1", "detokenizer", "bootstrap"} | ingresses,
+        "main.grammar": {"main.scheduler"} | ingresses,
+        "main.scheduler": {"main.rank0", "main.rank1", "main.grammar", "detokenizer", "bootstrap"} | ingresses,
         "detokenizer": {"main.scheduler"} | ingresses,
         "tokenizer": ingresses,
         "ingress0": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler", "ingress1"},
@@ -139,6 +141,7 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
     kinds = {
         "bootstrap": BootstrapConfig,
         "main.rank1": RankConfig,
+        "main.grammar": GrammarConfig,
         "main.scheduler": SchedulerConfig,
         "detokenizer": DetokenizerConfig,
         "tokenizer": TokenizerConfig,

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from actors.ingress.config import IngressConfig
+from actors.ingress.constraints import FIELDS, constraint_of
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.generation import Generation
 from actors.ingress.sampling import (
@@ -32,18 +33,10 @@ TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
 
 UNSUPPORTED = (
     "audio",
-    "ebnf",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "json_schema",
     "lora_path",
     "prediction",
-    "regex",
-    "structured_outputs",
     "suffix",
     "verbosity",
     "web_search_options",
@@ -61,7 +54,8 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both kinds of completions. OpenAI's, and under the names of vLLM and SGLang what OpenAI has not.
 
-    Fields of type Any are either without effect by their definition, or refused when they ask for anything.
+    Fields of type Any are those of a constraint, without effect by their definition, or refused when they ask for
+    anything.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
@@ -92,6 +86,17 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_salt: ExtraKey | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # the form of the answer; see `constraints`
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
     # without effect on the answer
     user: str | None = None
     metadata: Any = None
@@ -102,22 +107,13 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: Any = None
     # not supported
     audio: Any = None
-    ebnf: Any = None
     function_call: Any = None
     functions: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    json_schema: Any = None
     lora_path: Any = None
     modalities: Any = None
     parallel_tool_calls: bool | None = None
     prediction: Any = None
     reasoning_effort: Any = None
-    regex: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     tool_choice: Any = None
     tools: Any = None
@@ -129,8 +125,6 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         for name in self.unsupported:
             if getattr(self, name) not in (None, [], ""):
                 raise unsupported(name)
-        if self.response_format not in (None, {"type": "text"}):
-            raise unsupported("response_format", "A response_format other than {'type': 'text'}")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "A modality other than text")
         if self.spaces_between_special_tokens is False:
@@ -166,6 +160,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             logit_bias=self.logit_bias,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint_of({name: getattr(self, name) for name in FIELDS}),
         )
 
     def text_params(self, config: IngressConfig) -> TextParams:
