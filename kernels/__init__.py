@@ -24,6 +24,7 @@ from kernels.ops import (
     sample,
     silu_and_mul,
     tune,
+    widen,
 )
 from kernels.packing import WeightKind
 from kernels.reference_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
@@ -63,4 +64,5 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
+    "widen",
 ]

@@ -65,6 +65,13 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return reference.silu_and_mul(gate_up)
 
 
+def widen(x: Tensor) -> Tensor:
+    """x as float32; x itself if it is that already."""
+    if x.dtype == torch.bfloat16 and (native := _library_for(x)):
+        return cpu.widen(native, x)
+    return x.float()
+
+
 def attention(
     q: Tensor,
     k: Tensor,

@@ -73,6 +73,12 @@ struct SiluCall {
     int64_t rows, width, threads, narrow;
 };
 
+struct WidenCall {
+    const bf16* x;
+    float* out;
+    int64_t count, threads;
+};
+
 struct EmbeddingCall {
     const int64_t* ids;
     const char* weight;
@@ -118,5 +124,15 @@ EXPORT int rms_norm(const NormCall* call) {
 
 EXPORT int silu_and_mul(const SiluCall* call) {
     call->narrow ? silu_rows<bf16>(*call) : silu_rows<float>(*call);
+    return 0;
+}
+
+EXPORT int widen(const WidenCall* call) {
+    const WidenCall& c = *call;
+    parallel((c.count + PIECE_ELEMENTS - 1) / PIECE_ELEMENTS, int(c.threads), [&](int64_t piece, int) {
+        int64_t end = std::min((piece + 1) * PIECE_ELEMENTS, c.count), i = piece * PIECE_ELEMENTS;
+        for (; i + LANES <= end; i += LANES) store(c.out + i, load(c.x + i));
+        if (i < end) store_part(c.out + i, load_part(c.x + i, int(end - i)), int(end - i));
+    });
     return 0;
 }

@@ -20,6 +20,7 @@ _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
 _NORM = struct.Struct("@4P 6q f")
 _SILU = struct.Struct("@2P 4q")
+_WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@12P 20q f")
 _LINEAR = struct.Struct("@4P 9q")
@@ -72,6 +73,12 @@ def silu_and_mul(library: ctypes.CDLL, gate_up: Tensor) -> Tensor:
             gate_up.dtype == torch.bfloat16,
         )
     )
+    return out
+
+
+def widen(library: ctypes.CDLL, x: Tensor) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    library.widen(_WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()))
     return out
 
 

@@ -18,6 +18,7 @@ FUNCTIONS = (
     "embedding_quantized",
     "rms_norm",
     "silu_and_mul",
+    "widen",
     "graph",
     "counter_uniform",
     "argmax",

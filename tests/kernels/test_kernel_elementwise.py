@@ -88,3 +88,11 @@ def test_embedding(dtype: torch.dtype) -> None:
     for bad in (-1, 1000):
         with pytest.raises(IndexError):
             kernels.embedding(torch.tensor([5, bad]), weight)
+
+
+@pytest.mark.usefixtures("backend")
+def test_widen() -> None:
+    for count in (0, 1, 17, 40_000):
+        x = torch.randn(count).bfloat16()
+        assert torch.equal(kernels.widen(x), x.float())
+    assert kernels.widen(wide := torch.randn(3)) is wide
