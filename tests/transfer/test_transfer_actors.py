@@ -602,6 +602,17 @@ def test_heads_find_their_ranks(new_stage: NewStage, layout: str, dtype: str) ->
     assert [stage.pages("decode", rank, untouched) for rank in range(len(own))] == before
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1), (2, 2), (2, 3)])
+def test_latents_are_copied_to_every_rank_as_they_are(new_stage: NewStage, ranks: tuple[int, int]) -> None:
+    """All ranks hold the same pages of latent attention, so they come from any of the sender's."""
+    stage = new_stage(theirs=[(0, 1)] * ranks[0], own=[(0, 1)] * ranks[1], pages="mla")
+    stage.receive("t", [2, 3, 5])
+    stage.offer("t", [7, 8, 1])
+    stage.expect(D, Received)
+    for rank in range(ranks[1]):
+        assert stage.pages("decode", rank, [2, 3, 5]) == stage.pages("prefill", 0, [7, 8, 1])
+
+
 def test_more_pages_than_the_staging_memory_holds(new_stage: NewStage) -> None:
     stage = new_stage(theirs=[(0, 3)], own=[(0, 2), (2, 3)], staging_bytes=2**16)
     route_bytes = len(stage.pages("prefill", 0, [0])[0])

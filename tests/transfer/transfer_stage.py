@@ -33,8 +33,8 @@ SENDER, RECEIVER = "prefill.kv_sender", "decode.kv_receiver"
 MESSAGES: Codec[Message] = Codec(Message)
 
 
-def page_format(kv_heads: int = 3, dtype: Any = "float32") -> KVFormat:
-    return KVFormat(layers=2, page_size=4, kv_heads=kv_heads, head_dim=8, dtype=dtype)
+def page_format(kv_heads: int = 3, dtype: Any = "float32", kind: Any = "mha") -> KVFormat:
+    return KVFormat(layers=2, page_size=4, kv_heads=kv_heads, head_dim=8, dtype=dtype, kind=kind)
 
 
 def packed(pages: Sequence[int]) -> bytes:
@@ -94,12 +94,13 @@ class Stage:
         theirs: Sequence[tuple[int, int]] = ((0, 3),),
         own: Sequence[tuple[int, int]] = ((0, 3),),
         dtype: Any = "float32",
+        pages: Any = "mha",
         **receiver: Any,
     ) -> None:
         self.directory, self.kind = directory, kind
         self.receiver_settings = receiver
-        self.theirs = self._ranks("prefill", theirs, dtype)
-        self.own = self._ranks("decode", own, dtype)
+        self.theirs = self._ranks("prefill", theirs, dtype, pages)
+        self.own = self._ranks("decode", own, dtype, pages)
         self.descriptors: dict[str, int] = {}
         self.arenas: dict[str, Arena] = {}
         draw = np.random.default_rng(7)
@@ -140,11 +141,11 @@ class Stage:
         return actor
 
     @staticmethod
-    def _ranks(engine: str, heads: Sequence[tuple[int, int]], dtype: Any) -> list[dict[str, Any]]:
+    def _ranks(engine: str, heads: Sequence[tuple[int, int]], dtype: Any, pages: Any) -> list[dict[str, Any]]:
         return [
             {
                 "arena": f"{engine}.rank{number}.kv",
-                "format": msgspec.to_builtins(page_format(end - first, dtype)),
+                "format": msgspec.to_builtins(page_format(end - first, dtype, pages)),
                 "heads": [first, end],
             }
             for number, (first, end) in enumerate(heads)
