@@ -12,7 +12,7 @@ import msgspec
 from actors.ingress.journal import slot_bytes
 from runtime.engine_plan import EnginePlan
 from runtime.needs import arena_sizes_of
-from runtime.nodes import part_of
+from runtime.nodes import ip_address, part_of
 from runtime.output_formats import output_formats
 from runtime.plan import NodePlan
 from runtime.topology import Faults
@@ -193,7 +193,12 @@ class _Builder:
                 {"arena": arena, "format": msgspec.to_builtins(each), "heads": heads} for arena, each, heads in pages
             ],
             "num_pages": engine.arena_pages,
-            "transfer": {"kind": kind},
+            "transfer": {
+                "kind": kind,
+                "protocol": settings.protocol,
+                "device": settings.device,
+                **self._transfer_host(engine, kind),
+            },
         }
 
     def _grammar(self, engine: EnginePlan) -> ChildSpec:
@@ -204,6 +209,13 @@ class _Builder:
             peers=[engine.scheduler, *self.ingresses],
             config={"model": str(self.plan.model.path), "vocab_size": self.plan.config.vocab_size},
         )
+
+    def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
+        """The address on which an engine's pages are read, where that is done over a network."""
+        placement = self.plan.placement
+        if not placement.machines or kind not in ("mooncake", "nixl") or not placement.is_here(engine.name):
+            return {}
+        return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
 
     def _scheduler(self, engine: EnginePlan) -> ChildSpec:
         name, settings, role = engine.scheduler, engine.settings, engine.role

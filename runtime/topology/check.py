@@ -159,6 +159,14 @@ class Check:
                         f"is {_toml(value)}, and engine.{first[0]}.{key} is {_toml(first[1])}; engines that exchange "
                         "pages need the same",
                     )
+        transfer = topology.transfer
+        if transfer.protocol == "rdma" and transfer.engine != "mooncake":
+            self._report(
+                ("transfer", "protocol"),
+                'is "rdma", which is for mooncake; give engine = "mooncake", or remove the key',
+            )
+        if transfer.device and transfer.protocol != "rdma" and transfer.engine != "nixl":
+            self._report(("transfer", "device"), 'is for RDMA; give protocol = "rdma" with mooncake, or remove the key')
         first_node = next(iter(topology.nodes), None)
         nodes = {engine.node or first_node for engine in apart.values()}
         if len(nodes) > 1 and topology.transfer.engine == "shm":

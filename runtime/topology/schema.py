@@ -296,9 +296,19 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
             description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
             "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
             '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
-            "network. `fake` moves nothing: for benchmarks, its answers are nonsense."
+            "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
+            "is reading, so the network has to be private. `fake` moves nothing: for benchmarks, its answers are "
+            "nonsense."
         ),
     ] = "shm"
+    protocol: Annotated[Literal["tcp", "rdma"], Meta(description="Of `mooncake`.")] = "tcp"
+    device: Annotated[
+        str,
+        Meta(
+            description="RDMA device: for `mooncake` with `rdma` such as `mlx5_0`, the fitting ones by default; for "
+            "`nixl` such as `mlx5_0:1`, without one it uses TCP."
+        ),
+    ] = ""
 
 
 class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
