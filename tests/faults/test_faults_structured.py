@@ -11,8 +11,8 @@ import pytest
 from faults_tools import Node, eventually
 from test_faults_speculation import complete
 
-LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 7, "maxItems": 9}
-SAMPLING = {"temperature": 1.0, "seed": 5, "max_tokens": 96, "ignore_eos": False}
+LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5, "maxItems": 6}
+SAMPLING = {"temperature": 1.0, "seed": 5, "max_tokens": 80, "ignore_eos": False}
 HOPELESS = (
     "root ::= r0\n" + "".join(f'r{n} ::= "a" r{n + 1} | r{n + 1} r{n + 1}\n' for n in range(1500)) + 'r1500 ::= "z"'
 )
@@ -25,7 +25,7 @@ def answer(node: Node, after: Mapping[int, Callable[[], None]], schema: object =
 
 def test_the_same_answer_whoever_dies(node: Node) -> None:
     wanted = answer(node, {})
-    assert 7 <= len(json.loads(wanted)) <= 9
+    assert 5 <= len(json.loads(wanted)) <= 6
     kills = {
         3: lambda: node.kill("main.rank0"),
         9: lambda: node.kill("main.scheduler"),
@@ -41,18 +41,20 @@ def test_the_same_answer_whoever_dies(node: Node) -> None:
 def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: Node) -> None:
     for number in range(2):
         node.kill("main.grammar")
-        assert json.loads(answer(node, {}, {**LIST, "maxItems": 10 + number}))
+        assert json.loads(answer(node, {}, {"enum": [f"a{number}", "b"]})) in (f"a{number}", "b")
 
 
 def test_a_hopeless_grammar_fails_alone(node: Node) -> None:
-    """Its compiler is killed three times by the test, as if it crashed; by itself it would be given up after 10 s."""
-    before = node.actor("main.grammar").restarts
+    """Its compiler is killed again and again, as if it crashed. Left alone it would be given up after 10 seconds."""
+    answered = threading.Event()
 
     def kill() -> None:
-        for number in range(3):
-            eventually(lambda number=number: node.actor("main.grammar").restarts >= before + number, "a restart")
-            eventually(lambda: node.actor("main.grammar").state == "running", "the grammar actor")
+        for _ in range(30):
+            pid = node.pid("main.grammar")
             node.kill("main.grammar")
+            eventually(lambda pid=pid: node.pid("main.grammar") != pid, "a restart")
+            if answered.wait(0.05):
+                return
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -60,5 +62,8 @@ def test_a_hopeless_grammar_fails_alone(node: Node) -> None:
         with pytest.raises(urllib.error.HTTPError) as error:
             complete(node, "x", {"guided_grammar": HOPELESS}, {})
     finally:
+        answered.set()
         killer.join()
     assert error.value.code == 400
+    assert "the compiler crashes" in error.value.read().decode()
+    assert json.loads(answer(node, {}, {"const": 1})) == 1

@@ -16,7 +16,7 @@ from conftest import MODEL, Node
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text())
 
 
-def ask(node: Node, text: str = "Give an example.", max_tokens: int = 120, **fields: Any) -> Any:
+def ask(node: Node, text: str = "Give an example.", max_tokens: int = 100, **fields: Any) -> Any:
     return node.client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": text}],
@@ -30,9 +30,12 @@ def ask(node: Node, text: str = "Give an example.", max_tokens: int = 120, **fie
 def test_answers_are_valid_for_twenty_schemas(node: Node) -> None:
     """All at once, at temperature 1."""
 
+    ends = [node.post("/tokenize", {"prompt": text})["tokens"] for text in ("]", " []", "[]", "]}", " []}")]
+    bias = {str(tokens[0]): 9 for tokens in ends if len(tokens) == 1}  # this model nests for ever
+
     def one(schema: Any) -> str:
         asked = {"type": "json_schema", "json_schema": {"name": "example", "schema": schema, "strict": True}}
-        choice = ask(node, response_format=asked)
+        choice = ask(node, response_format=asked, logit_bias=bias)
         assert choice.finish_reason == "stop", choice
         return str(choice.message.content)
 
