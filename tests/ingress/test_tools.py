@@ -272,8 +272,7 @@ def test_what_the_template_and_the_engine_are_told(shared: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tool_choice": "required"}, "needs an engine that keeps to a grammar"),
-        ({"tool_choice": {"type": "function", "function": {"name": "now"}}}, "needs an engine that keeps to a grammar"),
+        ({"tool_choice": "required", "regex": "a*"}, "cannot be combined with another constraint"),
         ({"tool_choice": {"type": "function", "function": {"name": "then"}}}, "there is no tool named 'then'"),
         ({"tool_choice": "auto", "tools": None}, "only allowed when tools are given"),
         ({"tools": [*TOOLS, TOOLS[1]]}, "two of them are named 'now'"),
@@ -285,6 +284,18 @@ def test_refusals(shared: Served, fields: dict[str, Any], message: str) -> None:
         assert response.status_code == 400
         assert message in response.json()["error"]["message"]
         assert response.json()["error"]["param"] in ("tool_choice", "tools")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
+def test_a_forced_call_is_a_constraint_of_the_output(shared: Served, choice: Any) -> None:
+    (answer,) = says(shared, '[{"name": "now", "parameters": {}}]', tool_choice=choice)
+    (call,) = answer["message"]["tool_calls"]
+    assert call["function"] == {"name": "now", "arguments": "{}"}
+    assert answer["finish_reason"] == "tool_calls"
+    constraint = shared.fakes.seen.generates[-1].sampling.constraint
+    assert constraint is not None
+    assert constraint.kind == "json_schema"
+    assert json.loads(constraint.text)["items"]["anyOf"]
 
 
 def test_without_parsers_tools_are_only_rendered(serve: Serve) -> None:

@@ -20,7 +20,7 @@ from actors.ingress.openai.tools import (
     ToolChoice,
     call_id,
     callable_tools,
-    constrain,
+    constrained,
     forced_calls,
     parameters_of,
     rendered,
@@ -80,7 +80,7 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
     text = request.text_params(service.config)
     tools = callable_tools(request.tools, request.tool_choice)
     forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
-    constrain(forced)
+    sampling = constrained(sampling, forced)
     if tools and service.config.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
 

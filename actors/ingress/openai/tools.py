@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
-from actors.ingress.errors import invalid, unsupported
+from actors.ingress.constraints import schema_constraint
+from actors.ingress.errors import invalid
 from actors.ingress.parsers.tool_calls.base import Tools
+from actors.messages import SamplingParams
 
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 
@@ -110,13 +112,14 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: boo
     return {**schema, "$defs": definitions} if definitions else schema
 
 
-def constrain(schema: dict[str, Any] | None) -> None:
-    """Where an engine that keeps to a grammar is told the schema of the output. None of the engines does, so a request
-    for that is refused."""
-    if schema is not None:
-        raise unsupported(
-            "tool_choice", "A tool_choice other than 'auto' and 'none', which needs an engine that keeps to a grammar,"
-        )
+def constrained(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
+    """Sampling that keeps to the schema of the output, if there is one. Raises ApiError where something else
+    constrains the output already."""
+    if schema is None:
+        return sampling
+    if sampling.constraint is not None:
+        raise invalid("A tool_choice that forces a call cannot be combined with another constraint.", "tool_choice")
+    return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
 
 
 def call_id(rid: str, choice: int, index: int, short: bool = False) -> str:
