@@ -78,7 +78,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
             description="`smollm2-135m-instruct` (the embedded model), `deepseek-v3-tiny` (a small model of "
             "DeepSeek-V3's architecture with random weights, made on this machine at first use), a directory with "
             "`config.json`, safetensors and `tokenizer.json`, a GGUF file, or a Hugging Face id such as "
-            "`Qwen/Qwen3-0.6B`. A relative path starts at the topology file, one given with `--set` at the current directory."
+            "`Qwen/Qwen3-0.6B`. A relative path starts at the topology file, one given with `--set` at the current "
+            "directory."
         ),
     ]
     dtype: Annotated[
