@@ -26,6 +26,7 @@ from kernels.ops import (
     tune,
     widen,
 )
+from kernels.ops_moe_mla import experts, head_linear, mla_attention, route_experts
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
@@ -46,8 +47,11 @@ __all__ = [
     "counter_uniform",
     "cpu",
     "embedding",
+    "experts",
+    "head_linear",
     "linear",
     "logprobs",
+    "mla_attention",
     "pack_int4",
     "pack_weight",
     "packed_bytes",
@@ -55,6 +59,7 @@ __all__ = [
     "packed_shape",
     "rms_norm",
     "rotary_table",
+    "route_experts",
     "sample",
     "silu_and_mul",
     "tune",

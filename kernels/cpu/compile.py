@@ -20,8 +20,10 @@ from pathlib import Path
 SOURCES = (
     "attention.cpp",
     "elementwise.cpp",
+    "experts.cpp",
     "graph.cpp",
     "linear.cpp",
+    "mla.cpp",
     "quantize.cpp",
     "quantized.cpp",
     "sampling.cpp",
@@ -33,6 +35,7 @@ HEADERS = (
     "attention_floats.h",
     "attention_tiles.h",
     "bytes.h",
+    "linear.h",
     "product.h",
     "simd.h",
     "threads.h",

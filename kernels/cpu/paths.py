@@ -43,10 +43,14 @@ Table = dict[str, list[int]]
 
 def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
     """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
-    limits = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
-    if rows >= limits[-1] and not (kind == "int4" and deterministic):
-        return len(limits)
-    return int(rows >= limits[0])
+    second, third = limits(kind, outputs, inputs, deterministic)
+    return 2 if rows >= third else int(rows >= second)
+
+
+def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int]:
+    """Rows from which on a layer takes the second way, and the third."""
+    second, third = (*_table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind]), NEVER)[:2]
+    return second, NEVER if deterministic else third
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:

@@ -11,6 +11,7 @@
 
 #include "amx.h"
 #include "bytes.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace {
@@ -31,17 +32,7 @@ constexpr int MOST_ROWS = 6;
 constexpr int MOST_ROWS = 2;
 #endif
 
-struct Call {
-    const void* x;
-    const uint8_t* weight;
-    const void* bias;
-    void* out;
-    int64_t x_stride;  // elements from row to row
-    int64_t rows, inputs, outputs, threads;
-    int64_t narrow;    // x, bias and out are bfloat16, else float32
-    int64_t bits;      // of a weight: 4 or 8
-    int64_t way;       // 0: vectors; 1: matrix instructions of bytes; 2: of bfloat16 (int4); 0 where there are none
-
+struct Call : QuantizedCall {
     int64_t groups() const { return inputs / GROUP; }
     int64_t strips() const { return (outputs + STRIP - 1) / STRIP; }
     int64_t padded_inputs() const { return (inputs + BYTE_MULTIPLE - 1) / BYTE_MULTIPLE * BYTE_MULTIPLE; }
@@ -143,7 +134,7 @@ INLINE void finish(const Call& c, int64_t row, int64_t output, V16 sum) {
     int part = int(std::min<int64_t>(LANES, c.outputs - output));
     if (part <= 0) return;
     if (c.bias) sum = sum + load_part((const T*)c.bias + output, part);
-    store_part((T*)c.out + row * c.outputs + output, sum, part);
+    store_part((T*)c.out + row * c.out_stride + output, sum, part);
 }
 INLINE void finish(const Call& c, int64_t row, int64_t output, V16 sum) {
     c.narrow ? finish<bf16>(c, row, output, sum) : finish<float>(c, row, output, sum);
@@ -599,9 +590,8 @@ void widen_row(const EmbeddingCall& c, int64_t id, float* to) {
 
 }  // namespace
 
-// Returns 0, or -1 without memory.
-EXPORT int linear_quantized(const Call* call) try {
-    const Call& c = *call;
+EXPORT int linear_quantized(const QuantizedCall* call) try {
+    const Call c{*call};
     if (c.rows == 0) return 0;
 #ifdef __AMX_TILE__
     if (c.way && amx_granted()) {
