@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kernels import KVCache
 
 KVDType = Literal["float32", "bfloat16", "int8"]
+KVKind = Literal["mha", "mla"]
 
 ITEM_BYTES: dict[KVDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 4
@@ -20,8 +21,10 @@ SCALE_BYTES = 4
 class KVFormat(msgspec.Struct, frozen=True):
     """Pages of keys and values as one rank holds them.
 
-    A page holds `page_size` tokens of all layers: [layers, 2 (key, value)] halves, each the vectors
+    A page holds `page_size` tokens of all layers. Of kind `mha`: [layers, 2 (key, value)] parts, each the vectors
     [page_size, kv_heads, head_dim] and, if they are int8, behind them their scales, float32 [page_size, kv_heads].
+    Of kind `mla`, latent attention: [layers] parts, each the vectors [page_size, head_dim], one for all heads, where
+    head_dim is the size of a latent with its rotated key, and kv_heads is 1.
     An arena is pages one after the other, so a page can be copied or sent as one run of bytes.
     """
 
@@ -30,22 +33,35 @@ class KVFormat(msgspec.Struct, frozen=True):
     kv_heads: int
     head_dim: int
     dtype: KVDType
+    kind: KVKind = "mha"
+
+    @property
+    def replicated(self) -> bool:
+        """Whether all ranks of a tensor-parallel group hold the same pages; otherwise each holds its heads' part."""
+        return self.kind == "mla"
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self.layers * 2 * self._half_bytes
+        return self.layers * self._parts * self._part_bytes
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all layers."""
-        return self.layers * 2 * self.kv_heads * (self.head_dim * ITEM_BYTES[self.dtype] + self._scale_bytes)
+        return self.layers * self._parts * self.kv_heads * (self.head_dim * ITEM_BYTES[self.dtype] + self._scale_bytes)
 
     @property
     def fingerprint(self) -> str:
         """Names the layout: two ranks may exchange pages as bytes if theirs are equal."""
         scales = "+scales" if self._scale_bytes else ""
+        if self.kind == "mla":
+            return f"mla:{self.layers}x{self.page_size}x{self.head_dim}:{self.dtype}"
         return f"mha:{self.layers}x2x{self.page_size}x{self.kv_heads}x{self.head_dim}:{self.dtype}{scales}"
+
+    @property
+    def _parts(self) -> int:
+        """Runs of vectors that a page has for each layer."""
+        return 2 if self.kind == "mha" else 1
 
     @property
     def _scale_bytes(self) -> int:
@@ -53,12 +69,12 @@ class KVFormat(msgspec.Struct, frozen=True):
 
     @property
     def _vectors_bytes(self) -> int:
-        """Bytes from the beginning of a half to its scales."""
+        """Bytes from the beginning of a part to its scales."""
         size = self.page_size * self.kv_heads * self.head_dim * ITEM_BYTES[self.dtype]
         return -(-size // SCALE_BYTES) * SCALE_BYTES if self._scale_bytes else size
 
     @property
-    def _half_bytes(self) -> int:
+    def _part_bytes(self) -> int:
         return self._vectors_bytes + self.page_size * self.kv_heads * self._scale_bytes
 
     def pages(self, buffer: memoryview, page: int, count: int = 1) -> memoryview:
@@ -89,11 +105,13 @@ class KVFormat(msgspec.Struct, frozen=True):
 
         def view(dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
             size = dtype.itemsize
-            outer = self.page_bytes // size, 2 * self._half_bytes // size, self._half_bytes // size
+            outer = self.page_bytes // size, 2 * self._part_bytes // size, self._part_bytes // size
             shape, strides = (num_pages, self.layers, 2, *shape), (*outer, *strides)
             return memory.view(dtype).as_strided(shape, strides, offset // size)
 
         heads, dim = self.kv_heads, self.head_dim
+        if self.kind == "mla":
+            return KVCache(memory.view(getattr(torch, self.dtype)).view(num_pages, self.layers, -1, dim), None)
         vectors = view(getattr(torch, self.dtype), 0, (self.page_size, heads, dim), (heads * dim, dim, 1))
         if not self._scale_bytes:
             return KVCache(vectors, None)

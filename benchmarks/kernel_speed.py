@@ -196,16 +196,16 @@ def mla_attention(rows: int, context: int, new: int, dtype: torch.dtype) -> Case
     )
 
 
-def head_linear(rows: int, dtype: torch.dtype, up: bool) -> Case:
+def linear_heads(rows: int, dtype: torch.dtype, up: bool) -> Case:
     inputs, outputs = (RANK, NOPE) if up else (NOPE, RANK)
     weights = itertools.cycle([torch.randn(MLA_HEADS, outputs, inputs).to(dtype) for _ in range(30)])
     x = torch.randn(rows, MLA_HEADS, inputs).to(dtype)
     size = MLA_HEADS * outputs * inputs
     return Case(
-        "head_linear",
+        "linear_heads",
         f"[{rows}, {MLA_HEADS}, {inputs}] to {outputs}, {str(dtype)[6:]}",
-        lambda: kernels.head_linear(x, next(weights)),
-        lambda: reference_moe_mla.head_linear(x, next(weights), False),
+        lambda: kernels.linear_heads(x, next(weights), deterministic=False),
+        lambda: reference_moe_mla.linear_heads(x, next(weights), deterministic=False),
         bytes=float(size * dtype.itemsize) if rows < 32 else 0,
         flops=2.0 * rows * size,
     )
@@ -215,7 +215,7 @@ def experts(rows: int, dtype: torch.dtype, kind: kernels.WeightKind | None) -> C
     """The experts of one layer of two. Other ones are chosen in each turn, so that their weights come from memory."""
     gate_up = torch.randn(EXPERTS * 2 * MOE_INNER, MOE_HIDDEN).to(dtype) / MOE_HIDDEN**0.5
     down = torch.randn(EXPERTS * MOE_HIDDEN, MOE_INNER).to(dtype) / MOE_INNER**0.5
-    layers: list[list[reference_moe_mla.Matrix]] = [[gate_up, down], [gate_up.clone(), down.clone()]]
+    layers: list[list[torch.Tensor | kernels.PackedWeight]] = [[gate_up, down], [gate_up.clone(), down.clone()]]
     if kind is not None:
         layers = [[kernels.pack_weight(weight, kind=kind) for weight in (gate_up, down)] for _ in range(2)]
     sizes = [w.nbytes if isinstance(w, torch.Tensor) else w.panels.nbytes for w in layers[0]]
@@ -238,7 +238,7 @@ def experts(rows: int, dtype: torch.dtype, kind: kernels.WeightKind | None) -> C
 
     def run(function: Callable[..., torch.Tensor]) -> torch.Tensor:
         (ids, weights), (up, down) = next(turns)
-        return function(x, ids, weights, up, down, EXPERTS, deterministic=False)
+        return function(x, ids, weights, up, down, EXPERTS, deterministic=False, shared=None)
 
     return Case(
         "experts",
@@ -371,7 +371,7 @@ def mla_cases() -> Iterator[Case]:
             yield mla_attention(rows, context, 1, dtype)
         yield mla_attention(1, 512, 512, dtype)
         for rows, up in itertools.product((1, 16, 256), (False, True)):
-            yield head_linear(rows, dtype, up)
+            yield linear_heads(rows, dtype, up)
 
 
 def expert_cases() -> Iterator[Case]:

@@ -26,7 +26,7 @@ from kernels.ops import (
     tune,
     widen,
 )
-from kernels.ops_moe_mla import experts, head_linear, mla_attention, route_experts
+from kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
@@ -48,10 +48,11 @@ __all__ = [
     "cpu",
     "embedding",
     "experts",
-    "head_linear",
     "linear",
+    "linear_heads",
     "logprobs",
     "mla_attention",
+    "mla_prefill",
     "pack_int4",
     "pack_weight",
     "packed_bytes",

@@ -1,12 +1,10 @@
 """The operations of DeepSeek-like models: latent attention (MLA), and mixtures of experts.
 
 As in `kernels.ops`, each is one function whatever runs below it: the C++ library on the CPU, Triton on CUDA devices
-where it can be imported, else plain torch. Sizes: T new tokens of a step, Hq query heads, R the rank of the latent
-vectors, D the dimensions that are rotated; E experts, K of them for a token, H the hidden size, I that inside of an
-expert.
+where it can be imported, else the plain torch of `kernels.reference_moe_mla`. Sizes: `T` new tokens of a step, `Hq`
+query heads of a rank, `R` the size of a cached latent vector, `D` the rotated dimensions of a key; `E` experts, `K` of
+them for a token, `H` the hidden size, `I` that inside of an expert.
 """
-
-from __future__ import annotations
 
 from typing import Literal
 
@@ -16,9 +14,9 @@ from torch import Tensor
 from kernels import reference_moe_mla as reference
 from kernels import triton
 from kernels.cpu import functions_moe_mla as cpu
-from kernels.cpu import library
-from kernels.ops import _FLOATS, _library_for
+from kernels.ops import FLOATS, library_for
 from kernels.packing import PANEL
+from kernels.reference_moe_mla import mla_prefill
 from kernels.types import AttentionMeta, PackedWeight
 
 Matrix = Tensor | PackedWeight
@@ -39,37 +37,42 @@ def mla_attention(
     interleaved: bool,
     deterministic: bool,
 ) -> Tensor:
-    """Absorbed latent attention: rotates q_rope and k_rope, writes the new keys into the cache, and attends causally.
+    """Latent attention in its absorbed form (DeepSeek-V2, https://arxiv.org/abs/2405.04434): [T, Hq, R] of latent's
+    type, mixtures of latent vectors, which each head has yet to expand to values.
 
-    A key is latent ++ rotated k_rope, one for all query heads, and its first R numbers are its value:
-    [T, Hq, R] of q_latent's dtype.
+    Rotates q_rope and k_rope, writes the new latents and rotated keys into the cache, and attends causally: the score
+    of a key is scale * (q_latent · latent + q_rope · k_rope).
 
-    q_latent: [T, Hq, R] and q_rope: [T, Hq, D], the queries, those of the latent part multiplied with the key's up
-    projection already; latent: [T, R], normalized, and k_rope: [T, D]; all float32 or bfloat16, with any stride
-    between tokens and heads. cache: one layer's pages [pages, page_size, R + D], float32 or bfloat16, any stride
-    between pages. cos, sin: float32 [max_positions, D / 2]. scale: factor on the scores. interleaved: the numbers 2 i
-    and 2 i + 1 are rotated together, else i and i + D / 2; they stay where they are.
+    q_latent: [T, Hq, R], queries multiplied with their head's matrix for keys; q_rope: [T, Hq, D]; latent: [T, R];
+    k_rope: [T, D], one for all heads; float32 or bfloat16, any stride between tokens and heads. cache: one layer's
+    pages [num_pages, page_size, R + D], float32 or bfloat16, any stride between pages: latents, and behind each its
+    rotated key. cos, sin: float32 [max_positions, D / 2], the tables of `rotary_table`. interleaved: angle i turns the
+    dimensions 2 i and 2 i + 1, not i and i + D / 2. A rotated vector is stored as the halves [first of each pair,
+    second of each pair] either way.
 
-    On the CPU the C++ kernel gives a token the same bits in whatever step it is. `deterministic` asks the same of the
-    other ways. Raises ValueError if the tensors do not fit each other, IndexError for a page that does not exist (C++).
+    With `deterministic` a token's result depends on its position and its keys alone, to the bit; in C++ and Triton it
+    always does. Raises ValueError if the tensors do not fit each other or the step, and IndexError, in C++, if the page
+    table names a page that the cache does not have.
     """
-    _check_attention(q_latent, q_rope, latent, k_rope, cache, meta, cos, sin)
-    same = q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype
+    reference.check_latent(q_rope, latent, k_rope, cache, meta, cos, sin)
+    if q_latent.shape != (*q_rope.shape[:2], latent.shape[1]):
+        raise ValueError(f"mla_attention: q_latent {tuple(q_latent.shape)} does not fit q_rope and latent")
     rank, rotated = latent.shape[1], k_rope.shape[1]
-    if q_latent.is_cuda and same and (kernels := triton.library()):
-        return kernels.mla_attention(
-            q_latent, q_rope, latent, k_rope, cache, meta, cos, sin, scale, interleaved=interleaved
-        )
-    # Values are read sixteen at a time, into what is behind them.
-    whole = -rank % 16 <= rotated
     if (
-        same
-        and whole
-        and q_latent.dtype in _FLOATS
-        and cache.is_cpu
-        and (native := _library_for(cos, sin, dtype=torch.float32))
+        q_latent.dtype == q_rope.dtype == latent.dtype == k_rope.dtype in FLOATS
+        and cache.dtype in FLOATS
+        and cache.stride()[1:] == (rank + rotated, 1)
     ):
-        return cpu.mla_attention(native, q_latent, q_rope, latent, k_rope, cache, meta, cos, sin, scale, interleaved)
+        if cache.is_cuda and (kernels := triton.library()):
+            return kernels.mla_attention(
+                q_latent, q_rope, latent, k_rope, cache, meta, cos, sin, scale, interleaved=interleaved
+            )
+        # Values are read sixteen numbers at a time: the last of them may belong to the rotated part.
+        whole = -rank % 16 <= rotated
+        if cache.is_cpu and whole and (native := library_for(cos, sin, dtype=torch.float32)):
+            return cpu.mla_attention(
+                native, q_latent, q_rope, latent, k_rope, cache, meta, cos, sin, scale, interleaved
+            )
     return reference.mla_attention(
         q_latent,
         q_rope,
@@ -85,66 +88,17 @@ def mla_attention(
     )
 
 
-def _check_attention(
-    q_latent: Tensor,
-    q_rope: Tensor,
-    latent: Tensor,
-    k_rope: Tensor,
-    cache: Tensor,
-    meta: AttentionMeta,
-    cos: Tensor,
-    sin: Tensor,
-) -> None:
-    tokens, heads, rank = q_latent.shape
-    _, page_size, dim = cache.shape
-    rotated = k_rope.shape[-1]
-    if (
-        q_rope.shape != (tokens, heads, rotated)
-        or latent.shape != (tokens, rank)
-        or k_rope.shape != (tokens, rotated)
-        or dim != rank + rotated
-    ):
-        raise ValueError(
-            f"mla_attention: q_latent {tuple(q_latent.shape)}, q_rope {tuple(q_rope.shape)}, latent "
-            f"{tuple(latent.shape)}, k_rope {tuple(k_rope.shape)} and the cache {tuple(cache.shape)} do not fit"
-        )
-    if cache.dtype not in _FLOATS or cache.stride()[1:] != (dim, 1):
-        raise ValueError(
-            f"mla_attention: the cache is {cache.dtype} with strides {cache.stride()}, not float32 or bfloat16 with "
-            "the vectors of a page side by side"
-        )
-    if tokens != meta.num_tokens:
-        raise ValueError(f"mla_attention: {tokens} tokens were given for a step of {meta.num_tokens}")
-    positions, half = cos.shape
-    if sin.shape != cos.shape or 2 * half != rotated:
-        raise ValueError(f"mla_attention: tables of {half} angles do not fit {rotated} dimensions, or each other")
-    if meta.max_context > positions or meta.max_context > meta.page_table.shape[1] * page_size:
-        raise ValueError(
-            f"mla_attention: a context of {meta.max_context} tokens exceeds the {positions} positions of the rotary "
-            f"table or the {meta.page_table.shape[1]} pages of {page_size} of the page table"
-        )
+def linear_heads(x: Tensor, weight: Tensor, *, deterministic: bool) -> Tensor:
+    """x [T, G, K], each head g times the transpose of weight [G, N, K][g]: [T, G, N] of x's type, which is weight's.
 
-
-def head_linear(x: Tensor, weight: Matrix, deterministic: bool = False) -> Tensor:
-    """Each head's part of x [T, heads, K] times the transpose of a weight of its own, of weight [heads, N, K]:
-    [T, heads, N].
-
-    x: float32 or bfloat16, with any stride between tokens and heads. The weight is plain, of x's type, or one of
-    [heads * N, K] that is packed, of any kind, where N is a multiple of 64. Sums are float32. `deterministic`: as in
-    `linear`. Raises ValueError if the two do not fit each other.
+    x may have any stride between tokens and heads. With `deterministic` a token's result depends on that token alone,
+    to the bit; in C++ it always does. Raises ValueError if the tensors do not fit each other.
     """
-    heads = x.shape[1] if x.dim() == 3 else 0
-    if isinstance(weight, PackedWeight):
-        fits = heads and x.shape[2] == weight.in_features and reference.is_run_of_panels(weight, heads)
-        shape = (weight.out_features, weight.in_features)
-    else:
-        fits = weight.dim() == 3 and heads == weight.shape[0] and x.shape[2] == weight.shape[2]
-        fits, shape = fits and x.dtype == weight.dtype, tuple(weight.shape)
-    if not fits:
-        raise ValueError(f"head_linear: x {x.dtype} {tuple(x.shape)} does not fit a weight of {shape}, or its type")
-    if x.is_cpu and x.dtype in _FLOATS and _in_library(weight) and (native := library()):
-        return cpu.head_linear(native, x, weight, deterministic)
-    return reference.head_linear(x, weight, deterministic)
+    if x.dim() != 3 or x.shape[1:] != weight.shape[::2]:
+        raise ValueError(f"linear_heads: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}")
+    if x.dtype == weight.dtype and x.is_cpu and (native := library_for(weight)):
+        return cpu.linear_heads(native, x, weight)
+    return reference.linear_heads(x, weight, deterministic=deterministic)
 
 
 def route_experts(
@@ -158,13 +112,16 @@ def route_experts(
     normalize: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """The experts of each token, and their weights: int32 [T, K] and float32 [T, K], for K = top_k.
+    """The experts of each token, best first, and what their results are to be multiplied with: int32 and float32
+    [T, K], for K = top_k.
 
-    Scores are the sigmoid or the softmax of logits float32 [T, E]. Those with the highest score plus bias (float32 [E])
-    are chosen, the best first and the lower number among equals; of `groups` runs of E / groups experts, only from the
-    top_groups whose two best add up to most. The weights are the scores, without bias; `normalize` divides them by
-    their sum, and all are multiplied with `scaling`. As DeepSeek-V3 does, and, with one group, most others. Raises
-    ValueError if the numbers do not fit each other.
+    logits: float32 [T, E], the router's; scoring: what makes scores of them; bias: float32 [E], added to the scores by
+    which experts are chosen, and not to those that they are weighted by; groups: experts are chosen from the
+    `top_groups` of so many equal parts whose two best experts have the highest scores together; normalize: divide a
+    token's scores by their sum; scaling: and multiply with that. Of equals the one with the lower number comes first.
+    As DeepSeek-V3 does, and, with one group, most others.
+
+    A token's result depends on that token alone, to the bit. Raises ValueError if the numbers do not fit each other.
     """
     count = logits.shape[-1]
     if logits.dim() != 2 or logits.dtype != torch.float32 or (bias is not None and bias.shape != (count,)):
@@ -174,15 +131,12 @@ def route_experts(
         )
     if scoring not in ("softmax", "sigmoid"):
         raise ValueError(f"route_experts: scoring {scoring!r} is not known: use softmax or sigmoid")
-    if groups < 1 or count % groups or not 1 <= top_groups <= groups or (groups > 1 and count // groups < 2):
-        raise ValueError(
-            f"route_experts: {count} experts cannot be chosen from {top_groups} of {groups} groups: groups must be "
-            "equal, and have two experts or more"
-        )
+    if groups < 1 or count % groups or not 1 <= top_groups <= groups:
+        raise ValueError(f"route_experts: {count} experts are not {groups} equal groups, of which {top_groups} count")
     if not 1 <= top_k <= count // groups * top_groups:
         raise ValueError(f"route_experts: {top_k} experts cannot be chosen from {count // groups * top_groups}")
     given = (logits,) if bias is None else (logits, bias)
-    if native := _library_for(*given, dtype=torch.float32):
+    if native := library_for(*given, dtype=torch.float32):
         return cpu.route_experts(native, logits, top_k, scoring, bias, groups, top_groups, normalize, scaling)
     return reference.route_experts(
         logits,
@@ -197,65 +151,68 @@ def route_experts(
 
 
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, num_experts: int, *, deterministic: bool
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Matrix,
+    down: Matrix,
+    num_experts: int,
+    *,
+    deterministic: bool,
+    shared: Tensor | None = None,
 ) -> Tensor:
-    """What the chosen experts make of each token, weighted and added up: [T, H] of x's dtype.
+    """The mixture of each token's experts: [T, H] of x's type, the sum over slots k of weights[:, k] times what expert
+    ids[:, k] makes of x, down(silu(gate(x)) * up(x)), added up in float32 in the order of the slots, and `shared`.
 
-    An expert's is down(silu(gate(x)) * up(x)). x: [T, H], float32 or bfloat16; ids: int32 [T, K]; weights: float32
-    [T, K]; gate_up: [E * 2 I, H], of each expert first the gate's rows, then those of up; down: [E * H, I]. A matrix is
-    plain, of x's type, or packed, of any kind; each expert is a run of whole panels then, so 2 I and H must be
-    multiples of 64. The results of a token are added in the order of its ids.
+    x: [T, H], float32 or bfloat16; ids: int32 [T, K]; weights: float32 [T, K]; gate_up: [E * 2 I, H], of each expert
+    the rows of gate and then those of up; down: [E * H, I]; each plain, of x's type, or packed, of any kind, with H and
+    2 I multiples of 64, so that an expert is a run of whole panels; shared: [T, H] of x's type, what is added to the
+    mixtures, say what an expert makes that all tokens have.
 
-    On the CPU sums are float32 throughout, and activations rounded to bytes for int8 and int4 as in `linear`. With
-    `deterministic` a token's result depends on that token alone, to the bit. Raises ValueError if the tensors do not
-    fit each other, IndexError for an expert that does not exist (on the CPU).
+    With `deterministic` a token's result depends on that token alone, to the bit. In C++ what is between the two
+    products is float32, or as in `linear` where the weights are quantized. Raises ValueError if the tensors do not fit
+    each other, IndexError, on the CPU, if an id is that of no expert.
     """
-    _check_experts(x, ids, weights, gate_up, down, num_experts)
+    _check_experts(x, ids, weights, gate_up, down, num_experts, shared)
     x = x if x.stride(1) == 1 else x.contiguous()
-    if x.is_cuda and (kernels := triton.library()) and all(_is_float(matrix) for matrix in (gate_up, down)):
-        return kernels.experts(x, ids, weights, gate_up, down, num_experts)
-    if (
-        x.is_cpu
-        and x.dtype in _FLOATS
-        and _library_for(ids, dtype=torch.int32)
-        and (native := _library_for(weights, dtype=torch.float32))
-        and all(_in_library(matrix) for matrix in (gate_up, down))
-    ):
-        return cpu.experts(native, x, ids, weights, gate_up, down, num_experts, deterministic)
-    return reference.experts(x, ids, weights, gate_up, down, num_experts, deterministic=deterministic)
+    given = [each if isinstance(each, Tensor) else each.panels for each in (gate_up, down)]
+    together = all(each.is_contiguous() for each in (ids, weights, *given, *([] if shared is None else [shared])))
+    if together and x.dtype in FLOATS:
+        floats = all(each.dtype in FLOATS for each in given)
+        if x.is_cuda and floats and (kernels := triton.library()):
+            return kernels.experts(x, ids, weights, gate_up, down, num_experts, shared)
+        if x.is_cpu and (native := library_for(ids, dtype=torch.int32)):
+            return cpu.experts(native, x, ids, weights, gate_up, down, num_experts, deterministic, shared)
+    return reference.experts(x, ids, weights, gate_up, down, num_experts, deterministic=deterministic, shared=shared)
 
 
-def _is_float(matrix: Matrix) -> bool:
-    return isinstance(matrix, Tensor) or matrix.kind in ("float32", "bfloat16")
-
-
-def _in_library(matrix: Matrix) -> bool:
-    """Whether the C++ library takes it: contiguous, on the CPU."""
-    data = matrix if isinstance(matrix, Tensor) else matrix.panels
-    return data.is_cpu and data.is_contiguous() and (data.dtype in _FLOATS or not isinstance(matrix, Tensor))
-
-
-def _check_experts(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, num_experts: int) -> None:
+def _check_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, num_experts: int, shared: Tensor | None
+) -> None:
     tokens, hidden = x.shape
+    for name, matrix in (("gate_up", gate_up), ("down", down)):
+        if isinstance(matrix, Tensor):
+            if matrix.dtype != x.dtype:
+                raise ValueError(f"experts: {name} is {matrix.dtype} and x {x.dtype}: a plain weight has x's type")
+        elif matrix.out_features % (num_experts * PANEL):
+            raise ValueError(
+                f"experts: the {matrix.out_features / num_experts:g} rows of {name} for an expert are not whole panels "
+                f"of {PANEL}: leave it a plain tensor"
+            )
     (up_rows, up_inputs), (down_rows, inner) = _shape(gate_up), _shape(down)
     if up_rows != num_experts * 2 * inner or up_inputs != hidden or down_rows != num_experts * hidden:
         raise ValueError(
             f"experts: gate_up {[up_rows, up_inputs]} and down {[down_rows, inner]} are not {num_experts} experts of "
             f"{hidden} features"
         )
-    if ids.dim() != 2 or ids.shape[0] != tokens or weights.shape != ids.shape:
+    if ids.dim() != 2 or ids.dtype != torch.int32 or ids.shape[0] != tokens or weights.shape != ids.shape:
         raise ValueError(
-            f"experts: ids {tuple(ids.shape)} and weights {tuple(weights.shape)} do not fit {tokens} tokens"
+            f"experts: ids {ids.dtype} {tuple(ids.shape)} and weights {tuple(weights.shape)} do not fit {tokens} tokens"
         )
-    for name, matrix in (("gate_up", gate_up), ("down", down)):
-        if isinstance(matrix, Tensor):
-            if matrix.dtype != x.dtype:
-                raise ValueError(f"experts: {name} is {matrix.dtype} and x {x.dtype}: a plain weight has x's type")
-        elif not reference.is_run_of_panels(matrix, num_experts):
-            raise ValueError(
-                f"experts: {name} is packed with {matrix.out_features // num_experts} outputs an expert, which is no "
-                f"multiple of {PANEL}: leave it a plain tensor"
-            )
+    if weights.dtype != torch.float32:
+        raise ValueError(f"experts: weights are {weights.dtype}, not float32")
+    if shared is not None and (shared.shape != x.shape or shared.dtype != x.dtype):
+        raise ValueError(f"experts: shared {shared.dtype} {tuple(shared.shape)} does not fit x {tuple(x.shape)}")
 
 
 def _shape(matrix: Matrix) -> tuple[int, int]:
@@ -265,4 +222,4 @@ def _shape(matrix: Matrix) -> tuple[int, int]:
     return matrix.out_features, matrix.in_features
 
 
-__all__ = ["experts", "head_linear", "mla_attention", "route_experts"]
+__all__ = ["experts", "linear_heads", "mla_attention", "mla_prefill", "route_experts"]

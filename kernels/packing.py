@@ -89,6 +89,20 @@ def check_packed(panels: Tensor, kind: WeightKind, out_features: int, in_feature
         )
 
 
+def panel_rows(panels: Tensor, out_features: int, first: int, count: int) -> Tensor:
+    """Of a packed weight's tensor, the part that holds rows first … first + count. `first` is a multiple of 64.
+
+    Raises ValueError if they do not begin and end where panels do.
+    """
+    end = first + count
+    if first % PANEL or (end % PANEL and end != out_features):
+        raise ValueError(f"rows {first} to {end} of {out_features} are not whole panels of {PANEL}")
+    part = slice(first // PANEL, -(-end // PANEL))
+    if panels.dim() == 1:
+        return panels.view(-(-out_features // PANEL), -1)[part].flatten()
+    return panels[part]
+
+
 def pack(weight: Tensor, kind: WeightKind, out: Tensor, quantize: Quantize) -> None:
     """Packs a float weight [out_features, in_features], rounding or quantizing it if need be.
 

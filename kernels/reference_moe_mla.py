@@ -1,22 +1,18 @@
-"""Latent attention and mixtures of experts in plain torch: what `kernels.ops_moe_mla` documents, on any device."""
+"""Latent attention and mixtures of experts, in plain torch and, for their products, the linear layers of `kernels.ops`.
+
+As documented, and for tensors that have been checked, in `kernels.ops_moe_mla`.
+"""
+
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
-from kernels.packing import PANEL
+from kernels.ops import linear, silu_and_mul
+from kernels.packing import panel_rows
+from kernels.reference import KEY_BLOCK
 from kernels.types import AttentionMeta, PackedWeight
-
-Matrix = Tensor | PackedWeight
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotates x [T, heads, D] by the angles [T, D / 2] of each token, in float32; pairs stay where they are."""
-    if not interleaved:
-        return reference.rotate(x, cos, sin)
-    cos, sin = cos[:, None], sin[:, None]
-    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
 
 
 def mla_attention(
@@ -34,130 +30,244 @@ def mla_attention(
     deterministic: bool,
 ) -> Tensor:
     if meta.num_tokens == 0:
-        return q_latent.new_empty(q_latent.shape)
-    rank, page_size = latent.shape[1], cache.shape[1]
-    rows, positions = meta.row_of_token, meta.positions
-    cos, sin = cos[positions], sin[positions]
-    q = torch.cat([q_latent.float(), rotate(q_rope, cos, sin, interleaved)], dim=-1) * scale
-    key = torch.cat([latent.float(), rotate(k_rope[:, None], cos, sin, interleaved)[:, 0]], dim=-1)
-    pages = meta.page_table[meta.row_slots.long()[rows], positions // page_size].long()
-    cache[pages, positions % page_size] = key.to(cache.dtype)
+        return q_latent.new_empty(q_latent.shape, dtype=latent.dtype)
+    q_rope = _write(q_rope, latent, k_rope, cache, meta, cos, sin, interleaved)
+    query = torch.cat([q_latent.float(), q_rope], dim=-1)
     if deterministic:
-        return _one_order(q, cache, meta, rank).to(q_latent.dtype)
-
-    # Keys of every row, padded to the longest; pages past a row's end are whatever the table says, and cleared.
-    count = -(-meta.max_context // page_size)
-    pages = meta.page_table[meta.row_slots.long(), :count].long().clamp(0, cache.shape[0] - 1)
-    keys = cache[pages].flatten(1, 2).float()
-    at = torch.arange(keys.shape[1], device=q.device)
-    ends = meta.row_starts + meta.row_offsets.diff()
-    keys = keys.masked_fill((at >= ends[:, None])[..., None], 0)
-    column = positions - meta.row_starts.long()[rows]
-    queries = q.new_zeros(meta.num_rows, meta.max_query, *q.shape[1:])
-    queries[rows, column] = q
-    seen = at <= (meta.row_starts[:, None] + torch.arange(meta.max_query, device=q.device))[..., None]
-    scores = queries.flatten(1, 2) @ keys.transpose(1, 2)  # [n, queries * heads, keys]
-    scores = scores.unflatten(1, (meta.max_query, -1)).masked_fill(~seen[:, :, None], float("-inf"))
-    mixed = scores.softmax(-1).flatten(1, 2) @ keys[..., :rank]
-    return mixed.unflatten(1, (meta.max_query, -1))[rows, column].to(q_latent.dtype)
+        mixed = _absorbed_one_order(query, cache, meta, scale, latent.shape[1])
+    elif meta.max_query == 1:
+        mixed = _absorbed_decode(query, cache, meta, scale, latent.shape[1])
+    else:
+        parts = []
+        for row, (first, last) in enumerate(meta.token_ranges):
+            if first == last:
+                continue
+            cached = _cached(cache, meta, row, query.dtype)
+            keys = cached.expand(query.shape[1], *cached.shape)
+            parts.append(_attend(query[first:last], keys, keys, meta, row, scale)[..., : latent.shape[1]])
+        mixed = torch.cat(parts)
+    return mixed.to(latent.dtype)
 
 
-def _one_order(q: Tensor, cache: Tensor, meta: AttentionMeta, rank: int) -> Tensor:
-    """Attention one token after the other over blocks of keys, always in products of one shape: slow, and the same to
-    the bit whatever else is in the step."""
+def mla_prefill(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    cache: Tensor,
+    meta: AttentionMeta,
+    cos: Tensor,
+    sin: Tensor,
+    scale: float,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    *,
+    interleaved: bool,
+) -> Tensor:
+    """Latent attention in its expanded form, for rows of many new tokens: [T, Hq, V], values, of latent's type.
+
+    Does what `mla_attention` does between the products with the heads' matrices, and those too, in another order: the
+    cached latents are expanded to keys and values once a row, and then attended to as in any attention. Fewer
+    operations where the new tokens of a row outnumber its older ones or are some hundreds.
+
+    q_nope: [T, Hq, N], not multiplied with anything; key_weight: [Hq, R, N], value_weight: [Hq, V, R]; the rest as
+    for `mla_attention`.
+    """
+    check_latent(q_rope, latent, k_rope, cache, meta, cos, sin)
+    heads, rank, dim = key_weight.shape
+    if q_nope.shape != (*q_rope.shape[:2], dim) or latent.shape[1] != rank or len(value_weight) != heads:
+        raise ValueError(f"mla_prefill: q_nope {tuple(q_nope.shape)} does not fit the weights or q_rope")
+    out = latent.new_empty(len(latent), heads, value_weight.shape[1])
+    if meta.num_tokens == 0:
+        return out
+    q_rope = _write(q_rope, latent, k_rope, cache, meta, cos, sin, interleaved)
+    query = torch.cat([q_nope, q_rope.to(q_nope.dtype)], dim=-1)
+    for row, (first, last) in enumerate(meta.token_ranges):
+        if first == last:
+            continue
+        latents, rotated = _cached(cache, meta, row, query.dtype).split([rank, q_rope.shape[-1]], dim=-1)
+        keys = torch.cat([latents @ key_weight, rotated.expand(heads, *rotated.shape)], dim=-1)
+        values = latents @ value_weight.transpose(1, 2)
+        out[first:last] = _attend(query[first:last], keys, values, meta, row, scale)
+    return out
+
+
+def check_latent(
+    q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: Tensor, meta: AttentionMeta, cos: Tensor, sin: Tensor
+) -> None:
+    tokens, rank = latent.shape
+    dim = k_rope.shape[1]
+    if q_rope.shape[::2] != (tokens, dim) or len(k_rope) != tokens or cache.dim() != 3 or cache.shape[2] != rank + dim:
+        raise ValueError(
+            f"latent attention: q_rope {tuple(q_rope.shape)}, latent {tuple(latent.shape)}, k_rope "
+            f"{tuple(k_rope.shape)} and the cache {tuple(cache.shape)} do not fit each other"
+        )
+    if tokens != meta.num_tokens or cos.shape != sin.shape or cos.shape[1] * 2 != dim:
+        raise ValueError(f"latent attention: {tokens} tokens or {dim} rotated dimensions do not fit step or tables")
+    room = min(len(cos), meta.page_table.shape[1] * cache.shape[1])
+    if meta.max_context > room:
+        raise ValueError(f"latent attention: a context of {meta.max_context} tokens exceeds {room} positions")
+
+
+def _write(
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    cache: Tensor,
+    meta: AttentionMeta,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Writes the new tokens into the cache: q_rope rotated, float32."""
+    positions, page_size = meta.positions, cache.shape[1]
+    pages = meta.page_table[meta.row_slots.long()[meta.row_of_token], positions // page_size].long()
+    cos, sin = cos[positions][:, None], sin[positions][:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    new = torch.cat([latent.float(), rotated(k_rope[:, None])[:, 0]], dim=-1)
+    cache[pages, positions % page_size] = new.to(cache.dtype)
+    return rotated(q_rope)
+
+
+def _cached(cache: Tensor, meta: AttentionMeta, row: int, dtype: torch.dtype) -> Tensor:
+    """What is cached of a row: [context, R + D]."""
+    slot, end = meta.slots_and_ends[row]
+    pages = meta.page_table[slot, : -(-end // cache.shape[1])].long()
+    return cache[pages].flatten(0, 1)[:end].to(dtype)
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, meta: AttentionMeta, row: int, scale: float) -> Tensor:
+    """Causal attention of one row: query [L, Hq, N], keys [Hq, context, N], values [Hq, context, V]: [L, Hq, V]."""
+    count, context, width = len(query), keys.shape[1], values.shape[2]
+    ahead = torch.arange(context, device=query.device) - (context - count)
+    seen = ahead <= torch.arange(count, device=query.device)[:, None]
+    if width < keys.shape[2]:  # torch is fast for keys and values of one size
+        values = F.pad(values, (0, keys.shape[2] - width))
+    heads = query.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(heads, keys[None], values[None], attn_mask=seen, scale=scale)
+    return out[0, ..., :width].transpose(0, 1)
+
+
+def _absorbed_decode(query: Tensor, cache: Tensor, meta: AttentionMeta, scale: float, rank: int) -> Tensor:
+    """One new token of each row, or none: float32 [T, Hq, W] to [T, Hq, R], all rows at a time."""
+    rows = meta.row_of_token
+    ends = meta.positions + 1
+    count = -(-meta.max_context // cache.shape[1])
+    pages = meta.page_table[meta.row_slots.long()[rows], :count].long().clamp(0, len(cache) - 1)
+    seen = torch.arange(count * cache.shape[1], device=query.device) < ends[:, None]
+    # What is not seen may be anything but NaN times 0.
+    keys = cache[pages].flatten(1, 2).to(query.dtype).masked_fill(~seen[..., None], 0)[:, None]
+    keys = keys.expand(-1, query.shape[1], -1, -1)
+    out = F.scaled_dot_product_attention(query[:, :, None], keys, keys, attn_mask=seen[:, None, None], scale=scale)
+    return out[:, :, 0, :rank]
+
+
+def _absorbed_one_order(query: Tensor, cache: Tensor, meta: AttentionMeta, scale: float, rank: int) -> Tensor:
+    """One token after the other over blocks of 64 keys at fixed positions, always in products of one shape: slow, and
+    the same to the bit whatever else is in the step. float32 [T, Hq, W] to [T, Hq, R]."""
     page_size = cache.shape[1]
-    out = q.new_empty(*q.shape[:2], rank)
-    block = torch.arange(reference.KEY_BLOCK, device=q.device)
+    out = query.new_empty(*query.shape[:2], rank)
+    block = torch.arange(KEY_BLOCK, device=query.device)
     for token, (row, position) in enumerate(zip(meta.row_of_token.tolist(), meta.positions.tolist(), strict=True)):
-        table = meta.page_table[meta.row_slots[row]].long()
-        query = q[token]
-        peak = query.new_full(query.shape[:1], float("-inf"))
-        total = torch.zeros_like(peak)
-        mixed = query.new_zeros(len(query), rank)
-        for start in range(0, position + 1, reference.KEY_BLOCK):
+        table = meta.page_table[meta.slots_and_ends[row][0]].long()
+        scaled = query[token] * scale
+        peak = scaled.new_full(scaled.shape[:1], float("-inf"))
+        total = scaled.new_zeros(scaled.shape[:1])
+        mixed = scaled.new_zeros(len(scaled), rank)
+        for start in range(0, position + 1, KEY_BLOCK):
             at = block + start
-            seen = at <= position
+            unseen = at > position
             at = at.clamp(max=position)
             keys = cache[table[at // page_size], at % page_size].float()
-            scores = (query @ keys.T).masked_fill(~seen, float("-inf"))
+            scores = (scaled @ keys.T).masked_fill(unseen, float("-inf"))
             new_peak = torch.maximum(peak, scores.amax(-1))
-            weights, old = torch.exp(scores - new_peak[:, None]), torch.exp(peak - new_peak)
+            old = torch.exp(peak - new_peak)
+            weights = torch.exp(scores - new_peak[:, None])
             total = total * old + weights.sum(-1)
-            mixed = mixed * old[:, None] + weights @ keys[:, :rank].contiguous()
+            mixed = mixed * old[:, None] + weights @ keys[:, :rank]
             peak = new_peak
         out[token] = mixed / total[:, None]
     return out
+
+
+def linear_heads(x: Tensor, weight: Tensor, *, deterministic: bool) -> Tensor:
+    if not deterministic:
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).contiguous()
+    return torch.stack([linear(x[:, head], each, deterministic=True) for head, each in enumerate(weight)], dim=1)
 
 
 def route_experts(
     logits: Tensor,
     *,
     top_k: int,
-    scoring: str,
+    scoring: Literal["softmax", "sigmoid"],
     bias: Tensor | None,
     groups: int,
     top_groups: int,
     normalize: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    tokens, count = logits.shape
+    wide = logits.double()
+    scores = (wide.softmax(-1) if scoring == "softmax" else wide.sigmoid()).float()
     choice = scores if bias is None else scores + bias
-    if groups > 1:
-        by_group = choice.unflatten(-1, (groups, -1))
-        best = by_group.topk(2, dim=-1).values.sum(-1)
-        chosen = best.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
-        outside = torch.ones_like(best, dtype=torch.bool).scatter_(1, chosen, False)
-        choice = by_group.masked_fill(outside[..., None], float("-inf")).flatten(1)
+    if top_groups < groups:
+        parts = choice.view(tokens, groups, count // groups)
+        best = parts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
+        left_out = best.sort(dim=-1, descending=True, stable=True).indices[:, top_groups:]
+        choice = parts.index_put(
+            (torch.arange(tokens, device=logits.device)[:, None], left_out), choice.new_tensor(float("-inf"))
+        ).view(tokens, count)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, ids)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        total = weights[:, 0]
+        for slot in range(1, top_k):
+            total = total + weights[:, slot]
+        weights = weights / (total + 1e-20)[:, None]
     return ids.int(), weights * scaling
 
 
-def expert_of(matrix: Matrix, expert: int, num_experts: int) -> Matrix:
-    """The weight of one expert, a view."""
-    if isinstance(matrix, Tensor):
-        size = matrix.shape[0] // num_experts
-        return matrix[expert * size : (expert + 1) * size]
-    size = len(matrix.panels) // num_experts
-    panels = matrix.panels[expert * size : (expert + 1) * size]
-    return PackedWeight(panels, matrix.kind, matrix.out_features // num_experts, matrix.in_features)
-
-
 def experts(
-    x: Tensor, ids: Tensor, weights: Tensor, gate_up: Matrix, down: Matrix, num_experts: int, *, deterministic: bool
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor | PackedWeight,
+    down: Tensor | PackedWeight,
+    num_experts: int,
+    *,
+    deterministic: bool,
+    shared: Tensor | None,
 ) -> Tensor:
-    tokens, chosen = ids.shape
-    results = x.new_empty(tokens * chosen, x.shape[1], dtype=torch.float32)
-    flat = ids.flatten().long()
-    if ((flat < 0) | (flat >= num_experts)).any():
+    tokens, slots = ids.shape
+    width = x.shape[1]
+    inner = (gate_up.out_features if isinstance(gate_up, PackedWeight) else len(gate_up)) // num_experts
+    if ((ids < 0) | (ids >= num_experts)).any():
         raise IndexError(f"a token's expert is not among the {num_experts}")
-    for expert in flat.unique().tolist():
-        rows = (flat == expert).nonzero()[:, 0]
-        states = x[rows // chosen]
-        states = reference.linear(states, expert_of(gate_up, expert, num_experts), None, deterministic)
-        states = reference.silu_and_mul(states)
-        results[rows] = reference.linear(states, expert_of(down, expert, num_experts), None, deterministic).float()
-    weighted = results.view(tokens, chosen, x.shape[1]) * weights[..., None]
-    out = torch.zeros_like(weighted[:, 0]) if chosen == 0 else weighted[:, 0]
-    for slot in range(1, chosen):
-        out = out + weighted[:, slot]
-    return out.to(x.dtype)
+    order = ids.flatten().sort(stable=True).indices
+    counts = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
+    results = x.new_empty(tokens * slots, width)
+    at = 0
+    for expert, count in enumerate(counts):
+        if count:
+            mine = order[at : at + count]
+            hidden = linear(x[mine // slots], _rows(gate_up, expert * inner, inner), deterministic=deterministic)
+            part = _rows(down, expert * width, width)
+            results[mine] = linear(silu_and_mul(hidden), part, deterministic=deterministic)
+            at += count
+    by_slot = results.view(tokens, slots, width)
+    total = torch.zeros(tokens, width, device=x.device)
+    for slot in range(slots):
+        total = total + by_slot[:, slot].float() * weights[:, slot, None]
+    return (total if shared is None else total + shared).to(x.dtype)
 
 
-def head_linear(x: Tensor, weight: Matrix, deterministic: bool) -> Tensor:
-    heads = x.shape[1]
-    if isinstance(weight, PackedWeight) or deterministic:
-        each = [expert_of(weight, head, heads) for head in range(heads)] if isinstance(weight, PackedWeight) else weight
-        parts = [reference.linear(x[:, h].contiguous(), w, None, deterministic) for h, w in enumerate(each)]
-        return torch.stack(parts, dim=1)
-    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).contiguous()
-
-
-def is_run_of_panels(matrix: PackedWeight, num_experts: int) -> bool:
-    """Whether each expert's part of a packed weight is a run of whole panels."""
-    return matrix.out_features % (num_experts * PANEL) == 0
-
-
-__all__ = ["expert_of", "experts", "head_linear", "is_run_of_panels", "mla_attention", "rotate", "route_experts"]
+def _rows(weight: Tensor | PackedWeight, first: int, count: int) -> Tensor | PackedWeight:
+    if isinstance(weight, Tensor):
+        return weight[first : first + count]
+    panels = panel_rows(weight.panels, weight.out_features, first, count)
+    return PackedWeight(panels, weight.kind, count, weight.in_features)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,6 +80,28 @@ class AttentionMeta:
         return self.row_starts.shape[0]
 
     @cached_property
+    def token_ranges(self) -> list[tuple[int, int]]:
+        """The first token of each row and the one behind its last: asks the device."""
+        offsets = self.row_offsets.tolist()
+        return list(pairwise(offsets))
+
+    @cached_property
+    def slots_and_ends(self) -> list[tuple[int, int]]:
+        """The line of the page table of each row, and the number of its keys: asks the device."""
+        ends = self.row_starts + self.row_offsets.diff()
+        return list(zip(self.row_slots.tolist(), ends.tolist(), strict=True))
+
+    def select(self, rows: Sequence[int]) -> tuple["AttentionMeta", Tensor]:
+        """The same for some of the rows alone, and the numbers of their tokens, int64, in the order of `rows`."""
+        ranges = [self.token_ranges[row] for row in rows]
+        lengths = [last - first for first, last in ranges]
+        slots = [self.slots_and_ends[row][0] for row in rows]
+        starts = [self.slots_and_ends[row][1] - length for row, length in zip(rows, lengths, strict=True)]
+        tokens = [token for first, last in ranges for token in range(first, last)]
+        part = AttentionMeta.build(starts, lengths, self.page_table, slots)
+        return part, torch.tensor(tokens, dtype=torch.int64, device=self.page_table.device)
+
+    @cached_property
     def row_of_token(self) -> Tensor:
         """int64 [T]: the row of each token."""
         rows = torch.arange(self.num_rows, device=self.row_starts.device)
@@ -95,7 +118,9 @@ class AttentionMeta:
 class KVCache:
     """Cached keys and values of all layers, in pages."""
 
-    vectors: Tensor  # [num_pages, layers, 2 (key, value), page_size, Hkv, D], float32, bfloat16 or int8
+    # [num_pages, layers, 2 (key, value), page_size, Hkv, D], float32, bfloat16 or int8; of latent attention
+    # [num_pages, layers, page_size, R + D], float32 or bfloat16.
+    vectors: Tensor
     scales: Tensor | None  # float32 [num_pages, layers, 2, page_size, Hkv]: factors of int8 vectors
 
     def __len__(self) -> int:
@@ -112,7 +137,8 @@ class KVCache:
 
     @cached_property
     def layers(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Of each layer what `attention` takes: vectors [num_pages, 2, page_size, Hkv, D], and their scales."""
+        """Of each layer what `attention` takes: vectors [num_pages, 2, page_size, Hkv, D], and their scales; of latent
+        attention what `mla_attention` takes, and None."""
         vectors = self.vectors.unbind(1)
         scales = [None] * len(vectors) if self.scales is None else self.scales.unbind(1)
         return list(zip(vectors, scales, strict=True))

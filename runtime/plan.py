@@ -114,7 +114,8 @@ def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads
         formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
         weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
     except StartFailure as failure:
-        raise loaded.error(f"engine.{name}.tp", str(failure)) from None
+        key = "kv_dtype" if "kv_dtype" in str(failure) else "tp"
+        raise loaded.error(f"engine.{name}.{key}", str(failure)) from None
     return EnginePlan(
         name=name,
         settings=engine,

@@ -1,7 +1,17 @@
 """Reading model checkpoints: GGUF files and Hugging Face directories. Imports no torch."""
 
-from actors.checkpoint.config import ModelConfig, checkpoint_identity, read_config
+from actors.checkpoint.config import Experts, Latent, ModelConfig
 from actors.checkpoint.errors import CheckpointError
 from actors.checkpoint.gguf import GGUFFile, TensorInfo
+from actors.checkpoint.read import checkpoint_identity, read_config
 
-__all__ = ["CheckpointError", "GGUFFile", "ModelConfig", "TensorInfo", "checkpoint_identity", "read_config"]
+__all__ = [
+    "CheckpointError",
+    "Experts",
+    "GGUFFile",
+    "Latent",
+    "ModelConfig",
+    "TensorInfo",
+    "checkpoint_identity",
+    "read_config",
+]

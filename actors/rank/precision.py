@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.checkpoint import ModelConfig
-from actors.dtypes import WeightDType
+from actors.dtypes import WeightDType, compute_dtype
 
 GROUP = 32
 """Inputs that share a scale in int4."""
@@ -36,6 +36,11 @@ MODULES = {
 """The modules of a checkpoint that a matrix here is put together from; those of layers without the layer's prefix."""
 
 
+FLOATS = ("k_absorb", "v_up")
+"""Matrices of latent attention that stay plain numbers of the activations' type: they are small, lie between the other
+products, and are read in two orders."""
+
+
 def auto_dtype(config: ModelConfig) -> WeightDType:
     """The type that keeps what most of a checkpoint's weights hold."""
     return CLASSES.get(config.weight_type, "bfloat16")
@@ -48,18 +53,22 @@ def matrix_dtype(config: ModelConfig, dtype: WeightDType, name: str, first: int,
     so for its worth, and becomes int8. Of other checkpoints, the layers become int4 and the vocabulary's tables int8.
 
     Args:
-        name: `embedding`, `lm_head`, or of a layer `3.qkv`, `3.o`, `3.gate_up`, `3.down`.
+        name: `embedding`, `lm_head`, or of a layer such as `3.qkv`; see `actors.rank.shard`.
         first, inputs: the input features that a rank holds.
     """
+    layer, _, kind = name.rpartition(".")
+    if kind == "router":  # chooses between experts whose scores may be close
+        return "float32"
+    if kind in FLOATS:
+        return compute_dtype(dtype)
     if dtype == "int8" and inputs > INT8_MOST_INPUTS:
         return "bfloat16"
     if dtype != "int4":
         return dtype
-    layer, _, kind = name.rpartition(".")
     if kind == "lm_head" and config.tie_embeddings:
         kind = "embedding"
     prefix = f"model.layers.{layer}." if layer else ""
-    types = {config.matrix_types.get(prefix + module, config.weight_type) for module in MODULES[kind]}
+    types = {config.matrix_types.get(prefix + module, config.weight_type) for module in MODULES.get(kind, ())}
     quantized = CLASSES.get(config.weight_type) == "int4"
     four_bits = {CLASSES.get(each) for each in types} == {"int4"} if quantized or not layer else True
     if not four_bits:

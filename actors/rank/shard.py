@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig
+from actors.checkpoint import Experts, Latent, ModelConfig
 from actors.dtypes import WeightDType, compute_dtype
 from actors.kv_format import KVDType, KVFormat
-from actors.rank.precision import GROUP, matrix_dtype
+from actors.rank.precision import FLOATS, GROUP, matrix_dtype
 
 ALIGNMENT = 64
 HEADER_BYTES = 262_144
@@ -24,7 +24,14 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 @dataclass(frozen=True)
 class Shard:
-    """Contiguous ranges of a model's parts. The ranges of all ranks, one after the other, are the whole."""
+    """Contiguous ranges of a model's parts. The ranges of all ranks, one after the other, are the whole.
+
+    Every rank has a part of every expert, as of the MLP of a layer without experts, and not some experts whole: so each
+    has the same work, whichever experts a step's tokens take, and the results are added up once either way.
+
+    Attributes:
+        expert: of the intermediate features of each expert. shared: of those of the experts that compute every token.
+    """
 
     tp: int
     rank: int
@@ -32,6 +39,13 @@ class Shard:
     heads: range
     intermediate: range
     vocab: range
+    expert: range
+    shared: range
+
+    @property
+    def expert_width(self) -> int:
+        """Intermediate features of an expert as they are stored: zeros fill the last panel of gate and up."""
+        return -(-len(self.expert) // (PANEL_ROWS // 2)) * (PANEL_ROWS // 2)
 
 
 def split(total: int, parts: int, part: int, multiple: int) -> range:
@@ -63,6 +77,7 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
         raise StartFailure(f"rank {rank} does not exist in a group of {tp}")
     kv_heads = split(config.num_kv_heads, tp, rank, 1)
     group = config.num_heads // config.num_kv_heads
+    experts = config.experts
     return Shard(
         tp=tp,
         rank=rank,
@@ -70,18 +85,20 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
         heads=range(kv_heads.start * group, kv_heads.stop * group),
         intermediate=split(config.intermediate_size, tp, rank, 32),
         vocab=split(config.vocab_size, tp, rank, PANEL_ROWS),
+        expert=split(experts.intermediate_size, tp, rank, 32) if experts else range(0),
+        shared=split(experts.shared_size, tp, rank, 32) if experts else range(0),
     )
 
 
 def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank: int) -> KVFormat:
-    """The pages of one rank. Raises StartFailure as `shard_of` does."""
-    return KVFormat(
-        layers=config.num_layers,
-        page_size=page_size,
-        kv_heads=len(shard_of(config, tp, rank).kv_heads),
-        head_dim=config.head_dim,
-        dtype=dtype,
-    )
+    """The pages of one rank. Raises StartFailure as `shard_of` does, and for a type that the pages cannot have."""
+    kv_heads = len(shard_of(config, tp, rank).kv_heads)
+    if config.latent is None:
+        return KVFormat(config.num_layers, page_size, kv_heads, config.head_dim, dtype)
+    if dtype == "int8":
+        raise StartFailure('kv_dtype = "int8" is not possible with latent attention: set it to "bfloat16" or "auto"')
+    width = config.latent.kv_rank + config.latent.rope_dim
+    return KVFormat(config.num_layers, page_size, 1, width, dtype, "mla")
 
 
 @dataclass(frozen=True)
@@ -121,11 +138,31 @@ class Slot:
         return math.prod(self.stored_shape) * _ITEM_BYTES[self.stored_dtype]
 
 
-def layer_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
+def layer_shapes(config: ModelConfig, shard: Shard, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of one layer's tensors; those of two dimensions are matrices [outputs, inputs]."""
-    hidden, dim = config.hidden_size, config.head_dim
-    heads, kv_heads, intermediate = len(shard.heads), len(shard.kv_heads), len(shard.intermediate)
+    hidden = config.hidden_size
     yield "attention_norm", (hidden,)
+    yield from (
+        _attention_shapes(config, shard) if config.latent is None else _latent_shapes(config, config.latent, shard)
+    )
+    if config.attention_out_bias:
+        yield "o_bias", (hidden,)
+    yield "mlp_norm", (hidden,)
+    if config.experts is not None and layer in config.experts.layers:
+        yield from _expert_shapes(hidden, config.experts, shard)
+        return
+    intermediate = len(shard.intermediate)
+    yield "gate_up", (2 * intermediate, hidden)
+    if config.mlp_bias:
+        yield "gate_up_bias", (2 * intermediate,)
+    yield "down", (hidden, intermediate)
+    if config.mlp_bias:
+        yield "down_bias", (hidden,)
+
+
+def _attention_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, dim = config.hidden_size, config.head_dim
+    heads, kv_heads = len(shard.heads), len(shard.kv_heads)
     yield "qkv", ((heads + 2 * kv_heads) * dim, hidden)
     if config.qkv_bias:
         yield "qkv_bias", ((heads + 2 * kv_heads) * dim,)
@@ -133,15 +170,35 @@ def layer_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple
         yield "q_norm", (dim,)
         yield "k_norm", (dim,)
     yield "o", (hidden, heads * dim)
-    if config.attention_out_bias:
-        yield "o_bias", (hidden,)
-    yield "mlp_norm", (hidden,)
-    yield "gate_up", (2 * intermediate, hidden)
-    if config.mlp_bias:
-        yield "gate_up_bias", (2 * intermediate,)
-    yield "down", (hidden, intermediate)
-    if config.mlp_bias:
-        yield "down_bias", (hidden,)
+
+
+def _latent_shapes(config: ModelConfig, latent: Latent, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """`qkv` makes what queries are expanded from, or the queries themselves, and the latent with its rotated key."""
+    hidden, heads = config.hidden_size, len(shard.heads)
+    queries = heads * config.head_dim
+    rows = (queries if latent.q_rank is None else latent.q_rank) + latent.kv_rank + latent.rope_dim
+    yield "qkv", (rows, hidden)
+    if config.qkv_bias:
+        yield "qkv_bias", (rows,)
+    if latent.q_rank is not None:
+        yield "q_norm", (latent.q_rank,)
+        yield "q", (queries, latent.q_rank)
+    yield "kv_norm", (latent.kv_rank,)
+    yield "k_absorb", (heads * latent.kv_rank, latent.nope_dim)
+    yield "v_up", (heads * latent.value_dim, latent.kv_rank)
+    yield "o", (hidden, heads * latent.value_dim)
+
+
+def _expert_shapes(hidden: int, experts: Experts, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The experts' matrices lie one below the other, each a run of whole panels."""
+    yield "router", (experts.count, hidden)
+    if experts.bias:
+        yield "router_bias", (experts.count,)
+    yield "experts_gate_up", (experts.count * 2 * shard.expert_width, hidden)
+    yield "experts_down", (experts.count * hidden, shard.expert_width)
+    if experts.shared_size:
+        yield "shared_gate_up", (2 * len(shard.shared), hidden)
+        yield "shared_down", (hidden, len(shard.shared))
 
 
 def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool) -> tuple[list[Slot], int]:
@@ -154,15 +211,21 @@ def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed:
     Args:
         packed: store matrices of floats as panels; those of integers always are.
     """
-    first = {"o": shard.heads.start * config.head_dim, "down": shard.intermediate.start}
+    value_dim = config.latent.value_dim if config.latent else config.head_dim
+    first = {
+        "o": shard.heads.start * value_dim,
+        "down": shard.intermediate.start,
+        "shared_down": shard.shared.start,
+    }
     slots: list[Slot] = []
     offset = HEADER_BYTES
     for name, shape in _model_shapes(config, shard):
-        stored: WeightDType = compute_dtype(dtype)
+        kind = name.rpartition(".")[2]
+        stored: WeightDType = "float32" if kind == "router_bias" else compute_dtype(dtype)
         in_panels = False
         if len(shape) == 2:
-            stored = matrix_dtype(config, dtype, name, first.get(name.rpartition(".")[2], 0), shape[1])
-            in_panels = stored in ("int8", "int4") or (packed and name != "embedding")
+            stored = matrix_dtype(config, dtype, name, first.get(kind, 0), shape[1])
+            in_panels = stored in ("int8", "int4") or (packed and kind != "embedding" and kind not in FLOATS)
         if name == "lm_head" and config.tie_embeddings and _shares_embedding(slots[0], in_panels, shard.vocab):
             continue
         slot = Slot(name, shape, stored, in_panels, offset)
@@ -177,7 +240,7 @@ def _model_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tupl
     yield "final_norm", (config.hidden_size,)
     yield "lm_head", (len(shard.vocab), config.hidden_size)
     for layer in range(config.num_layers):
-        yield from ((f"{layer}.{name}", shape) for name, shape in layer_shapes(config, shard))
+        yield from ((f"{layer}.{name}", shape) for name, shape in layer_shapes(config, shard, layer))
 
 
 def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
@@ -198,4 +261,6 @@ def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) ->
 
 def kv_bytes_per_token(config: ModelConfig, dtype: KVDType, kv_heads: int) -> int:
     """Bytes of keys and values of one token, in all layers, on a rank with `kv_heads` key-value heads."""
+    if config.latent is not None:
+        return kv_format(config, dtype, 1, 1, 0).token_bytes
     return KVFormat(config.num_layers, 1, kv_heads, config.head_dim, dtype).token_bytes

@@ -36,7 +36,7 @@ class Source(Protocol):
 
 def open_source(path: Path, config: ModelConfig) -> Source:
     """The tensors of a GGUF file or a Hugging Face directory. Raises CheckpointError."""
-    return SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config)
+    return SafetensorsSource(path, config.fp8_block) if path.is_dir() else GGUFSource(path, config)
 
 
 class GGUFSource:
@@ -105,10 +105,15 @@ class _Index(msgspec.Struct):
 
 
 class SafetensorsSource:
-    """Tensors of a directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names."""
+    """Tensors of a directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
 
-    def __init__(self, path: Path) -> None:
+    Matrices of FP8 numbers are multiplied out: each block of `fp8_block` rows and columns has a factor in the tensor
+    NAME_scale_inv.
+    """
+
+    def __init__(self, path: Path, fp8_block: tuple[int, int] | None) -> None:
         self._path = path
+        self._fp8_block = fp8_block
         self._files: dict[str, Any] = {}
         index_path = path / "model.safetensors.index.json"
         self._index: dict[str, str] | None = None
@@ -121,6 +126,21 @@ class SafetensorsSource:
             raise CheckpointError(f"{path}: has neither model.safetensors nor model.safetensors.index.json")
 
     def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
+        part = self._stored(name, shape, rows, columns)
+        if part.dtype == torch.float8_e4m3fn and self._fp8_block is not None and len(shape) == 2:
+            high, wide = self._fp8_block
+            blocks = (-(-shape[0] // high), -(-shape[1] // wide))
+            top, left = rows.start // high, columns.start // wide
+            within = range(top, -(-rows.stop // high)), range(left, -(-columns.stop // wide))
+            factors = self._stored(f"{name}_scale_inv", blocks, *within).float()
+            factors = factors[torch.arange(rows.start, rows.stop) // high - top]
+            return part.float().mul_(factors[:, torch.arange(columns.start, columns.stop) // wide - left])
+        if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(f"{self._path}: tensor {name!r} is {part.dtype}, which is not supported")
+        return part
+
+    def _stored(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
+        """A part of a tensor as it is."""
         file_name = "model.safetensors" if self._index is None else self._index.get(name)
         if file_name is None:
             raise CheckpointError(f"{self._path}: has no tensor {name!r}")
@@ -133,8 +153,6 @@ class SafetensorsSource:
             part: Tensor = stored[rows.start : rows.stop, columns.start : columns.stop]
         else:
             part = stored[columns.start : columns.stop]
-        if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise CheckpointError(f"{self._path / file_name}: tensor {name!r} is {part.dtype}, which is not supported")
         return part
 
     def read_four_bits(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import msgspec
 import torch
@@ -22,6 +22,7 @@ import kernels
 from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity
 from actors.dtypes import WeightDType
+from actors.rank.parts import Part, parts_of
 from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, Shard, Slot, weight_layout
 from actors.rank.source import Source, open_source
 from transport import Arena
@@ -63,22 +64,67 @@ class Contents(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One layer; see `actors.rank.shard.layer_shapes`. `qkv` is queries, keys and values one after the other, `gate_up`
-    likewise."""
+class AttentionWeights:
+    """Attention of one layer; `qkv` is queries, keys and values one after the other."""
 
-    attention_norm: Tensor
     qkv: Matrix
     o: Matrix
-    mlp_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentWeights:
+    """Latent attention of one layer.
+
+    `qkv` makes the vector that queries are expanded from, or, where there is no `q`, the queries themselves, and then
+    the latent vector and its key to be rotated. k_absorb: [heads * kv_rank, nope_dim], v_up: [heads * value_dim,
+    kv_rank], what takes a head's query into the space of latents, and a latent to the head's value.
+    """
+
+    qkv: Matrix
+    kv_norm: Tensor
+    k_absorb: Tensor
+    v_up: Tensor
+    o: Matrix
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    q: Matrix | None = None
+    o_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """A gated MLP; `gate_up` is the gate's rows and then those of up."""
+
+    gate_up: Matrix
+    down: Matrix
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The mixture of experts of one layer: matrices as `kernels.experts` takes them, the experts one below the
+    other."""
+
+    router: Matrix
+    gate_up: Matrix
+    down: Matrix
+    router_bias: Tensor | None
+    shared: MLPWeights | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer; see `actors.rank.shard.layer_shapes`."""
+
+    attention_norm: Tensor
+    attention: AttentionWeights | LatentWeights
+    mlp_norm: Tensor
+    mlp: MLPWeights | ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -93,10 +139,13 @@ class Weights:
 
     @property
     def packed(self) -> list[kernels.PackedWeight]:
-        """The matrices that `kernels.linear` takes packed."""
-        matrices: list[Matrix] = [self.lm_head]
+        """The matrices that `kernels.linear` takes packed, but for the experts'."""
+        matrices: list[Matrix | None] = [self.lm_head]
         for layer in self.layers:
-            matrices += [layer.qkv, layer.o, layer.gate_up, layer.down]
+            matrices += [layer.attention.qkv, layer.attention.o]
+            matrices += [layer.attention.q] if isinstance(layer.attention, LatentWeights) else []
+            mlp = layer.mlp.shared if isinstance(layer.mlp, ExpertWeights) else layer.mlp
+            matrices += [mlp.gate_up, mlp.down] if mlp else []
         return [matrix for matrix in matrices if isinstance(matrix, kernels.PackedWeight)]
 
 
@@ -192,7 +241,7 @@ def _pack(descriptor: int, source: Source, contents: Contents, shard: Shard, slo
         _fill(*task, source)
 
     tasks = [
-        task for slot in slots for task in _tasks(slot, _view(arena, slot), _parts(contents.config, shard, slot.name))
+        task for slot in slots for task in _tasks(slot, _view(arena, slot), parts_of(contents.config, shard, slot.name))
     ]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
@@ -225,25 +274,37 @@ def _rows_of(slot: Slot, view: Tensor, first: int, count: int) -> Tensor:
     return view[panels]
 
 
-class Part(NamedTuple):
-    """A part of a checkpoint's tensor: its name, the whole's shape, and the rows and columns that are meant."""
-
-    name: str
-    shape: tuple[int, ...]
-    rows: range
-    columns: range
-
-
 def _tasks(slot: Slot, view: Tensor, parts: list[Part]) -> Iterator[tuple[Slot, Tensor, list[Part]]]:
-    """A tensor as one piece of work, or a tall matrix as several: less memory in use at a time."""
-    if len(parts) != 1 or len(slot.shape) == 1:
+    """A tensor as pieces of work, cut where panels begin: tall matrices and single experts. Less memory in use at a
+    time, and all threads have some."""
+    if len(slot.shape) == 1 or not parts:
         yield slot, view, parts
         return
-    part = parts[0]
+    first = row = 0
+    held: list[Part] = []
+
+    def piece() -> tuple[Slot, Tensor, list[Part]]:
+        rows = row - first
+        return dataclasses.replace(slot, shape=(rows, slot.shape[1])), _rows_of(slot, view, first, rows), held
+
+    for part in parts:
+        for each in _cut(part):
+            held.append(each)
+            row += each.height
+            if row % PANEL_ROWS == 0:
+                yield piece()
+                first, held = row, []
+    if held:
+        yield piece()
+
+
+def _cut(part: Part) -> Iterator[Part]:
+    """A tall part as several."""
+    if part.transposed or part.padded is not None:
+        yield part
+        return
     for start in range(0, len(part.rows), TASK_ROWS):
-        rows = part.rows[start : start + TASK_ROWS]
-        piece = dataclasses.replace(slot, shape=(len(rows), slot.shape[1]))
-        yield piece, _rows_of(slot, view, start, len(rows)), [part._replace(rows=rows)]
+        yield dataclasses.replace(part, rows=part.rows[start : start + TASK_ROWS])
 
 
 def _fill(slot: Slot, view: Tensor, parts: list[Part], source: Source) -> None:
@@ -253,20 +314,20 @@ def _fill(slot: Slot, view: Tensor, parts: list[Part], source: Source) -> None:
     elif not slot.packed:
         row = 0
         for part in parts:
-            values = source.read(*part)
+            values = part.read(source)
             view[row : row + len(values)].copy_(values)
             row += len(values)
     elif slot.dtype == "int4" and (groups := _four_bits(source, parts)):
         kernels.pack_int4(*groups, view)
     else:
-        kernels.pack_weight(_joined([source.read(*part) for part in parts]), view, slot.dtype)
+        kernels.pack_weight(_joined([part.read(source) for part in parts]), view, slot.dtype)
 
 
 def _four_bits(source: Source, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Quants, scales and minimums of a matrix that the checkpoint has in groups of 4 bits, else None."""
     found = []
     for part in parts:
-        groups = source.read_four_bits(*part)
+        groups = part.read_four_bits(source)
         if groups is None:
             return None
         found.append(groups)
@@ -276,66 +337,6 @@ def _four_bits(source: Source, parts: list[Part]) -> tuple[Tensor, Tensor, Tenso
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _parts(config: ModelConfig, shard: Shard, name: str) -> list[Part]:
-    """What the tensor `name` of a shard is put together from; nothing, if it is zeros."""
-    hidden, dim = config.hidden_size, config.head_dim
-    everything = range(hidden)
-    queries = range(shard.heads.start * dim, shard.heads.stop * dim)
-    keys = range(shard.kv_heads.start * dim, shard.kv_heads.stop * dim)
-    inner = shard.intermediate
-
-    def matrix(module: str, outputs: int, inputs: int, rows: range, columns: range) -> Part:
-        return Part(f"{module}.weight", (outputs, inputs), rows, columns)
-
-    def vector(tensor: str, length: int, part: range) -> Part:
-        return Part(tensor, (length,), range(1), part)
-
-    if name == "embedding":
-        return [matrix("model.embed_tokens", config.vocab_size, hidden, range(config.vocab_size), everything)]
-    if name == "lm_head":
-        module = "model.embed_tokens" if config.tie_embeddings else "lm_head"
-        return [matrix(module, config.vocab_size, hidden, shard.vocab, everything)]
-    if name == "final_norm":
-        return [vector("model.norm.weight", hidden, everything)]
-
-    layer, _, kind = name.partition(".")
-    prefix = f"model.layers.{layer}."
-    attention, mlp = prefix + "self_attn.", prefix + "mlp."
-    all_queries, all_keys = config.num_heads * dim, config.num_kv_heads * dim
-    projections = [
-        (attention + "q_proj", all_queries, queries),
-        (attention + "k_proj", all_keys, keys),
-        (attention + "v_proj", all_keys, keys),
-    ]
-    gates = [(mlp + "gate_proj", config.intermediate_size, inner), (mlp + "up_proj", config.intermediate_size, inner)]
-    match kind:
-        case "qkv":
-            return [matrix(module, outputs, hidden, rows, everything) for module, outputs, rows in projections]
-        case "qkv_bias":
-            return [vector(f"{module}.bias", outputs, rows) for module, outputs, rows in projections]
-        case "gate_up":
-            return [matrix(module, outputs, hidden, rows, everything) for module, outputs, rows in gates]
-        case "gate_up_bias":
-            return [vector(f"{module}.bias", outputs, rows) for module, outputs, rows in gates]
-        case "o":
-            return [matrix(attention + "o_proj", hidden, all_queries, everything, queries)]
-        case "down":
-            return [matrix(mlp + "down_proj", hidden, config.intermediate_size, everything, inner)]
-        case "o_bias" | "down_bias":
-            # The ranks' results are added up, so one of them adds the bias.
-            if shard.rank:
-                return []
-            module = attention + "o_proj" if kind == "o_bias" else mlp + "down_proj"
-            return [vector(f"{module}.bias", hidden, everything)]
-        case "q_norm" | "k_norm":
-            return [vector(f"{attention}{kind}.weight", dim, range(dim))]
-        case "attention_norm":
-            return [vector(prefix + "input_layernorm.weight", hidden, everything)]
-        case "mlp_norm":
-            return [vector(prefix + "post_attention_layernorm.weight", hidden, everything)]
-    raise AssertionError(name)
 
 
 def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
@@ -358,6 +359,32 @@ def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, s
         embedding=named["embedding"],
         final_norm=views["final_norm"],
         lm_head=named["lm_head"],
-        layers=[LayerWeights(**layer) for layer in layers],  # type: ignore[arg-type]
+        layers=[_layer(layer, config) for layer in layers],
         nbytes=sum(view.nbytes for view in views.values()),
+    )
+
+
+def _layer(named: dict[str, Any], config: ModelConfig) -> LayerWeights:
+    """One layer of the tensors that `layer_shapes` names."""
+
+    def these(kind: Any, prefix: str = "") -> Any:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return kind(**{name: named[prefix + name] for name in names if prefix + name in named})
+
+    mlp: MLPWeights | ExpertWeights
+    if "router" in named:
+        mlp = ExpertWeights(
+            router=named["router"],
+            gate_up=named["experts_gate_up"],
+            down=named["experts_down"],
+            router_bias=named.get("router_bias"),
+            shared=these(MLPWeights, "shared_") if "shared_gate_up" in named else None,
+        )
+    else:
+        mlp = these(MLPWeights)
+    return LayerWeights(
+        attention_norm=named["attention_norm"],
+        attention=these(AttentionWeights if config.latent is None else LatentWeights),
+        mlp_norm=named["mlp_norm"],
+        mlp=mlp,
     )

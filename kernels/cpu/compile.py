@@ -22,6 +22,7 @@ SOURCES = (
     "elementwise.cpp",
     "experts.cpp",
     "graph.cpp",
+    "heads.cpp",
     "linear.cpp",
     "mla.cpp",
     "quantize.cpp",

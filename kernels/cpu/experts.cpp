@@ -16,10 +16,41 @@ constexpr int64_t CHUNK_TOKENS = 512;          // of which the values in between
 constexpr int64_t PIECES_A_THREAD = 8;         // so that threads end together
 constexpr int64_t SERIAL_ELEMENTS = 1 << 14;   // for fewer, waking a thread costs more than it saves
 
+// The weights of one of an expert's two layers, expert after expert.
+struct Stack {
+    enum Kind : int64_t { ROWS = 0, PANELS = 1, INT8 = 2, INT4 = 3 };
+
+    const char* data;
+    int64_t kind, narrow;           // narrow: rows or panels are bfloat16, else float32
+    int64_t outputs, inputs;        // of each
+    int64_t panel_bytes;            // of 64 outputs
+    int64_t second_way, third_way;  // rows from which on a quantized layer takes the ways of these numbers
+
+    int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
+
+    // Rows of x times some panels of one, on this thread, into their columns of out's rows. Returns 0, or -1 without
+    // memory.
+    int multiply(int64_t index, int64_t first_panel, int64_t end_panel, const float* x, int64_t rows, int64_t x_stride,
+                 float* out, int64_t out_stride) const {
+        int64_t first = first_panel * PANEL, count = std::min(end_panel * PANEL, outputs) - first;
+        const char* weight = data + index * (panel_bytes / PANEL * outputs) + first_panel * panel_bytes;
+        if (kind == ROWS || kind == PANELS) {
+            LinearCall call{x,    weight, nullptr, out + first, x_stride, out_stride, rows, inputs, count,
+                            kind == PANELS, 1, narrow, 0};
+            return linear(&call);
+        }
+        int64_t way = rows >= third_way ? 2 : rows >= second_way ? 1 : 0;
+        QuantizedCall call{x, (const uint8_t*)weight, nullptr, out + first, x_stride, out_stride, rows, inputs,
+                           count, 1, 0, kind == INT8 ? 8 : 4, way};
+        return linear_quantized(&call);
+    }
+};
+
 struct ExpertsCall {
     const void* x;
     const int32_t* ids;    // [tokens, chosen]
     const float* weights;  // likewise
+    const void* shared;    // what is added to the mixtures, or null
     void* out;
     Stack gate_up, down;
     int64_t x_stride;  // elements from token to token
@@ -108,7 +139,7 @@ class Chunk {
         parallel(parts * int64_t(hit.size()), int(c.threads), [&](int64_t piece, int) {
             int64_t expert = hit[piece / parts], row = begin[expert], panel = piece % parts * each;
             if (stack.multiply(expert, panel, std::min(panel + each, panels), x + row * x_stride,
-                               begin[expert + 1] - row, x_stride, out + row * out_stride, out_stride, false))
+                               begin[expert + 1] - row, x_stride, out + row * out_stride, out_stride))
                 failed = true;
         });
     }
@@ -139,6 +170,7 @@ class Chunk {
             V16 sum = zeros();
             for (int64_t k = 0; k < c.chosen; ++k)
                 sum = sum + load_part(states + place[token * c.chosen + k] * hidden + i, part) * broadcast(weights[k]);
+            if (c.shared) sum = sum + load_part((const X*)c.shared + (first + token) * hidden + i, part);
             store_part(out + i, sum, part);
         }
     }
@@ -186,15 +218,15 @@ void route(const RouteCall& c, int64_t token, float* scores, bool* taken) {
         store(scores + i, score);
         store(choice + i, c.bias ? score + load_part(c.bias + i, part) : score);
     }
-    std::fill_n(taken, c.experts, c.groups > 1);
-    if (c.groups > 1) {
+    std::fill_n(taken, c.experts, c.top_groups < c.groups);
+    if (c.top_groups < c.groups) {
         int64_t each = c.experts / c.groups;
         for (int64_t g = 0; g < c.groups; ++g) {
             const float* mine = choice + g * each;
             auto score = [&](int64_t i) { return mine[i]; };
             int64_t first = best_of(each, score, [](int64_t) { return false; });
             int64_t second = best_of(each, score, [&](int64_t i) { return i == first; });
-            of_group[g] = mine[first] + mine[second];
+            of_group[g] = second < 0 ? mine[first] : mine[first] + mine[second];
             group_taken[g] = false;
         }
         for (int64_t i = 0; i < c.top_groups; ++i) {

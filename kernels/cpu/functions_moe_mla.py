@@ -15,9 +15,9 @@ _ROWS, _PANELS = 0, 1
 _QUANTIZED = {"int8": 2, "int4": 3}
 
 _ATTENTION = struct.Struct("@12P 19q f")
-_HEADS = struct.Struct("@2P P7q 6q")
+_HEADS = struct.Struct("@3P 8q")
 _ROUTE = struct.Struct("@4P 8q f")
-_EXPERTS = struct.Struct("@4P P7q P7q 6q")
+_EXPERTS = struct.Struct("@5P P7q P7q 6q")
 
 _Stack = tuple[int, int, int, int, int, int, int, int]
 
@@ -84,24 +84,25 @@ def _in_runs(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def head_linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, deterministic: bool) -> Tensor:
-    tokens, heads, _ = x.shape
+def linear_heads(library: ctypes.CDLL, x: Tensor, weight: Tensor) -> Tensor:
+    tokens, heads, inputs = x.shape
     x = _in_runs(x)
-    stack = _stack(weight.flatten(0, 1) if isinstance(weight, Tensor) else weight, heads, deterministic)
-    out = x.new_empty(tokens, heads, stack[3])
-    result = library.head_linear(
+    outputs = weight.shape[1]
+    out = x.new_empty(tokens, heads, outputs)
+    library.linear_heads(
         _HEADS.pack(
             x.data_ptr(),
+            weight.data_ptr(),
             out.data_ptr(),
-            *stack,
             *x.stride()[:2],
             tokens,
             heads,
+            inputs,
+            outputs,
             torch.get_num_threads(),
             x.dtype == torch.bfloat16,
         )
     )
-    check(result)
     return out
 
 
@@ -149,6 +150,7 @@ def experts(
     down: Tensor | PackedWeight,
     num_experts: int,
     deterministic: bool,
+    shared: Tensor | None,
 ) -> Tensor:
     tokens, width = x.shape
     out = x.new_empty(tokens, width)
@@ -157,6 +159,7 @@ def experts(
             x.data_ptr(),
             ids.data_ptr(),
             weights.data_ptr(),
+            0 if shared is None else shared.data_ptr(),
             out.data_ptr(),
             *_stack(gate_up, num_experts, deterministic),
             *_stack(down, num_experts, deterministic),

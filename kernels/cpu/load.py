@@ -15,7 +15,7 @@ FUNCTIONS = (
     "linear_quantized",
     "quantize_int4",
     "mla_attention",
-    "head_linear",
+    "linear_heads",
     "route_experts",
     "experts",
     "embedding",

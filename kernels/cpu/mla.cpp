@@ -1,5 +1,5 @@
 // Multi-head latent attention, absorbed: rotary embedding, the write into the paged cache, and causal attention over
-// it, in one call; and the small products by head that come before and behind it.
+// it, in one call.
 //
 // All query heads share one key a position, of rank + rotated numbers, whose first `rank` are its value too. So a
 // block of keys is read once for all of them. Blocks of 128 keys lie at fixed positions; each gives a query its own
@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "attention.h"
-#include "linear.h"
 #include "product.h"
 
 namespace {
@@ -119,7 +118,7 @@ class LatentAttention {
             store_part(to + i, load_part(from + i, part) * broadcast(scale), part);
         }
     }
-    // Rotates by the angles of a position, and stores the result times `scale`.
+    // Rotates by the angles of a position, and stores the result times `scale`, first the first of all pairs.
     template <class To>
     void rotate(const Act* from, To* to, int64_t position, float scale) {
         int half = int(c.rotated / 2), step = c.interleaved ? 2 : 1, apart = c.interleaved ? 1 : half;
@@ -132,13 +131,8 @@ class LatentAttention {
                 b[j] = widen(from[(i + j) * step + apart]);
             }
             V16 x = load_part(cos + i, count), y = load_part(sin + i, count), factor = broadcast(scale);
-            To first[LANES], second[LANES];
-            store(first, (load(a) * x - load(b) * y) * factor);
-            store(second, (load(b) * x + load(a) * y) * factor);
-            for (int j = 0; j < count; ++j) {
-                to[(i + j) * step] = first[j];
-                to[(i + j) * step + apart] = second[j];
-            }
+            store_part(to + i, (load(a) * x - load(b) * y) * factor, count);
+            store_part(to + half + i, (load(b) * x + load(a) * y) * factor, count);
         }
     }
 
@@ -381,15 +375,6 @@ class LatentAttention {
     }
 };
 
-struct HeadsCall {
-    const void* x;
-    void* out;  // [tokens, heads, outputs]
-    Stack weight;
-    int64_t x_stride, x_head_stride;  // elements from token to token, head to head
-    int64_t tokens, heads, threads;
-    int64_t narrow;  // x and out are bfloat16, else float32
-};
-
 template <class Act>
 int attend(const LatentCall& c) {
     return c.cache_narrow ? LatentAttention<Act, bf16>(c).run() : LatentAttention<Act, float>(c).run();
@@ -402,22 +387,4 @@ EXPORT int mla_attention(const LatentCall* call) try {
     return call->narrow ? attend<bf16>(*call) : attend<float>(*call);
 } catch (const std::bad_alloc&) {
     return -1;
-}
-
-// Each head's rows times a weight of its own. Returns 0, or -1 without memory.
-EXPORT int head_linear(const HeadsCall* call) {
-    const HeadsCall& c = *call;
-    int64_t panels = c.weight.panels(), size = c.narrow ? 2 : 4;
-    int64_t each = std::clamp<int64_t>(panels * c.heads / (UNITS_A_THREAD * c.threads), 1, panels);
-    int64_t parts = (panels + each - 1) / each;
-    std::atomic<bool> failed{false};
-    parallel(parts * c.heads, int(c.threads), [&](int64_t piece, int) {
-        int64_t head = piece / parts, panel = piece % parts * each;
-        const char* x = (const char*)c.x + head * c.x_head_stride * size;
-        char* out = (char*)c.out + head * c.weight.outputs * size;
-        if (c.weight.multiply(head, panel, std::min(panel + each, panels), x, c.tokens, c.x_stride, out,
-                              c.heads * c.weight.outputs, c.narrow))
-            failed = true;
-    });
-    return failed ? -1 : 0;
 }

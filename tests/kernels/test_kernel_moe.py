@@ -110,10 +110,10 @@ def test_experts(dtype: torch.dtype, kind: kernels.WeightKind | None) -> None:
     for tokens in (0, 1, 5, 60):
         x = torch.randn(tokens, hidden + 3).to(dtype)[:, 3:]
         ids, weights = route(torch.randn(tokens, count), 3, scaling=2.0)
-        for deterministic in (True, False):
-            out = kernels.experts(x, ids, weights, gate_up, down, count, deterministic=deterministic)
+        for deterministic, shared in ((True, None), (False, torch.randn(tokens, hidden).to(dtype))):
+            out = kernels.experts(x, ids, weights, gate_up, down, count, deterministic=deterministic, shared=shared)
             assert out.dtype == dtype
-            wanted = exact(x, ids, weights, gate_up, down)
+            wanted = exact(x, ids, weights, gate_up, down) + (0 if shared is None else shared.double())
             rough = 4e-2 if kind == "int4" else 1e-2 if dtype == torch.bfloat16 else 3e-4 if kind == "int8" else 1e-6
             assert (out.double() - wanted).norm() <= rough * wanted.norm()
 
@@ -174,15 +174,15 @@ def test_rejects_what_does_not_fit() -> None:
     def run(x: Tensor = x, ids: Tensor = ids, up: Matrix = gate_up, down: Matrix = down, count: int = 4) -> None:
         kernels.experts(x, ids, weights, up, down, count, deterministic=True)
 
-    with pytest.raises(ValueError, match="are not 3 experts"):
-        run(count=3)
+    with pytest.raises(ValueError, match="are not 2 experts"):
+        run(down=matrices(2, 64, 32, torch.float32, "float32")[1], count=2)
     with pytest.raises(ValueError, match="are not 4 experts"):
         run(x=torch.randn(3, 63))
     with pytest.raises(ValueError, match="do not fit 3 tokens"):
         run(ids=ids[:, :1])
     with pytest.raises(ValueError, match="x's type"):
         run(up=reference.dequantize(gate_up).bfloat16())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no multiple of 64"):
+    with pytest.raises(ValueError, match="not whole panels"):
         kernels.experts(
             torch.randn(3, 48), ids, weights, *matrices(4, 48, 32, torch.float32, "float32"), 4, deterministic=True
         )
@@ -196,7 +196,7 @@ def test_rejects_what_does_not_fit() -> None:
         (7, {"groups": 2}),
         (2, {"groups": 5}),
         (2, {"groups": 2, "top_groups": 3}),
-        (2, {"groups": 12}),
+        (2, {"groups": 0}),
         (2, {"bias": torch.randn(11)}),
         (2, {"scoring": "tanh"}),
     ):

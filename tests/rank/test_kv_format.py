@@ -46,6 +46,25 @@ def test_sizes() -> None:
     assert quantized.new_cache(3, torch.device("cpu")).nbytes == 3 * quantized.page_bytes
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_of_latents(dtype: KVDType) -> None:
+    pages = KVFormat(layers=3, page_size=4, kv_heads=1, head_dim=40, dtype=dtype, kind="mla")
+    item = 4 if dtype == "float32" else 2
+    assert pages.page_bytes == 3 * 4 * 40 * item == 4 * pages.token_bytes
+    assert pages.replicated
+    assert not FORMAT.replicated
+    arena = Arena(Arena.create("kv", 5 * pages.page_bytes))
+    cache = pages.cache(arena.buffer, 5)
+    assert (cache.vectors.shape, cache.scales, cache.nbytes) == ((5, 3, 4, 40), None, 5 * pages.page_bytes)
+    cache.vectors[2] = torch.randn(3, 4, 40)
+    copied = Arena(Arena.create("other", 5 * pages.page_bytes))
+    pages.pages(copied.buffer, 1)[:] = pages.pages(arena.buffer, 2)
+    other = pages.cache(copied.buffer, 5)
+    assert torch.equal(other.vectors[1], cache.vectors[2])
+    assert not other.vectors[2:].any()
+    assert [tuple(vectors.shape) for vectors, _ in cache.layers] == [(5, 4, 40)] * 3
+
+
 def test_places_outside_the_arena() -> None:
     arena = Arena(Arena.create("kv", 5 * FORMAT.page_bytes))
     for page, count in ((-1, 1), (5, 1), (4, 2), (0, -1)):
@@ -61,5 +80,7 @@ def test_fingerprints_differ() -> None:
         KVFormat(layers=3, page_size=4, kv_heads=2, head_dim=8, dtype="int8"),
         KVFormat(layers=3, page_size=4, kv_heads=1, head_dim=16, dtype="bfloat16"),
         KVFormat(layers=3, page_size=8, kv_heads=2, head_dim=8, dtype="bfloat16"),
+        KVFormat(layers=3, page_size=4, kv_heads=1, head_dim=8, dtype="bfloat16", kind="mla"),
+        KVFormat(layers=3, page_size=4, kv_heads=1, head_dim=8, dtype="bfloat16"),
     ]
-    assert len({each.fingerprint for each in (FORMAT, *others)}) == 5
+    assert len({each.fingerprint for each in (FORMAT, *others)}) == 7

@@ -15,7 +15,7 @@ import pytest
 from rank_tools import save_model
 from test_rank_weights import write_gguf
 
-from actors.checkpoint import CheckpointError, GGUFFile, read_config
+from actors.checkpoint import CheckpointError, GGUFFile, Latent, read_config
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,26 @@ def hf_config(directory: Path, **changes: Any) -> Path:
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"]}
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
 
 
 def test_config_of_transformers_4(tmp_path: Path) -> None:
@@ -153,6 +173,28 @@ def test_config_of_transformers_4(tmp_path: Path) -> None:
     assert (config.head_dim, config.qkv_bias, config.tie_embeddings) == (16, False, False)
 
 
+def test_config_of_deepseek_v3(tmp_path: Path) -> None:
+    """As the published checkpoints spell it."""
+    scaling = {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    }
+    fp8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+    changes = {**DEEPSEEK, "rope_scaling": scaling, "quantization_config": fp8, "n_group": 4, "topk_group": 2}
+    config = read_config(hf_config(tmp_path, **changes, torch_dtype="bfloat16", num_nextn_predict_layers=1))
+    assert (config.head_dim, config.rotary_dim, config.num_kv_heads, config.fp8_block) == (32, 16, 4, (128, 128))
+    assert config.latent == Latent(q_rank=32, kv_rank=64, rope_dim=16, nope_dim=16, value_dim=16, interleaved=True)
+    assert config.experts is not None
+    assert (config.experts.layers, config.experts.groups, config.experts.top_groups) == ([1], 4, 2)
+    assert config.rope_scaling is not None
+    assert config.rope_scaling["mscale_all_dim"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -169,6 +211,22 @@ def test_config_of_transformers_4(tmp_path: Path) -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"eos_token_id": 300}, "token 300 is outside"),
         ({"rms_norm_eps": 0}, "rms_eps"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size of None is not supported"),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; supported is 'sigmoid'"),
+        ({**DEEPSEEK, "topk_method": "greedy"}, "topk_method 'greedy'"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq 2"),
+        ({**DEEPSEEK, "kv_lora_rank": 0}, "a kv_rank of 0 makes no sense"),
+        ({**DEEPSEEK, "n_group": 3}, "1 of 3 groups cannot be chosen from 8 experts"),
+        ({**DEEPSEEK, "num_experts_per_tok": 9}, "num_experts_per_tok is 9, and there are 8 to choose from"),
+        ({**DEEPSEEK, "hidden_size": 96}, "hidden_size is 96, and with experts it must be a multiple of 64"),
+        (
+            {**DEEPSEEK, "q_lora_rank": None, "attention_bias": True},
+            "attention_bias is not supported where q_lora_rank",
+        ),
+        ({**DEEPSEEK, "num_key_value_heads": 2}, "num_key_value_heads is 2, and with latent attention it must be"),
+        ({**QWEN3_MOE, "decoder_sparse_step": 0}, "decoder_sparse_step must be 1 or more, not 0"),
+        ({**QWEN3_MOE, "moe_intermediate_size": 0}, "a intermediate_size of 0 makes no sense"),
+        ({"architectures": ["DeepseekV2ForCausalLM"]}, "DeepseekV2ForCausalLM is not supported"),
         ({**QWEN2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "different kinds"),
     ],
 )

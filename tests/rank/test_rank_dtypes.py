@@ -187,10 +187,10 @@ def test_int4_of_smollm2_is_the_file(smollm2: Path) -> None:
     for index in (0, 17, 29):
         layer = weights.layers[index]
         for matrix, modules in (
-            (layer.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-            (layer.o, ("self_attn.o_proj",)),
-            (layer.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
-            (layer.down, ("mlp.down_proj",)),
+            (layer.attention.qkv, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            (layer.attention.o, ("self_attn.o_proj",)),
+            (layer.mlp.gate_up, ("mlp.gate_proj", "mlp.up_proj")),
+            (layer.mlp.down, ("mlp.down_proj",)),
         ):
             assert isinstance(matrix, kernels.PackedWeight)
             assert matrix.kind == "int4"

