@@ -180,7 +180,7 @@ def experts(
     if together and x.dtype in FLOATS:
         floats = all(each.dtype in FLOATS for each in given)
         if x.is_cuda and floats and (kernels := triton.library()):
-            return kernels.experts(x, ids, weights, gate_up, down, num_experts, shared)
+            return kernels.experts(x, ids, weights, gate_up, down, num_experts, shared, deterministic=deterministic)
         if x.is_cpu and (native := library_for(ids, dtype=torch.int32)):
             return cpu.experts(native, x, ids, weights, gate_up, down, num_experts, deterministic, shared)
     return reference.experts(x, ids, weights, gate_up, down, num_experts, deterministic=deterministic, shared=shared)
