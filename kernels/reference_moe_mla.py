@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.ops import linear, silu_and_mul
-from kernels.packing import panel_rows
 from kernels.reference import KEY_BLOCK
 from kernels.types import AttentionMeta, PackedWeight
 
@@ -267,7 +266,4 @@ def experts(
 
 
 def _rows(weight: Tensor | PackedWeight, first: int, count: int) -> Tensor | PackedWeight:
-    if isinstance(weight, Tensor):
-        return weight[first : first + count]
-    panels = panel_rows(weight.panels, weight.out_features, first, count)
-    return PackedWeight(panels, weight.kind, count, weight.in_features)
+    return weight[first : first + count] if isinstance(weight, Tensor) else weight.rows(first, count)

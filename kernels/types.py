@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.packing import WeightKind, check_packed
+from kernels.packing import WeightKind, check_packed, panel_rows
 
 
 @dataclass(frozen=True)
@@ -203,3 +203,10 @@ class PackedWeight:
 
     def __post_init__(self) -> None:
         check_packed(self.panels, self.kind, self.out_features, self.in_features)
+
+    def rows(self, first: int, count: int) -> "PackedWeight":
+        """Some of its output features, as a weight that shares its memory. Raises ValueError if they do not begin and
+        end where panels do."""
+        return PackedWeight(
+            panel_rows(self.panels, self.out_features, first, count), self.kind, count, self.in_features
+        )

@@ -66,6 +66,17 @@ class Experts(msgspec.Struct, frozen=True):
     scaling: float
 
 
+class Foreign(msgspec.Struct, frozen=True):
+    """A model that transformers' own implementation runs, over the pages of this runtime.
+
+    Attributes:
+        parameters: numbers in the checkpoint, in so many `tensors`.
+    """
+
+    parameters: int
+    tensors: int
+
+
 class ModelConfig(msgspec.Struct, frozen=True):
     """A decoder-only model: of the Llama family, or with latent attention, or with mixtures of experts.
 
@@ -79,6 +90,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
         matrix_types: by Hugging Face's name of the module, the types of the matrices that have another.
         rotary_dim: dimensions of a head that are rotated; None for all.
         fp8_block: rows and columns that share a scale where matrices are stored as FP8.
+        foreign: None for a model that is implemented here; the other fields are not all meant where it is not.
     """
 
     architecture: str
@@ -107,6 +119,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     latent: Latent | None = None
     experts: Experts | None = None
     fp8_block: tuple[int, int] | None = None
+    foreign: Foreign | None = None
 
 
 def check_config(path: Path, config: ModelConfig) -> None:

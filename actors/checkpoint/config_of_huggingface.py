@@ -8,7 +8,9 @@ from typing import Any
 import msgspec
 
 from actors.checkpoint.config import Experts, Latent, ModelConfig, distinct, rope_scaling
+from actors.checkpoint.config_of_transformers import config_of_transformers
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.plugins import plugin
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -23,10 +25,19 @@ TORCH_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """ggml's names of torch's types."""
 
 
+class _AnyConfig(msgspec.Struct):
+    """The entries of config.json that matter here whatever the architecture is."""
+
+    architectures: list[str] = []
+    bos_token_id: int | list[int] | None = None
+    eos_token_id: int | list[int] | None = None
+    torch_dtype: str | None = None
+    dtype: str | None = None
+
+
 class _Config(msgspec.Struct):
     """The entries of config.json that matter here; transformers 4 and 5 spell rope and dtype differently."""
 
-    architectures: list[str] = []
     hidden_size: int = 0
     num_hidden_layers: int = 0
     num_attention_heads: int = 0
@@ -49,10 +60,6 @@ class _Config(msgspec.Struct):
     use_sliding_window: bool | None = None
     layer_types: list[str] | None = None
     max_window_layers: int | None = None
-    bos_token_id: int | list[int] | None = None
-    eos_token_id: int | list[int] | None = None
-    torch_dtype: str | None = None
-    dtype: str | None = None
     quantization_config: dict[str, Any] | None = None
     # Latent attention.
     q_lora_rank: int | None = None
@@ -87,27 +94,32 @@ class _GenerationConfig(msgspec.Struct):
 
 def config_of_directory(path: Path) -> ModelConfig:
     """The configuration, not checked. Raises CheckpointError if a part is missing or not supported."""
+    any_config = _decode(path / "config.json", _AnyConfig)
+    architecture = any_config.architectures[0] if any_config.architectures else "of no name"
+    generation_path = path / "generation_config.json"
+    generation = _decode(generation_path, _GenerationConfig) if generation_path.exists() else _GenerationConfig()
+    common: dict[str, Any] = {
+        "bos_token_ids": distinct(generation.bos_token_id, any_config.bos_token_id),
+        "eos_token_ids": distinct(generation.eos_token_id, any_config.eos_token_id),
+        "weight_type": TORCH_TYPES.get(any_config.dtype or any_config.torch_dtype or "float32", "F32"),
+    }
+    kind = _read_as(path, architecture)
+    if kind is None:
+        return config_of_transformers(path, architecture, ARCHITECTURES, common)
     hf = _decode(path / "config.json", _Config)
-    architecture = hf.architectures[0] if hf.architectures else "of no name"
-    if architecture not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{path}: architecture {architecture} is not supported; supported are {', '.join(ARCHITECTURES)}"
-        )
     if hf.hidden_act != "silu":
         raise CheckpointError(f"{path}: activation {hf.hidden_act!r} is not supported; supported is silu")
     rope = hf.rope_parameters or hf.rope_scaling or {}
-    generation_path = path / "generation_config.json"
-    generation = _decode(generation_path, _GenerationConfig) if generation_path.exists() else _GenerationConfig()
     theta = hf.rope_theta if hf.rope_theta is not None else rope.get("rope_theta", 10000.0)
     if not isinstance(theta, int | float):
         raise CheckpointError(f"{path}: rope_theta must be a number, not {theta!r}")
-    latent = _latent(path, hf) if architecture == "DeepseekV3ForCausalLM" else None
+    latent = _latent(path, hf) if kind == "DeepseekV3ForCausalLM" else None
     if latent is None:
         head_dim = hf.head_dim or hf.hidden_size // max(hf.num_attention_heads, 1)
         kv_heads = hf.num_key_value_heads or hf.num_attention_heads
     else:
         head_dim, kv_heads = latent.nope_dim + latent.rope_dim, hf.num_attention_heads
-    qwen2, glm = architecture == "Qwen2ForCausalLM", architecture == "Glm4MoeForCausalLM"
+    qwen2, glm = kind == "Qwen2ForCausalLM", kind == "Glm4MoeForCausalLM"
     return ModelConfig(
         architecture=architecture,
         hidden_size=hf.hidden_size,
@@ -128,17 +140,34 @@ def config_of_directory(path: Path) -> ModelConfig:
         tie_embeddings=hf.tie_word_embeddings,
         qkv_bias=qwen2 or hf.attention_bias,
         attention_out_bias=hf.attention_bias and not qwen2 and not glm,
-        mlp_bias=hf.mlp_bias and architecture == "LlamaForCausalLM",
-        qk_norm=hf.use_qk_norm if glm else architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-        sliding_window=_sliding_window(path, hf, architecture),
-        bos_token_ids=distinct(generation.bos_token_id, hf.bos_token_id),
-        eos_token_ids=distinct(generation.eos_token_id, hf.eos_token_id),
-        weight_type=TORCH_TYPES.get(hf.dtype or hf.torch_dtype or "float32", "F32"),
+        mlp_bias=hf.mlp_bias and kind == "LlamaForCausalLM",
+        qk_norm=hf.use_qk_norm if glm else kind in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        sliding_window=_sliding_window(path, hf, kind),
         rotary_dim=latent.rope_dim if latent else _rotary_dim(path, hf, rope, head_dim if glm else None),
         latent=latent,
-        experts=_experts(path, hf, architecture),
+        experts=_experts(path, hf, kind),
         fp8_block=_fp8_block(path, hf.quantization_config),
+        **common,
     )
+
+
+def _read_as(path: Path, architecture: str) -> str | None:
+    """The architecture of ARCHITECTURES whose configuration and tensors a checkpoint has; None for others."""
+    if architecture in ARCHITECTURES:
+        return architecture
+    try:
+        other = plugin(architecture)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"{path}: the package for architecture {architecture} cannot be used ({error})") from None
+    if other is None:
+        return None
+    reads_as = getattr(other, "reads_as", None)
+    if reads_as not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{path}: the class for architecture {architecture} reads checkpoints as {reads_as!r}; supported are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    return str(reads_as)
 
 
 def _rotary_dim(path: Path, hf: _Config, rope: dict[str, Any], head_dim: int | None) -> int | None:

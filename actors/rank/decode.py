@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from actors.rank.models import Llama
+from actors.rank.models import Model
 from kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SamplingTensors, StepGraph
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class DecodeGraphs:
             of the page table.
     """
 
-    def __init__(self, model: Llama, cache: KVCache, page_table: Tensor, max_context: int, max_tokens: int) -> None:
+    def __init__(self, model: Model, cache: KVCache, page_table: Tensor, max_context: int, max_tokens: int) -> None:
         self._model = model
         self._cache = cache
         self._page_table = page_table

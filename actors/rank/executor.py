@@ -14,14 +14,16 @@ from torch import Tensor
 import kernels
 from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
+from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
-from actors.rank.models import MODELS, Llama
+from actors.rank.models import Model, model_class
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
-from actors.rank.weights import contents_of, load_weights
+from actors.rank.weights import load_weights
+from actors.rank.weights_arena import contents_of
 from kernels import AttentionMeta, KVCache
 from transport import Arena
 
@@ -71,7 +73,7 @@ class Executor:
         fingerprint: names model, dtype and page format; see `Attached`.
     """
 
-    def __init__(self, config: RankConfig, model: Llama, cache: KVCache, group: Group, fingerprint: str) -> None:
+    def __init__(self, config: RankConfig, model: Model, cache: KVCache, group: Group, fingerprint: str) -> None:
         self.config = config
         self.model = model
         self.cache = cache
@@ -107,7 +109,7 @@ class Executor:
     @property
     def weights_bytes(self) -> int:
         """Bytes of this rank's weights."""
-        return self.model.weights.nbytes
+        return self.model.nbytes
 
     def reset(self) -> None:
         """Closes all slots."""
@@ -484,11 +486,18 @@ def build_executor(
     group = group or Group()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
-    # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
-    packed = config.device == "cpu" and kernels.backend() != "torch"
-    loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
-    if device.type == "cpu":
-        kernels.tune(loaded.packed)
+    model: Model
+    if model_config.foreign is not None:
+        model = _load_foreign(config, model_config, pages, weights, device)
+    else:
+        # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
+        packed = config.device == "cpu" and kernels.backend() != "torch"
+        loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
+        if device.type == "cpu":
+            kernels.tune(loaded.packed)
+        model = model_class(model_config.architecture)(
+            model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
+        )
     if device.type == "cuda":
         cache = pages.new_cache(config.num_pages, device)
     else:
@@ -501,12 +510,23 @@ def build_executor(
                 f"{config.num_pages} pages: restart the engine"
             )
         cache = pages.cache(arena.buffer, config.num_pages)
-    model = MODELS[model_config.architecture](
-        model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
-    )
     executor = Executor(config, model, cache, group, _fingerprint(checkpoint, model_config, config))
     executor.warm_up()
     return executor
+
+
+def _load_foreign(
+    config: RankConfig, model_config: ModelConfig, pages: KVFormat, weights: int, device: torch.device
+) -> Model:
+    from actors.rank.models.foreign import load_foreign
+
+    if config.deterministic:
+        raise StartFailure(
+            f"{model_config.architecture} is run by transformers' implementation, whose results depend on what is "
+            "computed together: set deterministic to false"
+        )
+    path, dtype = Path(config.model), config.compute_dtype
+    return load_foreign(path, model_config, dtype, pages, config.max_model_len, weights, device)
 
 
 def _fingerprint(checkpoint: str, model_config: ModelConfig, config: RankConfig) -> str:

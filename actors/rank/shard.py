@@ -73,6 +73,8 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
             f"tp = {tp} is not possible, for the model has {config.num_kv_heads} key-value heads: set tp to 1"
             + (f" … {config.num_kv_heads}" if config.num_kv_heads > 1 else "")
         )
+    if config.foreign is not None and tp > 1:
+        raise StartFailure(f"{config.architecture} is run by transformers' implementation, on one rank: set tp to 1")
     if not 0 <= rank < tp:
         raise StartFailure(f"rank {rank} does not exist in a group of {tp}")
     kv_heads = split(config.num_kv_heads, tp, rank, 1)
@@ -96,7 +98,7 @@ def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank
     if config.latent is None:
         return KVFormat(config.num_layers, page_size, kv_heads, config.head_dim, dtype)
     if dtype == "int8":
-        raise StartFailure('kv_dtype = "int8" is not possible with latent attention: set it to "bfloat16" or "auto"')
+        raise StartFailure('int8 is not possible with latent attention: set kv_dtype to "bfloat16" or "auto"')
     width = config.latent.kv_rank + config.latent.rope_dim
     return KVFormat(config.num_layers, page_size, 1, width, dtype, "mla")
 
@@ -253,9 +255,14 @@ def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
 def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) -> int:
     """Bytes that the weights arena of a rank needs, whichever way its matrices of floats are stored.
 
-    Raises StartFailure as `shard_of` does.
+    Raises StartFailure as `shard_of` does, and for a type that the model cannot be loaded as.
     """
     shard = shard_of(config, tp, rank)
+    if config.foreign is not None:
+        if dtype not in ("float32", "bfloat16"):
+            whose = f"{config.architecture} is run by transformers' implementation"
+            raise StartFailure(f'{whose}, which has no {dtype}: set model.dtype to "bfloat16"')
+        return HEADER_BYTES + config.foreign.parameters * _ITEM_BYTES[dtype] + config.foreign.tensors * ALIGNMENT
     return max(weight_layout(config, dtype, shard, packed)[1] for packed in (False, True))
 
 

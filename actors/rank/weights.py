@@ -5,62 +5,38 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
-import struct
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor
 
 import kernels
-from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity
 from actors.dtypes import WeightDType
 from actors.rank.parts import Part, parts_of
-from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, Shard, Slot, weight_layout
+from actors.rank.shard import PANEL_ROWS, Shard, Slot, weight_layout
 from actors.rank.source import Source, open_source
+from actors.rank.weights_arena import (
+    Contents,
+    check_room,
+    compare_identities,
+    contents_of,
+    identity_of,
+    packing,
+    sealed_arena,
+)
 from transport import Arena
 
 logger = logging.getLogger(__name__)
 
 Matrix = Tensor | kernels.PackedWeight
 
-LAYOUT_VERSION = 2
 TASK_ROWS = 8192
 """Rows of a tall matrix that are read and packed at a time: whole panels."""
-_MAGIC = b"weights\0"
-_HEADER = struct.Struct("<8sQI")  # magic, state, bytes of the contents' description that follows
-_EMPTY, _PACKING, _READY = 0, 1, 2
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What the weights in an arena are. All but the file's state must be what a rank expects."""
-
-    version: int
-    path: str
-    dtype: str
-    tp: int
-    rank: int
-    packed: bool
-    files: list[tuple[str, int, int]]
-    """Name, bytes and time of change (ns) of each of the checkpoint's files."""
-
-
-class Contents(msgspec.Struct, frozen=True):
-    """What stands in front of the weights in an arena, so that a restarted rank need not open the checkpoint.
-
-    `checkpoint` is `checkpoint_identity` of the files that the weights were read from.
-    """
-
-    identity: Identity
-    config: ModelConfig
-    checkpoint: str
 
 
 @dataclass(frozen=True)
@@ -110,11 +86,19 @@ class ExpertWeights:
     """The mixture of experts of one layer: matrices as `kernels.experts` takes them, the experts one below the
     other."""
 
+    count: int
     router: Matrix
     gate_up: Matrix
     down: Matrix
     router_bias: Tensor | None
     shared: MLPWeights | None
+
+    def singly(self) -> Iterator[Matrix]:
+        """The packed matrices of the single experts."""
+        for matrix in (self.gate_up, self.down):
+            if isinstance(matrix, kernels.PackedWeight):
+                rows = matrix.out_features // self.count
+                yield from (matrix.rows(expert * rows, rows) for expert in range(self.count))
 
 
 @dataclass(frozen=True)
@@ -139,11 +123,13 @@ class Weights:
 
     @property
     def packed(self) -> list[kernels.PackedWeight]:
-        """The matrices that `kernels.linear` takes packed, but for the experts'."""
+        """The matrices that `kernels.linear` takes packed, each expert's by itself."""
         matrices: list[Matrix | None] = [self.lm_head]
         for layer in self.layers:
             matrices += [layer.attention.qkv, layer.attention.o]
             matrices += [layer.attention.q] if isinstance(layer.attention, LatentWeights) else []
+            if isinstance(layer.mlp, ExpertWeights):
+                matrices += layer.mlp.singly()
             mlp = layer.mlp.shared if isinstance(layer.mlp, ExpertWeights) else layer.mlp
             matrices += [mlp.gate_up, mlp.down] if mlp else []
         return [matrix for matrix in matrices if isinstance(matrix, kernels.PackedWeight)]
@@ -171,78 +157,25 @@ def load_weights(
         CheckpointError: the checkpoint is damaged.
     """
     slots, size = weight_layout(config, dtype, shard, packed)
-    identity = Identity(
-        LAYOUT_VERSION, str(path), dtype, shard.tp, shard.rank, packed, [_state(file) for file in _files(path)]
-    )
-    arena_bytes = os.fstat(descriptor).st_size
-    if arena_bytes < size:
-        raise StartFailure(f"the weights arena has {arena_bytes} bytes and {size} are needed: restart the engine")
+    identity = identity_of(path, dtype, shard.tp, shard.rank, packed)
+    check_room(descriptor, size)
     found = contents_of(descriptor)
     if found is None:
         contents = Contents(identity, config, checkpoint_identity(path, config))
-        _pack(descriptor, open_source(path, config), contents, shard, slots)
+        with packing(descriptor, contents) as arena:
+            _pack(arena, open_source(path, config), config, shard, slots)
     else:
-        _compare(found.identity, identity)
-    arena = Arena(descriptor, private=True)
-    if not arena.sealed:
-        arena.seal()
+        compare_identities(found.identity, identity)
+    arena = sealed_arena(descriptor)
     views = {slot.name: _view(arena, slot).to(device) for slot in slots}
     return _collect(views, slots, config, shard)
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-
-
-def _state(file: Path) -> tuple[str, int, int]:
-    try:
-        stat = file.stat()
-    except FileNotFoundError:  # has been removed since the weights were packed, or the source will say so
-        return file.name, 0, 0
-    return file.name, stat.st_size, stat.st_mtime_ns
-
-
-def contents_of(descriptor: int) -> Contents | None:
-    """What an arena holds; None if it is empty or its packing was not finished.
-
-    Raises StartFailure if it is sealed and holds nothing that can be used.
-    """
-    header = os.pread(descriptor, HEADER_BYTES, 0)
-    magic, state, length = _HEADER.unpack_from(header) if len(header) >= _HEADER.size else (b"", _EMPTY, 0)
-    if magic == _MAGIC and state == _READY:
-        try:
-            return msgspec.json.decode(header[_HEADER.size : _HEADER.size + length], type=Contents)
-        except msgspec.MsgspecError:
-            pass
-    if Arena(descriptor, private=True).sealed:
-        raise StartFailure("the weights arena is sealed but holds no weights: restart the engine")
-    return None
-
-
-def _compare(found: Identity, wanted: Identity) -> None:
-    if msgspec.structs.replace(found, files=wanted.files) != wanted:
-        raise StartFailure(f"the weights arena holds {found}, not {wanted}: restart the engine")
-    if found.files != wanted.files:
-        logger.warning("the checkpoint's files have changed; going on with the weights that this engine started with")
-
-
-def _pack(descriptor: int, source: Source, contents: Contents, shard: Shard, slots: list[Slot]) -> None:
-    started = time.perf_counter()
-    arena = Arena(descriptor)
-    if _HEADER.unpack_from(arena.buffer)[:2] == (_MAGIC, _PACKING):
-        logger.warning("a former incarnation was killed while it packed the weights; packing them again")
-    encoded = msgspec.json.encode(contents)
-    if _HEADER.size + len(encoded) > HEADER_BYTES:
-        raise StartFailure(f"{contents.identity.path}: its description does not fit into {HEADER_BYTES} bytes")
-    _HEADER.pack_into(arena.buffer, 0, _MAGIC, _PACKING, len(encoded))
-    arena.buffer[_HEADER.size : _HEADER.size + len(encoded)] = encoded
-
+def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots: list[Slot]) -> None:
     def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
         _fill(*task, source)
 
-    tasks = [
-        task for slot in slots for task in _tasks(slot, _view(arena, slot), parts_of(contents.config, shard, slot.name))
-    ]
+    tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts_of(config, shard, slot.name))]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -252,10 +185,6 @@ def _pack(descriptor: int, source: Source, contents: Contents, shard: Shard, slo
                 pass
     finally:
         torch.set_num_threads(threads)
-    del tasks
-    _HEADER.pack_into(arena.buffer, 0, _MAGIC, _READY, len(encoded))
-    arena.close()
-    logger.info("packed the weights in %.2f s", time.perf_counter() - started)
 
 
 def _view(arena: Arena, slot: Slot) -> Tensor:
@@ -372,8 +301,9 @@ def _layer(named: dict[str, Any], config: ModelConfig) -> LayerWeights:
         return kind(**{name: named[prefix + name] for name in names if prefix + name in named})
 
     mlp: MLPWeights | ExpertWeights
-    if "router" in named:
+    if config.experts is not None and "router" in named:
         mlp = ExpertWeights(
+            count=config.experts.count,
             router=named["router"],
             gate_up=named["experts_gate_up"],
             down=named["experts_down"],

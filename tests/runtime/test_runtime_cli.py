@@ -81,8 +81,8 @@ class Cli:
     def processes(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in walk(self.status()["tree"])}
 
-    def ask(self, prompt: str = "What is the capital of France?") -> str:
-        body = {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+    def ask(self, prompt: str = "What is the capital of France?", model: str = "smollm2-135m-instruct") -> str:
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
             json.dumps({**body, "max_tokens": 16}).encode(),
@@ -143,6 +143,24 @@ def test_check(cli: Cli) -> None:
     answer = cli("check", "topology/smollm2.toml", "--set", "engine.main.tp=4")
     assert answer.returncode == 1
     assert answer.stderr.startswith("--set engine.main.tp=4: engine.main.tp: ")
+
+
+@needs_model
+def test_a_deepseek_answers_the_same_after_its_rank_was_killed(cli: Cli) -> None:
+    settings = ("--set", "model.path=deepseek-v3-tiny", "--set", "model.deterministic=true")
+    answer = cli("check", "topology/smollm2.toml", *settings)
+    assert answer.returncode == 0, answer.stderr
+    assert "model   deepseek-v3-tiny" in answer.stdout
+    started = cli.up(*settings, "--set", "engine.main.kv_tokens=4096")
+    assert started.returncode == 0, started.stderr
+    try:
+        before = cli.ask(model="deepseek-v3-tiny")
+        assert len(set(before.split())) > 5  # not one word repeated
+        assert cli("kill", "main.rank0").returncode == 0
+        assert cli.ask(model="deepseek-v3-tiny") == before
+        assert cli.processes()["main.rank0"]["incarnation"] == 2
+    finally:
+        cli("down")
 
 
 @needs_model

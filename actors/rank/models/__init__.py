@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from actors.actor import StartFailure
+from actors.checkpoint.plugins import plugin
 from actors.rank.models.deepseek import DeepseekV3
 from actors.rank.models.llama import Llama
+from actors.rank.models.model import Model
 from actors.rank.models.moe import MixtureOfExperts
 
 MODELS: dict[str, type[Llama]] = {
@@ -16,4 +21,18 @@ MODELS: dict[str, type[Llama]] = {
     "DeepseekV3ForCausalLM": DeepseekV3,
 }
 
-__all__ = ["MODELS", "DeepseekV3", "Llama", "MixtureOfExperts"]
+__all__ = ["DeepseekV3", "Llama", "MixtureOfExperts", "Model", "model_class"]
+
+
+def model_class(architecture: str) -> Any:
+    """The class for an architecture: of this package, or of another (see `actors.checkpoint.plugins`).
+
+    Raises StartFailure if there is none.
+    """
+    try:
+        found = MODELS.get(architecture) or plugin(architecture)
+    except (ImportError, AttributeError) as error:
+        raise StartFailure(f"the package for architecture {architecture} cannot be used ({error})") from None
+    if found is None:
+        raise StartFailure(f"there is no model of architecture {architecture} any more: restart the node")
+    return found

@@ -53,6 +53,11 @@ class Llama:
             weights.final_norm.device,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's weights."""
+        return self.weights.nbytes
+
     def hidden(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
         """The state behind the last layer, before the final norm, of int64 ids [T]: [T, H].
 
