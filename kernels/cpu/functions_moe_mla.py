@@ -185,7 +185,7 @@ def _stack(matrix: Tensor | PackedWeight, count: int, deterministic: bool) -> _S
     panels, outputs, inputs = matrix.panels, matrix.out_features, matrix.in_features
     kind, ways = _PANELS, (NEVER, NEVER)
     if matrix.kind in _QUANTIZED:
-        kind, ways = _QUANTIZED[matrix.kind], limits(matrix.kind, outputs, inputs, deterministic)
+        kind, ways = _QUANTIZED[matrix.kind], limits(matrix.kind, outputs // count, inputs, deterministic)
     size = panels.nbytes * PANEL // outputs
     narrow = panels.dtype == torch.bfloat16
     return panels.data_ptr(), kind, narrow, outputs // count, inputs, size, *ways
