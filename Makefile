@@ -16,6 +16,8 @@ TOPOLOGY = topology/smollm2.toml
 TORCH_FLAGS =
 PYTEST_FLAGS =
 
+MOONCAKE_LIBRARIES = libibverbs1 librdmacm1 libnuma1 libcurl4
+
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
@@ -27,6 +29,11 @@ serve: $(INSTALLED)
 	@exec $(BIN)/runtime up $(TOPOLOGY) --port $(PORT)
 
 test: $(INSTALLED_DEV)
+	@if ! command -v ip >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "installing iproute2, for the tests with two hosts"; \
+		(apt-get update -qq && apt-get install -qq -y iproute2) >/dev/null 2>&1 || \
+			echo "make: iproute2 could not be installed, so the tests with two hosts are skipped" >&2; \
+	fi
 	@exec $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_DEV)
@@ -62,4 +69,7 @@ $(INSTALLED): pyproject.toml | .venv/bin/python
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing the development tools (once)"
 	@$(PIP) -e ".[dev]"
+	@$(BIN)/python -c 'import mooncake.engine' 2>/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update && apt-get install -y --no-install-recommends $(MOONCAKE_LIBRARIES); } >/dev/null 2>&1 || \
+		echo "make: $(MOONCAKE_LIBRARIES) could not be installed, tests of mooncake are skipped"
 	@touch $@

@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from actors.messages import ActorStats, Hello, Message
-from transport import Codec, Faults, FaultyMailbox, Mailbox
+from transport import Codec, Faults, FaultyMailbox, Mailbox, Network
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +77,7 @@ class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         config: the role's own settings, validated by the role.
         busy_limit_s: how long one message, timer or turn may take before the actor counts as hung.
         faults: what is done to the messages that it sends, in tests.
+        network: keys, and where it is reached, if it has peers on other machines.
     """
 
     address: str
@@ -84,6 +85,7 @@ class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: dict[str, Any] = {}
     busy_limit_s: float = 60.0
     faults: Faults | None = None
+    network: Network | None = None
 
 
 Handler = Callable[[Any, Any, str], None]
@@ -128,11 +130,20 @@ class Actor:
         self.args = msgspec.convert(context.args, ActorArgs)
         kind = Mailbox if self.args.faults is None else partial(FaultyMailbox, self.args.faults)
         self.mailbox: Mailbox[Message] = kind(
-            self.name, self.incarnation, self.args.address, self.args.peers, _CODEC, self.peer_started
+            self.name,
+            self.incarnation,
+            self.args.address,
+            self.args.peers,
+            _CODEC,
+            self.peer_started,
+            self.args.network,
         )
         self.bad_messages = 0
         self.began = time.perf_counter()
         self.waited_s = 0.0
+        self.watched: list[int] = []
+        """Descriptors beside the mailbox that wake the main loop when they are readable; `turn` attends to them. They
+        are added in `setup`."""
         self._timers: list[tuple[float, int, Callable[[], None], float | None]] = []
         self._timer_ids = itertools.count()
 
@@ -202,8 +213,10 @@ class Actor:
     def loop(self) -> None:
         """Serves messages and timers until shutdown is requested."""
         poller = zmq.Poller()
-        poller.register(self.mailbox.socket, zmq.POLLIN)
-        poller.register(self.link.shutdown_fd, zmq.POLLIN)
+        for inbox in self.mailbox.sockets:
+            poller.register(inbox, zmq.POLLIN)
+        for descriptor in (self.link.shutdown_fd, *self.watched):
+            poller.register(descriptor, zmq.POLLIN)
         link, limit = self.link, self.args.busy_limit_s
         while not link.shutdown_requested:
             timeout_ms = self._milliseconds_to_next_timer()

@@ -7,6 +7,7 @@ scheduler again, and whoever knows a newer attempt drops what belongs to an olde
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -96,6 +97,27 @@ class Detokenized(Tagged):
 # -- ingress ↔ scheduler -------------------------------------------------------------------------------------------
 
 
+MAX_CONSTRAINT = 65_536
+"""Characters of a constraint."""
+
+
+class Constraint(Struct, array_like=True, frozen=True, gc=False):
+    """What the text of an answer must look like.
+
+    Attributes:
+        text: a JSON schema, nothing for `json` (any JSON object), a regular expression, a grammar in EBNF whose first
+            rule is `root`, a JSON list of strings for `choice`, or the JSON of a structural tag.
+    """
+
+    kind: Literal["json_schema", "json", "regex", "ebnf", "choice", "structural_tag"]
+    text: Annotated[str, Meta(max_length=MAX_CONSTRAINT)] = ""
+
+    @property
+    def digest(self) -> str:
+        """Names the constraint by its content."""
+        return blake2b(f"{self.kind}:{self.text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
 class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     """How the tokens of one request are drawn.
 
@@ -104,6 +126,7 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
         stop_token_ids: ids that end the request, the model's end-of-sequence ids among them unless `ignore_eos`.
         logprobs: -1 for none, else how many of the most probable tokens are reported beside the drawn one.
         prompt_logprobs: the same for the prompt's tokens.
+        constraint: only tokens are drawn with which the output can still become what it says.
     """
 
     max_tokens: Annotated[int, Meta(ge=0)]
@@ -120,11 +143,17 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     logit_bias: dict[TokenId, float] = {}
     logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
+    constraint: Constraint | None = None
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens are less likely for having occurred."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
 
     @property
     def needs_history(self) -> bool:
         """Whether drawing a token needs the tokens before it."""
-        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
+        return self.penalizes or self.constraint is not None
 
 
 class TextParams(Struct, array_like=True, frozen=True, gc=False):
@@ -199,6 +228,24 @@ class Unknown(Tagged):
 
     rid: Rid
     attempt: Index
+
+
+# -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
+
+
+class Compile(Tagged):
+    """Scheduler → grammar: can this constraint be kept? Then → rank 0: have it ready. A rank that is asked for tokens
+    before compiles it on the spot. Answered by `Compiled`, and repeated until it is."""
+
+    constraint: Constraint
+
+
+class Compiled(Tagged):
+    """Grammar, rank 0 → scheduler: the constraint with this `digest` is ready, or why it cannot be kept: a sentence for
+    the client."""
+
+    digest: Annotated[str, Meta(max_length=64)]
+    error: str = ""
 
 
 # -- scheduler ↔ rank ----------------------------------------------------------------------------------------------
@@ -403,11 +450,193 @@ class Texts(Tagged):
     events: list[TextEvent]
 
 
-# -- scheduler → bootstrap → ingress -------------------------------------------------------------------------------
+# -- decode scheduler ↔ prefill scheduler --------------------------------------------------------------------------
+
+TransferId = Annotated[str, Meta(min_length=1, max_length=256)]
+"""Names one try to have one request's KV computed elsewhere. A decode scheduler never uses one twice."""
+Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""Counts, at a KV sender, the times that a transfer was offered from the start: what was offered in an earlier epoch is
+void. The epochs of a sender rise, those of a restarted one above those of the former."""
+
+
+class Prefill(Tagged):
+    """Decode scheduler → prefill scheduler: compute the KV of a sequence and draw the token that follows. Repeated once
+    a second until answered by `Prefilled` or `PrefillRefused`; a repetition makes the prefill engine say again
+    what it has said. Finished pages are offered to the receiver meanwhile.
+
+    Attributes:
+        receiver: the KV receiver that takes the pages.
+        tokens: prompt and output so far (i32). prompt_len: how many of them are the prompt.
+        held: so many tokens, whole pages, have their KV on the decode side already; their pages are not offered.
+        pages: where both engines compute in one arena, the pages of the whole sequence (i32), of which those of
+            the `held` tokens are filled. Empty where the prefill engine uses pages of its own.
+    """
+
+    transfer: TransferId
+    receiver: str
+    tokens: bytes
+    prompt_len: Annotated[int, Meta(ge=1, lt=2**31)]
+    sampling: SamplingParams
+    held: Index = 0
+    pages: bytes = b""
+    priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
+    extra_key: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class Prefilled(Tagged):
+    """Prefill scheduler → decode scheduler: the token that follows the sequence, None if none was asked for.
+
+    Attributes:
+        cached_tokens: tokens that were not computed, because the prefill engine had or was told their KV.
+    """
+
+    transfer: TransferId
+    token: TokenId | None
+    cached_tokens: Index = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class PrefillRefused(Tagged):
+    """Prefill scheduler → decode scheduler: the sequence will not be computed; as `Refused`."""
+
+    transfer: TransferId
+    status: Annotated[int, Meta(ge=400, le=599)]
+    message: str
+
+
+class Release(Tagged):
+    """Decode scheduler → prefill scheduler: the transfer is over or no longer wanted; free what it holds. Repeated
+    once a second until answered by `Released`, when no step writes into the transfer's pages any more."""
+
+    transfer: TransferId
+
+
+class Released(Tagged):
+    """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages. Also without a
+    `Release`, when the prefill engine has given the transfer up because nobody seemed to want it any more."""
+
+    transfer: TransferId
+
+
+# -- prefill scheduler ↔ KV sender ---------------------------------------------------------------------------------
+
+
+class Offer(Tagged):
+    """Prefill scheduler → KV sender: pages of a transfer hold their final KV. They stay as they are until the scheduler
+    has been answered `Withdrawn`, or the decode side has given the transfer up.
+
+    Attributes:
+        first: index of the first of these pages in the sequence.
+        pages: the pages (i32) in the arenas of the prefill engine's ranks.
+    """
+
+    transfer: TransferId
+    receiver: str
+    first: Index
+    pages: bytes
+
+
+class Withdraw(Tagged):
+    """Prefill scheduler → KV sender: these transfers are over, or all of them if none is named. Answered by
+    `Withdrawn`, after which no receiver gets to hear that what it has read of them was valid."""
+
+    transfers: list[TransferId] = []
+
+
+class Withdrawn(Tagged):
+    """KV sender → prefill scheduler, with the transfers of the `Withdraw`."""
+
+    transfers: list[TransferId] = []
+
+
+# -- KV sender ↔ KV receiver ---------------------------------------------------------------------------------------
+
+
+class Offered(Tagged):
+    """KV sender → KV receiver: pages that may be read now. Offers may come again, and out of order.
+
+    Attributes:
+        endpoint: what is needed to read from the sender's arenas, a `SenderPages`.
+        tp: arenas, one a rank, that hold a part each, or the same, of the pages.
+    """
+
+    transfer: TransferId
+    first: Index
+    pages: bytes
+    endpoint: bytes
+    tp: Index = 1
+    epoch: Epoch = 0
+
+
+class Confirm(Tagged):
+    """KV receiver → KV sender: all pages of the transfer have been read, as they were offered in one epoch; were they
+    still there? Repeated once a second until answered by `Confirmed`."""
+
+    transfer: TransferId
+    epoch: Epoch = 0
+
+
+class Confirmed(Tagged):
+    """KV sender → KV receiver: whether the pages have been as they were offered all the time until now."""
+
+    transfer: TransferId
+    valid: bool
+    epoch: Epoch = 0
+
+
+# -- decode scheduler ↔ KV receiver --------------------------------------------------------------------------------
+
+
+class Receive(Tagged):
+    """Decode scheduler → KV receiver: take what is offered for a transfer. Repeated once a second; answered by
+    `Received` or `ReceiveFailed` when it is complete.
+
+    Attributes:
+        sender: the KV sender of the prefill engine that was asked.
+        first: index of the first page that is wanted. pages: where this and the following ones go (i32), as the
+            ranks of the decode engine number them.
+    """
+
+    transfer: TransferId
+    sender: str
+    first: Index
+    pages: bytes
+
+
+class Received(Tagged):
+    """KV receiver → decode scheduler: all pages of the transfer are in their places. `nbytes` were copied."""
+
+    transfer: TransferId
+    nbytes: Annotated[int, Meta(ge=0)] = 0
+
+
+class ReceiveFailed(Tagged):
+    """KV receiver → decode scheduler: the pages cannot be had any more. Nothing is written into them from now on."""
+
+    transfer: TransferId
+    reason: str
+
+
+class CancelReceive(Tagged):
+    """Decode scheduler → KV receiver: the transfer is not wanted. Repeated until answered by `ReceiveCancelled`."""
+
+    transfer: TransferId
+
+
+class ReceiveCancelled(Tagged):
+    """KV receiver → decode scheduler: nothing is written into the transfer's pages any more."""
+
+    transfer: TransferId
+
+
+# -- scheduler → bootstrap → ingress, scheduler --------------------------------------------------------------------
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
-    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests."""
+    """What an engine offers. `scheduler` is the name and `address` the mailbox of the actor that takes its requests (on
+    other machines than its own, the address that the topology gives holds); `transfer` the KV sender of a prefill
+    engine or the KV receiver of a decode engine."""
 
     engine: str
     role: Literal["unified", "prefill", "decode"]
@@ -421,6 +650,7 @@ class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
     max_model_len: Index
     waiting: Index = 0
     running: Index = 0
+    transfer: str = ""
 
 
 class Register(Tagged):
@@ -429,8 +659,14 @@ class Register(Tagged):
     engine: EngineInfo
 
 
+class RegisterRefused(Tagged):
+    """Bootstrap → scheduler: the engine is not listed; one sentence says why and what to do."""
+
+    reason: str
+
+
 class Registry(Tagged):
-    """Bootstrap → every ingress, when an engine comes, goes or changes, and once a second."""
+    """Bootstrap → every ingress and decode scheduler, when an engine comes, goes or changes, and once a second."""
 
     engines: list[EngineInfo]
 
@@ -449,6 +685,8 @@ Message = (
     | Resend
     | Refused
     | Unknown
+    | Compile
+    | Compiled
     | Attach
     | Attached
     | Step
@@ -456,7 +694,24 @@ Message = (
     | Tokens
     | Stopped
     | Texts
+    | Prefill
+    | Prefilled
+    | PrefillRefused
+    | Release
+    | Released
+    | Offer
+    | Withdraw
+    | Withdrawn
+    | Offered
+    | Confirm
+    | Confirmed
+    | Receive
+    | Received
+    | ReceiveFailed
+    | CancelReceive
+    | ReceiveCancelled
     | Register
+    | RegisterRefused
     | Registry
 )
 """All types that may travel in an envelope."""

@@ -17,12 +17,12 @@ import contextlib
 import dataclasses
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from nodes import running
 from rich.console import Console
 from rich.table import Table
 
@@ -30,7 +30,6 @@ from runtime.chaos.footprint import NodeFootprint, node_footprint
 from runtime.chaos.inject import Plan, Planned, node_report
 from runtime.chaos.report import show
 from runtime.chaos.run import Load, run_chaos
-from runtime.rundir import base_directory
 
 ROOT = Path(__file__).parents[1]
 NAME = "chaos-benchmark"
@@ -39,19 +38,11 @@ FATAL = (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT)
 console = Console(highlight=False)
 
 
-@contextlib.contextmanager
-def node(options: argparse.Namespace, *settings: str, topology: str = "smollm2.toml") -> Iterator[Path]:
+def node(
+    options: argparse.Namespace, *settings: str, topology: str = "smollm2.toml"
+) -> contextlib.AbstractContextManager[Path]:
     """The run directory of a node that runs as long as the block."""
-    command = [sys.executable, "-m", "runtime"]
-    up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(options.port), "--detach"]
-    for setting in (f"node.name={NAME}", *settings, *options.set):
-        up += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(up, env=environment, check=True, stdout=subprocess.DEVNULL)
-    try:
-        yield base_directory() / NAME
-    finally:
-        subprocess.run([*command, "down", "--node", NAME], env=environment, check=False, stdout=subprocess.DEVNULL)
+    return running(NAME, options.port, topology, *settings, *options.set)
 
 
 def disturb(title: str, run_dir: Path, options: argparse.Namespace, plan: Plan, long_words: int = 0) -> bool:

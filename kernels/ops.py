@@ -218,18 +218,26 @@ def _packed(like: Tensor, kind: WeightKind, outputs: int, inputs: int, out: Tens
     return PackedWeight(out, kind, outputs, inputs)
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None, deterministic: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    deterministic: bool = False,
+    wide: bool = False,
+) -> Tensor:
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's type, float32 or bfloat16.
 
     A plain weight has x's type; a packed one may be of any kind. The bias has x's type. With `deterministic` a row's
-    result depends on that row alone, to the bit, whatever T is.
+    result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; on the CPU it is not
+    rounded to x's type before.
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
-    (processors with matrix instructions), for int8 to bytes with one scale a row, for int4 to bytes with a scale for 32
-    features each, or to bfloat16 for many rows without `deterministic`.
+    (processors with matrix instructions), for int8 to two bytes with one scale a row, for int4 to bfloat16, or with
+    `deterministic` and on processors that do not multiply bfloat16 to two bytes with a scale for 32 features each.
     """
     if isinstance(weight, Tensor) and not deterministic:
-        return F.linear(x, weight, bias)
+        out = F.linear(x, weight, bias)
+        return out.float() if wide else out
     outputs, inputs = (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape
     if x.dim() != 2 or x.shape[1] != inputs or (bias is not None and bias.shape != (outputs,)):
         raise ValueError(f"linear: x {tuple(x.shape)} or the bias does not fit a weight of [{outputs}, {inputs}]")
@@ -240,11 +248,11 @@ def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None = None,
     if isinstance(weight, PackedWeight) and weight.kind in _QUANTIZED:
         if fits and (native := library_for(data, dtype=torch.uint8)):
             chosen = way(weight.kind, outputs, inputs, x.shape[0], deterministic)
-            return cpu.linear_quantized(native, x, weight, bias, chosen)
-        return reference.linear(x, weight, bias, deterministic)
+            return cpu.linear_quantized(native, x, weight, bias, chosen, wide)
+        return reference.linear(x, weight, bias, deterministic, wide)
     if fits and (native := library_for(data)):
-        return cpu.linear(native, x, weight, bias)
-    return reference.linear(x, weight, bias, True)
+        return cpu.linear(native, x, weight, bias, wide)
+    return reference.linear(x, weight, bias, True, wide)
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
@@ -356,5 +364,4 @@ __all__ = [
     "sample",
     "silu_and_mul",
     "tune",
-    "widen",
 ]

@@ -162,12 +162,16 @@ def dequantize(packed: PackedWeight) -> Tensor:
     return unpack(packed.panels, packed.kind, packed.out_features, packed.in_features)
 
 
-def linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, deterministic: bool) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, deterministic: bool, wide: bool = False
+) -> Tensor:
     if isinstance(weight, PackedWeight):
         weight = dequantize(weight)
-        if weight.dtype != x.dtype:
-            wide = linear(x.float(), weight.float(), None if bias is None else bias.float(), deterministic)
-            return wide.to(x.dtype)
+        if weight.dtype != x.dtype or (wide and weight.is_cpu):
+            out = linear(x.float(), weight.float(), None if bias is None else bias.float(), deterministic)
+            return out if wide else out.to(x.dtype)
+    if wide:
+        return linear(x, weight, bias, deterministic).float()
     if not deterministic:
         return F.linear(x, weight, bias)
     # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep

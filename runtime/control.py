@@ -56,6 +56,7 @@ Question = Status | Restart | Renew | Kill | Down
 class NodeReport(Struct, tag=True, frozen=True):
     """A node and its tree. The state is "degraded" while any of its processes is not running.
 
+    `url` is where its ingress is reached, empty if that is on another node.
     `deterministic` says whether a repeated request must get the same answer (`model.deterministic`).
     """
 

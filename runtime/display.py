@@ -111,7 +111,9 @@ class Display:
 
     def _invitation(self, url: str, model: str) -> str:
         elapsed = time.monotonic() - self._began
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+        if not url:
+            return f"\nready after {elapsed:.1f} s. The node with the ingress finds its engines by itself.\n"
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Name the capital of France."}]})
         return (
             f"\nready at {url}/v1 after {elapsed:.1f} s. Try:\n\n"
             f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"

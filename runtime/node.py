@@ -18,6 +18,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from actors.checkpoint import CheckpointError
+from actors.grammar import available, load_tokens
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
@@ -54,7 +55,8 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
     try:
         if detached:
             _redirect_output(run_dir)
-        listener = _listen(plan.topology.ingress.host, plan.topology.ingress.port)
+        ingress = plan.topology.ingress
+        listener = _listen(ingress.host, ingress.port) if plan.placement.is_here("ingress") else None
         run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
         result = _Root(plan, run_dir, listener, tell).run()
         keep_logs = not result.ok or run_dir.has_crash_reports
@@ -78,7 +80,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
 class _Root:
     """The root supervisor with what a node adds to it: arenas, the control socket, and word of what happens."""
 
-    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket, tell: Tell) -> None:
+    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket | None, tell: Tell) -> None:
         self.plan = plan
         self.run_dir = run_dir
         self.tell = tell
@@ -90,10 +92,14 @@ class _Root:
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         _import_actors(spec, plan.topology.node.log_level)
-        _load_vocabulary(plan)
+        if plan.placement.is_here("tokenizer"):
+            _load_vocabulary(plan)
+        if available() and any(plan.placement.is_here(engine.scheduler) for engine in plan.engines):
+            _load_grammars(plan)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
-        descriptors[LISTENER] = listener.fileno()
+        if listener is not None:
+            descriptors[LISTENER] = listener.fileno()
         self.supervisor = Supervisor(spec, run_dir.path, descriptors=descriptors)
 
     def run(self) -> RunResult:
@@ -109,7 +115,8 @@ class _Root:
             return self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
         finally:
             control.close()
-            self.listener.close()
+            if self.listener is not None:
+                self.listener.close()
 
     def on_event(self, event: Event) -> None:
         self.tell(Happened(event))
@@ -174,6 +181,14 @@ def _load_vocabulary(plan: NodePlan) -> None:
         _ = load_vocabulary(plan.model.path).tokenizer
     except CheckpointError:
         pass  # the actor that needs it says what is wrong
+
+
+def _load_grammars(plan: NodePlan) -> None:
+    """The same for what compiles constraints: a rank that draws the first constrained token has no time to load it."""
+    try:
+        load_tokens(plan.model.path, plan.config.vocab_size)
+    except CheckpointError:
+        pass
 
 
 def _log_to(run_dir: RunDirectory) -> None:

@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.actor import StartFailure
 from actors.checkpoint import CheckpointError, ModelConfig, read_config
-from actors.dtypes import WeightDType, compute_dtype
-from actors.kv_format import KVDType
-from actors.rank.precision import auto_dtype
-from actors.rank.shard import kv_format, weight_bytes
-from actors.scheduler.pages import page_ledger_bytes
+from runtime.engine_plan import EnginePlan, plan_engine, share_arenas
 from runtime.errors import UserError
 from runtime.models import NotLocal, ResolvedModel, resolve_model
-from runtime.topology import Engine, LoadedTopology, Topology
-
-
-@dataclass(frozen=True)
-class EnginePlan:
-    """One engine, with the sizes that follow from its model.
-
-    Attributes:
-        dtype: of the weights. kv_dtype: of cached keys and values.
-        num_pages: pages of the KV pool.
-        threads: of each rank.
-        weight_bytes, kv_bytes: sizes of each rank's arenas.
-        ledger_bytes: size of the arena of the scheduler's page ledger.
-    """
-
-    name: str
-    settings: Engine
-    dtype: WeightDType
-    kv_dtype: KVDType
-    num_pages: int
-    threads: int
-    weight_bytes: list[int]
-    kv_bytes: list[int]
-    ledger_bytes: int
+from runtime.needs import check_needs
+from runtime.nodes import Placement, place
+from runtime.topology import LoadedTopology, Topology
 
 
 @dataclass(frozen=True)
@@ -47,7 +21,9 @@ class NodePlan:
     """One node.
 
     Attributes:
-        url: where clients on this machine reach it.
+        url: where clients on this machine reach it; empty if the ingress is on another one.
+        engines: those of all nodes.
+        placement: which of them, and of the other actors, live here.
         max_model_len: most tokens of one request, prompt and output together.
     """
 
@@ -62,18 +38,26 @@ class NodePlan:
     max_model_len: int
     api_key: str | None
     engines: list[EnginePlan]
+    placement: Placement
 
 
-def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str], None] = lambda _: None) -> NodePlan:
+def plan_node(
+    loaded: LoadedTopology,
+    download: bool = True,
+    note: Callable[[str], None] = lambda _: None,
+    node: str | None = None,
+) -> NodePlan:
     """Finds the model and fits the topology to it.
 
     Args:
         download: fetch a model that is not on this machine; otherwise raise NotLocal.
         note: told what takes long.
+        node: the one of several nodes that is started; by default a topology of several is only looked at.
 
     Raises TopologyError, or UserError when the model cannot be had.
     """
     topology = loaded.topology
+    placement = place(loaded, node)
     try:
         model = resolve_model(topology.model.path, loaded.base_of("model.path"), download, note)
     except NotLocal:
@@ -84,13 +68,17 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
         config = read_config(model.path)
     except CheckpointError as error:
         raise loaded.error("model.path", str(error)) from None
-    ranks = sum(engine.tp for engine in topology.engine.values() if engine.device == "cpu")
+    here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
+    ranks = sum(engine.tp for engine in here if engine.device == "cpu")
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
-    engines = [_plan_engine(loaded, name, config, threads) for name in topology.engine]
-    _check_memory(loaded, [engine for engine in engines if engine.settings.device == "cpu"])
+    engines = share_arenas(
+        [plan_engine(loaded, name, config, threads) for name in topology.engine], topology, placement
+    )
+    if node is not None or not placement.machines:
+        check_needs(loaded, [engine for engine in engines if placement.is_here(engine.name)])
     return NodePlan(
-        name=topology.node.name or f"{loaded.file.stem}-{topology.ingress.port}",
-        url=_url(topology.ingress.host, topology.ingress.port),
+        name=_name(loaded, node),
+        url=_url(topology.ingress.host, topology.ingress.port) if placement.is_here("ingress") else "",
         topology=topology,
         file=loaded.file,
         model=model,
@@ -100,61 +88,15 @@ def plan_node(loaded: LoadedTopology, download: bool = True, note: Callable[[str
         max_model_len=_max_model_len(loaded, config),
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         engines=engines,
+        placement=placement,
     )
 
 
-def _plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads: int) -> EnginePlan:
-    engine = loaded.topology.engine[name]
-    dtype = loaded.topology.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
-    kv_dtype = compute_dtype(dtype) if engine.kv_dtype == "auto" else engine.kv_dtype
-    num_pages = -(-engine.kv_tokens // engine.page_size)
-    try:
-        formats = [kv_format(config, kv_dtype, engine.page_size, engine.tp, rank) for rank in range(engine.tp)]
-        weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
-    except StartFailure as failure:
-        key = "kv_dtype" if "kv_dtype" in str(failure) else "tp"
-        raise loaded.error(f"engine.{name}.{key}", str(failure)) from None
-    return EnginePlan(
-        name=name,
-        settings=engine,
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        num_pages=num_pages,
-        threads=engine.threads or threads,
-        weight_bytes=weights,
-        kv_bytes=[num_pages * each.page_bytes for each in formats],
-        ledger_bytes=page_ledger_bytes(num_pages, engine.page_size),
-    )
-
-
-def _check_memory(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
-    """Raises TopologyError unless this machine's memory can hold weights and KV pools, which are used up to the last
-    byte under load."""
-    memory = _memory_bytes()
-    needed = sum(sum(engine.weight_bytes) + sum(engine.kv_bytes) for engine in engines)
-    if needed <= memory:
-        return
-    largest = max(engines, key=lambda engine: sum(engine.kv_bytes))
-    pool = sum(largest.kv_bytes)
-    page = pool // largest.num_pages
-    left = (memory - (needed - pool)) // page * largest.settings.page_size
-    problem = f"needs {needed / 2**30:.1f} GiB for weights and KV pools, and this machine has {memory / 2**30:.1f} GiB"
-    if left < largest.settings.page_size:
-        smaller = "" if largest.dtype == "int4" else ', or model.dtype = "int4"'
-        raise loaded.error("model.path", f"{problem}; choose a smaller model{smaller}")
-    key = f"engine.{largest.name}.kv_tokens"
-    raise loaded.error(key, f"is {largest.settings.kv_tokens}, which {problem}; give at most {left}")
-
-
-def _memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its control group's if that is less."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return memory
+def _name(loaded: LoadedTopology, node: str | None) -> str:
+    topology = loaded.topology
+    if node is not None:
+        return f"{topology.node.name or loaded.file.stem}-{node}"
+    return topology.node.name or f"{loaded.file.stem}-{topology.ingress.port}"
 
 
 def _max_model_len(loaded: LoadedTopology, config: ModelConfig) -> int:

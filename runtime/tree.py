@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from actors.ingress.journal import slot_bytes
-from runtime.plan import EnginePlan, NodePlan
+from runtime.engine_plan import EnginePlan
+from runtime.needs import arena_sizes_of
+from runtime.nodes import ip_address, part_of
+from runtime.output_formats import output_formats
+from runtime.plan import NodePlan
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
@@ -15,6 +22,7 @@ LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
 MAX_JOURNALLED = 4096
 """Connections of one ingress worker that outlive it, at most: what a supervisor keeps of one child."""
+_SCHEDULERS = {"unified": "Scheduler", "prefill": "PrefillScheduler", "decode": "DecodeScheduler"}
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""
 
@@ -24,18 +32,19 @@ def arena_sizes(plan: NodePlan) -> dict[str, int]:
     ingress = plan.topology.ingress
     slots = min(2 * ingress.max_concurrent, MAX_JOURNALLED)
     sizes = {_journal(name): slots * slot_bytes(ingress.max_body_bytes) for name in _ingress_names(plan)}
-    for engine in plan.engines:
-        sizes[f"{engine.name}.pages"] = engine.ledger_bytes
-        if engine.settings.device == "cpu":
-            for name, weights, kv in zip(_rank_names(engine), engine.weight_bytes, engine.kv_bytes, strict=True):
-                sizes[f"{name}.weights"] = weights
-                sizes[f"{name}.kv"] = kv
-    return sizes
+    ledgers = {f"{engine.name}.pages": engine.ledger_bytes for engine in plan.engines}
+    sizes |= ledgers | arena_sizes_of(plan.engines)
+    return {name: size for name, size in sizes.items() if plan.placement.is_here(name)}
 
 
 def actor_names(plan: NodePlan) -> list[str]:
-    """Names of all workers of a node."""
-    engines = [name for engine in plan.engines for name in (*_rank_names(engine), f"{engine.name}.scheduler")]
+    """Names of all workers, those of other nodes among them."""
+    engines = [
+        name
+        for engine in plan.engines
+        for name in (*engine.rank_names, engine.transfer_actor, engine.scheduler, engine.grammar)
+        if name
+    ]
     ingresses = _ingress_names(plan)
     return ["bootstrap", *engines, "detokenizer", "tokenizer", *ingresses]
 
@@ -43,10 +52,11 @@ def actor_names(plan: NodePlan) -> list[str]:
 def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
-    root ─ bootstrap, one supervisor an engine (its ranks, which restart together, and its scheduler), detokenizer,
-    tokenizer, ingress (a supervisor of the HTTP workers).
+    root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
+    prefills or decodes, its scheduler, and its grammar actor), detokenizer, tokenizer, ingress (a supervisor of the
+    HTTP workers). With several nodes, what of this lives on this one.
     """
-    return _Builder(plan, run_dir).root()
+    return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
 
 
 def _ingress_names(plan: NodePlan) -> list[str]:
@@ -55,10 +65,6 @@ def _ingress_names(plan: NodePlan) -> list[str]:
 
 def _journal(ingress: str) -> str:
     return f"{ingress}.journal"
-
-
-def _rank_names(engine: EnginePlan) -> list[str]:
-    return [f"{engine.name}.rank{rank}" for rank in range(engine.settings.tp)]
 
 
 def _faults(faults: Faults) -> dict[str, float]:
@@ -78,7 +84,11 @@ class _Builder:
         self.supervision = plan.topology.supervision
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
         self.ingresses = _ingress_names(plan)
-        self.schedulers = [f"{engine.name}.scheduler" for engine in plan.engines]
+        self.schedulers = [engine.scheduler for engine in plan.engines]
+        # Whose requests come from the ingresses and whose tokens go to the detokenizer.
+        self.serving = [engine.scheduler for engine in plan.engines if engine.role != "prefill"]
+        self.prefills = [engine for engine in plan.engines if engine.role == "prefill"]
+        self.decodes = [engine for engine in plan.engines if engine.role == "decode"]
 
     def root(self) -> SupervisorSpec:
         return self._supervisor(
@@ -91,7 +101,7 @@ class _Builder:
                     "detokenizer",
                     "detokenizer",
                     "actors.detokenizer:Detokenizer",
-                    peers=[*self.schedulers, *self.ingresses],
+                    peers=[*self.serving, *self.ingresses],
                     config={"model": str(self.plan.model.path)},
                 ),
                 self._worker(
@@ -107,10 +117,16 @@ class _Builder:
 
     def _engine(self, engine: EnginePlan) -> ChildSpec:
         ranks = [self._rank(engine, rank) for rank in range(engine.settings.tp)]
+        transfer = {"prefill": self._kv_sender, "decode": self._kv_receiver}.get(engine.role)
         return self._nested(
             engine.name,
             "engine",
-            [self._nested(f"{engine.name}.ranks", "ranks", ranks, "one_for_all"), self._scheduler(engine)],
+            [
+                self._nested(f"{engine.name}.ranks", "ranks", ranks, "one_for_all"),
+                *([transfer(engine)] if transfer else []),
+                self._scheduler(engine),
+                self._grammar(engine),
+            ],
         )
 
     def _rank(self, engine: EnginePlan, rank: int) -> ChildSpec:
@@ -122,10 +138,10 @@ class _Builder:
             "actors.rank.actor:Rank",
             peers=[
                 f"{engine.name}.scheduler",
-                *(peer for peer in _rank_names(engine) if peer != name),
+                *(peer for peer in engine.rank_names if peer != name),
                 *self.ingresses,
             ],
-            descriptors=[f"{name}.weights", f"{name}.kv"] if on_cpu else [],
+            descriptors=[engine.weight_arenas[rank], engine.kv_arenas[rank]] if on_cpu else [],
             config={
                 "model": str(self.plan.model.path),
                 "dtype": engine.dtype,
@@ -135,7 +151,8 @@ class _Builder:
                 "rank": rank,
                 "tp": settings.tp,
                 "page_size": settings.page_size,
-                "num_pages": engine.num_pages,
+                "num_pages": engine.arena_pages,
+                **({"weights_arena": engine.weight_arenas[rank], "kv_arena": engine.kv_arenas[rank]} if on_cpu else {}),
                 "max_slots": settings.max_running,
                 "max_model_len": self.plan.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
@@ -144,35 +161,111 @@ class _Builder:
             },
         )
 
+    def _kv_sender(self, engine: EnginePlan) -> ChildSpec:
+        return self._worker(
+            engine.transfer_actor,
+            "kv_sender",
+            "actors.kv_sender:KvSender",
+            peers=[engine.scheduler, *(each.transfer_actor for each in self.decodes), *self.ingresses],
+            descriptors=engine.kv_arenas,
+            config=self._transfer_config(engine),
+        )
+
+    def _kv_receiver(self, engine: EnginePlan) -> ChildSpec:
+        copies = self.plan.topology.transfer.engine == "shm" and not engine.shared_kv
+        sources = list(dict.fromkeys(arena for each in self.prefills for arena in each.kv_arenas)) if copies else []
+        return self._worker(
+            engine.transfer_actor,
+            "kv_receiver",
+            "actors.kv_receiver:KvReceiver",
+            peers=[engine.scheduler, *(each.transfer_actor for each in self.prefills), *self.ingresses],
+            descriptors=[*engine.kv_arenas, *sources],
+            config={**self._transfer_config(engine), "sources": sources},
+        )
+
+    def _transfer_config(self, engine: EnginePlan) -> dict[str, Any]:
+        settings = self.plan.topology.transfer
+        kind = "shared" if engine.shared_kv else settings.engine
+        pages = zip(engine.kv_arenas, engine.formats, engine.heads, strict=True)
+        return {
+            "scheduler": engine.scheduler,
+            "ranks": [
+                {"arena": arena, "format": msgspec.to_builtins(each), "heads": heads} for arena, each, heads in pages
+            ],
+            "num_pages": engine.arena_pages,
+            "transfer": {
+                "kind": kind,
+                "protocol": settings.protocol,
+                "device": settings.device,
+                **self._transfer_host(engine, kind),
+            },
+        }
+
+    def _grammar(self, engine: EnginePlan) -> ChildSpec:
+        return self._worker(
+            engine.grammar,
+            "grammar",
+            "actors.grammar:Grammar",
+            peers=[engine.scheduler, *self.ingresses],
+            config={"model": str(self.plan.model.path), "vocab_size": self.plan.config.vocab_size},
+        )
+
+    def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
+        """The address on which an engine's pages are read, where that is done over a network."""
+        placement = self.plan.placement
+        if not placement.machines or kind not in ("mooncake", "nixl") or not placement.is_here(engine.name):
+            return {}
+        return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
+
     def _scheduler(self, engine: EnginePlan) -> ChildSpec:
-        name, settings = f"{engine.name}.scheduler", engine.settings
-        ranks = _rank_names(engine)
+        name, settings, role = engine.scheduler, engine.settings, engine.role
+        others = {
+            "prefill": [each.scheduler for each in self.decodes],
+            "decode": [each.scheduler for each in self.prefills],
+        }
         return self._worker(
             name,
             "scheduler",
-            "actors.scheduler:Scheduler",
-            peers=[*ranks, "detokenizer", "bootstrap", *self.ingresses],
+            f"actors.scheduler:{_SCHEDULERS[role]}",
+            peers=[
+                *engine.rank_names,
+                *([engine.transfer_actor] if engine.transfer_actor else []),
+                engine.grammar,
+                *others.get(role, []),
+                *(["detokenizer"] if role != "prefill" else []),
+                "bootstrap",
+                *self.ingresses,
+            ],
             descriptors=[f"{engine.name}.pages"],
             config={
                 "engine": engine.name,
+                "role": role,
+                "transfer": engine.transfer_actor,
+                "shared_kv": engine.shared_kv,
+                "prefill_schedulers": others["decode"] if role == "decode" else [],
+                "local_prefill_tokens": settings.local_prefill_tokens,
                 "model": self.plan.served_name,
                 "address": self.addresses[name],
-                "leader": ranks[0],
+                "leader": engine.rank_names[0],
                 "detokenizer": "detokenizer",
                 "bootstrap": "bootstrap",
+                "grammar": engine.grammar,
                 "page_size": settings.page_size,
                 "num_pages": engine.num_pages,
+                "first_page": engine.first_page,
+                "arena_pages": engine.arena_pages,
                 "max_model_len": self.plan.max_model_len,
                 "tp": settings.tp,
                 "chunk_tokens": settings.chunk_tokens,
-                "max_step_ms": settings.max_step_ms,
+                "max_step_ms": settings.max_step_ms if role != "prefill" else 0,
                 "max_running": settings.max_running,
                 "max_queue": settings.max_queue,
                 "policy": settings.policy,
                 "poison_limit": settings.poison_limit,
                 "run_ahead": settings.run_ahead,
-                "prefix_cache": settings.prefix_cache,
-                "speculation": settings.speculation,
+                # Prompts in lent pages: what is cached is for the decode engine to know.
+                "prefix_cache": settings.prefix_cache and not (role == "prefill" and engine.shared_kv),
+                "speculation": settings.speculation if role != "prefill" else "off",
                 "num_speculative_tokens": settings.num_speculative_tokens,
                 "prompt_lookup_min": settings.prompt_lookup_min,
                 "prompt_lookup_max": settings.prompt_lookup_max,
@@ -193,7 +286,7 @@ class _Builder:
                 "tokenizer",
                 "bootstrap",
                 "detokenizer",
-                *self.schedulers,
+                *self.serving,
                 *(peer for peer in self.ingresses if peer != name),
             ],
             descriptors=[LISTENER, _journal(name)],
@@ -210,6 +303,7 @@ class _Builder:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_concurrent": settings.max_concurrent,
                 "tokenizer": "tokenizer",
+                **output_formats(plan),
             },
         )
 

@@ -2,6 +2,7 @@
 
 from transport.arena import Arena
 from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+from transport.curve import Network
 from transport.faults import Faults, FaultyMailbox
 from transport.mailbox import Mailbox, MailboxCounters
 
@@ -14,5 +15,6 @@ __all__ = [
     "Mailbox",
     "MailboxCounters",
     "MalformedMessage",
+    "Network",
     "OversizedMessage",
 ]

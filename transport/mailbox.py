@@ -1,4 +1,5 @@
-"""Mailboxes: one bound inbox an actor, one outbox to each peer, over ZeroMQ PUSH/PULL.
+"""Mailboxes: one bound inbox an actor (a second one for peers on other machines, see `transport.curve`), one outbox to
+each peer, over ZeroMQ PUSH/PULL.
 
 A peer may die and come back under the same address at any time. ZeroMQ reconnects by itself and keeps what was
 queued meanwhile; the envelope's incarnation tells the receiver that the peer is a new process. Delivery
@@ -18,6 +19,7 @@ import msgspec
 import zmq
 
 from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+from transport.curve import Doorkeeper, Network, RemoteOutbox
 
 logger = logging.getLogger(__name__)
 
@@ -43,14 +45,18 @@ class MailboxCounters(msgspec.Struct):
     unknown_sender: int = 0
     undelivered: int = 0
     """Frames not sent because the peer's queue was full or there is no such peer."""
+    refused: int = 0
+    """Connections from other machines that were turned away, as they did not have the keys."""
 
 
-def _check_address(address: str) -> None:
-    """Raises ValueError for an address that a mailbox must not use."""
+def _check_address(address: str, network: Network | None) -> None:
+    """Raises ValueError for an address that a mailbox must not use. Other machines are only talked to with keys."""
     scheme, _, rest = address.partition("://")
     if scheme == "ipc":
         if len(rest.encode()) > 107:
             raise ValueError(f"socket path {rest} is longer than 107 bytes: use a shorter run directory")
+        return
+    if scheme == "tcp" and network is not None:
         return
     if scheme == "tcp":
         host = rest.rpartition(":")[0].strip("[]")
@@ -59,7 +65,9 @@ def _check_address(address: str) -> None:
         except ValueError:
             loopback = False
         if not loopback:
-            raise ValueError(f"{address}: a tcp mailbox is only allowed on a loopback address, such as 127.0.0.1")
+            raise ValueError(
+                f"{address}: a tcp mailbox without keys is only allowed on a loopback address, such as 127.0.0.1"
+            )
         return
     raise ValueError(f"{address}: a mailbox address starts with ipc:// or tcp://")
 
@@ -69,11 +77,13 @@ class Mailbox(Generic[Body]):
 
     Args:
         name: the actor's name, the sender of what it sends.
-        incarnation: how often this actor has been started in this node.
+        incarnation: how often this actor has been started in this node; the attribute is what peers see of it.
         address: where the inbox is bound, `ipc://PATH` or `tcp://127.0.0.1:PORT`.
         peers: address of each actor that this one may send to.
         on_peer_started: called with (name, incarnation) when the first frame of an incarnation arrives,
             before that frame is delivered.
+        network: for peers on other machines: the keys, and where they reach this actor. All addresses that begin with
+            `tcp://` are then used with these keys only.
     """
 
     def __init__(
@@ -84,11 +94,13 @@ class Mailbox(Generic[Body]):
         peers: Mapping[str, str],
         codec: Codec[Body],
         on_peer_started: Callable[[str, int], None] | None = None,
+        network: Network | None = None,
     ) -> None:
-        for each in (address, *peers.values()):
-            _check_address(each)
+        _check_address(address, None)
+        for each in peers.values():
+            _check_address(each, network)
         self.name = name
-        self.incarnation = incarnation
+        self.incarnation = incarnation if network is None else network.incarnation(incarnation)
         self.peers = dict(peers)
         self.counters = MailboxCounters()
         self._codec = codec
@@ -96,20 +108,30 @@ class Mailbox(Generic[Body]):
         self._incarnations: dict[str, int] = {}
         self._next_in: dict[str, int] = {}
         self._next_out: dict[str, int] = {}
-        self._outboxes: dict[str, zmq.Socket[bytes]] = {}
+        self._network = network
+        self._fixed = frozenset(peers) if network is not None else frozenset()
+        self._outboxes: dict[str, zmq.Socket[bytes] | RemoteOutbox] = {}
         self._context = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 8_192)
-        self.socket = self._context.socket(zmq.PULL)
-        self.socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
-        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * codec.max_bytes)
-        self.socket.setsockopt(zmq.LINGER, 0)
+        inbox = self._context.socket(zmq.PULL)
+        inbox.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
+        inbox.setsockopt(zmq.MAXMSGSIZE, 2 * codec.max_bytes)
+        inbox.setsockopt(zmq.LINGER, 0)
+        self.sockets = [inbox]
+        """The inboxes, one of them for other machines if there are such peers: to be polled together."""
         if address.startswith("ipc://"):
             path = Path(address.removeprefix("ipc://"))
             path.unlink(missing_ok=True)  # a killed incarnation leaves its socket file behind
-            self.socket.bind(address)
+            inbox.bind(address)
             os.chmod(path, 0o600)
         else:
-            self.socket.bind(address)
+            inbox.bind(address)
+        if network is not None and network.listen:
+            door = Doorkeeper(self._context, network, HIGH_WATER_MARK, 2 * codec.max_bytes, self.counters)
+            self.sockets.append(door.socket)
+        self._poller = zmq.Poller()
+        for socket in self.sockets:
+            self._poller.register(socket, zmq.POLLIN)
 
     def send(self, peer: str, body: Body) -> bool:
         """Queues a message for a peer and returns at once.
@@ -136,16 +158,12 @@ class Mailbox(Generic[Body]):
         self.counters.sent += 1
 
     def receive(self, limit: int = 256) -> Iterator[Envelope[Body]]:
-        """The messages that wait in the inbox, at most `limit`, without blocking.
+        """The messages that wait, at most `limit` of each inbox, without blocking.
 
         What is not valid is counted and skipped.
         """
-        recv, decode, counters = self.socket.recv, self._codec.decode, self.counters
-        for _ in range(limit):
-            try:
-                frame = recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        decode, counters = self._codec.decode, self.counters
+        for frame in self._frames(limit):
             try:
                 envelope = decode(frame)
             except MalformedMessage as error:
@@ -166,13 +184,35 @@ class Mailbox(Generic[Body]):
             counters.received += 1
             yield envelope
 
+    def _frames(self, limit: int) -> Iterator[bytes]:
+        for socket in self.sockets:
+            recv = socket.recv
+            for _ in range(limit):
+                try:
+                    frame = recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                yield frame
+
     def poll(self, timeout_s: float) -> bool:
         """Waits for a message for at most `timeout_s` seconds."""
-        return bool(self.socket.poll(int(timeout_s * 1000)))
+        return bool(self._poller.poll(int(timeout_s * 1000)))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether messages wait. An event loop that watches the descriptors of `sockets`, which tell of changes only,
+        has to receive until this is false."""
+        return any(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN for socket in self.sockets)
 
     def add_peer(self, name: str, address: str) -> None:
-        """Allows sending to a peer that was not known at start. Raises ValueError for a bad address."""
-        _check_address(address)
+        """Allows sending to a peer that was not known at start. Raises ValueError for a bad address.
+
+        With peers on other machines, the addresses given at the start stay: what an actor says of its own address holds
+        on its own machine.
+        """
+        _check_address(address, self._network)
+        if name in self._fixed:
+            return
         if self.peers.get(name) != address:
             self.peers[name] = address
             if name in self._outboxes:
@@ -183,13 +223,21 @@ class Mailbox(Generic[Body]):
         for outbox in self._outboxes.values():
             outbox.close(int(linger_s * 1000))
         self._outboxes.clear()
-        self.socket.close(0)
+        for inbox in self.sockets:
+            inbox.close(0)
         self._context.term()
 
-    def _connect(self, peer: str) -> zmq.Socket[bytes]:
+    def _connect(self, peer: str) -> zmq.Socket[bytes] | RemoteOutbox:
         address = self.peers.get(peer)
         if address is None:
             raise KeyError(f"no address for {peer!r}")
+        if self._network is not None and address.startswith("tcp://"):
+            outbox = self._outboxes[peer] = RemoteOutbox(self._context, self._network, address)
+            self._next_out.setdefault(peer, 0)
+            return outbox
+        return self._connect_local(peer, address)
+
+    def _connect_local(self, peer: str, address: str) -> zmq.Socket[bytes]:
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         outbox.setsockopt(zmq.RECONNECT_IVL, 5)

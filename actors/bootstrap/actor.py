@@ -8,14 +8,14 @@ import time
 import msgspec
 
 from actors.actor import Actor, handles, role_of
-from actors.messages import EngineInfo, Register, Registry
+from actors.messages import EngineInfo, Register, RegisterRefused, Registry
 
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 1.0
 _GRACE_S = 1.25
-"""After a start nothing is told for a little longer than a heartbeat, so that ingresses do not take a registry that is
-still filling up for one that has lost engines."""
+"""After a start nothing is told for a little longer than a heartbeat, so that nobody takes a registry that is still
+filling up for one that has lost engines."""
 _MAX_ENGINES = 4096
 
 
@@ -30,7 +30,7 @@ class BootstrapConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Bootstrap(Actor):
-    """Takes `Register` from schedulers and tells every ingress the `Registry`."""
+    """Takes `Register` from schedulers and tells every ingress and every decode scheduler the `Registry`."""
 
     def setup(self) -> None:
         """Starts with an empty registry; the schedulers fill it within a second."""
@@ -43,8 +43,8 @@ class Bootstrap(Actor):
         self.every(_INTERVAL_S, self._tick)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
-        """A new ingress knows no engine yet."""
-        if role_of(peer) == "ingress":
+        """A new ingress or decode scheduler knows no engine yet."""
+        if role_of(peer) == "ingress" or peer in self._decode_schedulers():
             self._tell(peer)
 
     @handles(Register)
@@ -54,9 +54,11 @@ class Bootstrap(Actor):
         before = self.engines.get(info.engine)
         rival = self._rival(info)
         if rival is not None or (before is None and len(self.engines) >= _MAX_ENGINES):
+            reason = _refusal(info, rival)
             if info.engine not in self.refused:
-                self._log_refusal(info, rival)
+                logger.error("%s", reason)
                 self.refused.add(info.engine)
+            self.send(sender, RegisterRefused(reason))
             if before is not None:
                 self._forget(info.engine)
                 self._tell_all()
@@ -95,29 +97,27 @@ class Bootstrap(Actor):
                 return other
         return None
 
-    def _log_refusal(self, info: EngineInfo, rival: EngineInfo | None) -> None:
-        if rival is None:
-            logger.error("engine %s is not listed: %d engines are listed already", info.engine, len(self.engines))
-        else:
-            logger.error(
-                "engine %s (%s, %s) is not listed: engine %s (%s, %s) serves the same model %s with other KV pages; "
-                "give both the same checkpoint, dtype and page size",
-                info.engine,
-                info.role,
-                info.fingerprint,
-                rival.engine,
-                rival.role,
-                rival.fingerprint,
-                info.model,
-            )
+    def _decode_schedulers(self) -> list[str]:
+        return [info.scheduler for info in self.engines.values() if info.role == "decode"]
 
     def _tell_all(self) -> None:
-        for ingress in self.peers_of_role("ingress"):
-            self._tell(ingress)
+        for peer in [*self.peers_of_role("ingress"), *self._decode_schedulers()]:
+            self._tell(peer)
 
-    def _tell(self, ingress: str) -> None:
+    def _tell(self, peer: str) -> None:
         if time.monotonic() >= self.silent_until:
-            self.send(ingress, Registry(list(self.engines.values())))
+            self.send(peer, Registry(list(self.engines.values())))
+
+
+def _refusal(info: EngineInfo, rival: EngineInfo | None) -> str:
+    """Why an engine is not listed, and what to do."""
+    if rival is None:
+        return f"engine {info.engine} is not listed: {_MAX_ENGINES} engines are listed already"
+    return (
+        f"engine {info.engine} ({info.role}, {info.fingerprint}) is not listed: engine {rival.engine} ({rival.role}, "
+        f"{rival.fingerprint}) serves the same model {info.model} with other KV pages; give both the same checkpoint, "
+        "dtype, kv_dtype and page size"
+    )
 
 
 def _offer(info: EngineInfo) -> EngineInfo:

@@ -109,9 +109,9 @@ class Ingress(Actor):
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         self._crash = loop.create_future()
-        mailbox_fd = self.mailbox.socket.getsockopt(zmq.FD)
-        assert isinstance(mailbox_fd, int)
-        loop.add_reader(mailbox_fd, self._guarded_drain)
+        mailbox_fds = [int(inbox.getsockopt(zmq.FD)) for inbox in self.mailbox.sockets]
+        for fd in mailbox_fds:
+            loop.add_reader(fd, self._guarded_drain)
         loop.add_reader(self.link.shutdown_fd, self._shut_down)
         ticker = loop.create_task(self._tick())
         server = loop.create_task(self._server.serve())
@@ -120,18 +120,19 @@ class Ingress(Actor):
             for each in done:
                 each.result()
         finally:
-            loop.remove_reader(mailbox_fd)
+            for fd in mailbox_fds:
+                loop.remove_reader(fd)
             loop.remove_reader(self.link.shutdown_fd)
             ticker.cancel()
             self.ledger.flush()
 
     def _guarded_drain(self) -> None:
-        """Takes what waits in the mailbox. Its descriptor only tells of changes, so whatever is left is taken on the
+        """Takes what waits in the mailbox. Its descriptors only tell of changes, so whatever is left is taken on the
         loop's next round, after HTTP has had its turn."""
         try:
             self.drain()
             self.ledger.flush()
-            if int(self.mailbox.socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            if self.mailbox.waiting:
                 asyncio.get_running_loop().call_soon(self._guarded_drain)
         except Exception as error:
             if not self._crash.done():

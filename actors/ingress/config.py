@@ -6,6 +6,9 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from actors.ingress.parsers.reasoning import ReasoningFormat
+from actors.ingress.parsers.tool_calls import ToolCallFormat
+
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 
@@ -31,6 +34,8 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         max_concurrent: requests in progress in this worker; more are refused with status 503.
         journal_bytes: memory that the journal of open connections may take; those beyond it do not survive this worker.
         tokenizer: name of the actor that tokenizes.
+        tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
+        reasoning_parser: the format of the model's reasoning; None leaves it in the content.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -49,3 +54,5 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_concurrent: Count = 1024
     journal_bytes: Count = 512 * 2**20
     tokenizer: str = "tokenizer"
+    tool_call_parser: ToolCallFormat | None = None
+    reasoning_parser: ReasoningFormat | None = None

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
+from actors.ingress.constraints import constraint_of
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import Exchange
 from actors.ingress.ledger import Entry
@@ -36,6 +37,8 @@ from actors.messages import TextLogprob, TextPrompt
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
+CONSTRAINTS = ("json_schema", "regex", "ebnf", "structural_tag")
+"""SGLang's names."""
 
 _encode = msgspec.json.encode
 
@@ -61,14 +64,15 @@ class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    # not supported
-    custom_params: Any = None
-    ebnf: Any = None
+    # the form of the answer; see `constraints`
     json_schema: Any = None
     regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
+    # not supported
+    custom_params: Any = None
     stop_regex: Any = None
     stream_interval: Any = None
-    structural_tag: Any = None
 
 
 class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -173,6 +177,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         logit_bias=params.logit_bias,
         logprobs=top,
         prompt_logprobs=top if request.logprob_start_len >= 0 else -1,
+        constraint=constraint_of({name: getattr(params, name) for name in CONSTRAINTS}),
         limit_names=("min_new_tokens", "max_new_tokens"),
     )
     text = text_params(
@@ -265,7 +270,7 @@ def _refuse_unsupported(request: GenerateRequest, params: NativeSamplingParams) 
                 "video_data",
             ),
         ),
-        (params, ("custom_params", "ebnf", "json_schema", "regex", "stop_regex", "stream_interval", "structural_tag")),
+        (params, ("custom_params", "stop_regex", "stream_interval")),
     ):
         for name in names:
             if getattr(source, name) not in (None, False, [], ""):

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from actors.ingress.config import IngressConfig
 from actors.ingress.errors import invalid
-from actors.messages import SamplingParams, TextParams
+from actors.messages import Constraint, SamplingParams, TextParams
 
 TopP = Annotated[float, Meta(gt=0, le=1)]
 MinP = Annotated[float, Meta(ge=0, le=1)]
@@ -46,6 +46,7 @@ def sampling_params(
     logit_bias: dict[int, float] | None,
     logprobs: int = -1,
     prompt_logprobs: int = -1,
+    constraint: Constraint | None = None,
     limit_names: tuple[str, str] = ("min_tokens", "max_tokens"),
 ) -> SamplingParams:
     """What the engine is told; None stands for a parameter that the client has not given.
@@ -87,6 +88,7 @@ def sampling_params(
         logit_bias=logit_bias or {},
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        constraint=constraint,
     )
 
 

@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
-from actors.ingress.openai.chat import ChatMessage, chat_prompt
+from actors.ingress.openai.messages import ChatMessage, chat_prompt
+from actors.ingress.openai.tools import Tool, callable_tools, rendered
 from actors.ingress.service import Prompt, Service
 from actors.messages import TextPrompt
 
@@ -25,6 +26,7 @@ class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
     return_token_strs: bool = False
 
 
@@ -49,6 +51,7 @@ async def tokenize(service: Service, request: TokenizeRequest, exchange: Exchang
             request.chat_template_kwargs,
             request.add_generation_prompt,
             request.continue_final_message,
+            rendered(callable_tools(request.tools, None)),
         )
     (packed,) = await service.tokenize(exchange, [prompt])
     tokens = array("i", packed)

@@ -12,7 +12,7 @@ import torch
 
 from actors.actor import Actor, BadMessage, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.messages import Attach, Attached, Step
+from actors.messages import Attach, Attached, Compile, Step
 from actors.rank.config import RankConfig
 from actors.rank.executor import Executor, build_executor
 from actors.rank.group import JOIN_TIMEOUT_S, Group
@@ -27,7 +27,7 @@ SECONDS_PER_TOKEN = 0.05
 class Rank(Actor):
     """One tensor-parallel rank of an engine. Rank 0 leads: it alone talks to the scheduler, and passes on what it does.
 
-    Its arenas come as the descriptors `NAME.weights` and `NAME.kv`; what is not given is made anew at each start.
+    Its arenas come as the descriptors that its configuration names; what is not given is made anew at each start.
     """
 
     def setup(self) -> None:
@@ -43,7 +43,7 @@ class Rank(Actor):
             config.deterministic,
         )
         descriptors = self.context.descriptors
-        weights, kv = descriptors.get(f"{self.name}.weights"), descriptors.get(f"{self.name}.kv")
+        weights, kv = descriptors.get(config.weights_arena), descriptors.get(config.kv_arena)
         try:
             self.executor: Executor = build_executor(config, weights, kv, self.group)
         except CheckpointError as error:
@@ -56,6 +56,7 @@ class Rank(Actor):
         self.source: str | None = None
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
+        self.watched.append(self.executor.grammars.fd)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.source:
@@ -79,7 +80,7 @@ class Rank(Actor):
         except InterruptedError:
             return
         config = self.config
-        kept = f"{self.name}.kv" in self.context.descriptors and config.device == "cpu"
+        kept = config.kv_arena in self.context.descriptors and config.device == "cpu"
         if config.rank == 0:
             attached = Attached(
                 num_pages=config.num_pages,
@@ -92,6 +93,11 @@ class Rank(Actor):
             )
             self.send(sender, attached)
 
+    @handles(Compile)
+    def compile(self, message: Compile, sender: str) -> None:
+        """Compiles a constraint beside the steps."""
+        self.executor.grammars.want(message.constraint, sender)
+
     @handles(Step)
     def step(self, message: Step, sender: str) -> None:
         """Queues a step of the scheduler that is attached; others are ignored."""
@@ -102,6 +108,8 @@ class Rank(Actor):
 
     def turn(self) -> None:
         """Runs the queued steps, with a look into the mailbox after each: an `Attach` there forgets the others."""
+        for asker, answer in self.executor.grammars.finished():
+            self.send(asker, answer)
         while self.steps and not self.link.shutdown_requested:
             self._run(self.steps.popleft())
             if self.mailbox.poll(0):

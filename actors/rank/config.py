@@ -28,6 +28,7 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
         max_model_len: positions that a sequence may have.
         max_step_tokens: new tokens that a step may have.
         threads: of torch in this process; 0 leaves torch's own choice.
+        weights_arena, kv_arena: names of the descriptors of its arenas; without them memory is made anew at each start.
         process_group_dir: where the ranks of a group meet; needed if tp is above 1.
     """
 
@@ -44,6 +45,8 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
     tp: Annotated[int, Meta(ge=1, le=64)] = 1
     rank: Annotated[int, Meta(ge=0, le=63)] = 0
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    weights_arena: str = ""
+    kv_arena: str = ""
     process_group_dir: str = ""
 
     @property

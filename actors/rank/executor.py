@@ -14,6 +14,7 @@ from torch import Tensor
 import kernels
 from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
+from actors.grammar import Workshop, load_tokens
 from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
@@ -97,7 +98,9 @@ class Executor:
         self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
-        self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device)
+        self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
+        grammars = self.grammars if group.rank == 0 else None
+        self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars)
         # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
         # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
         self.graphs: DecodeGraphs | None = None

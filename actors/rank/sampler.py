@@ -1,8 +1,8 @@
 """Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
 
-The logits of a row are changed in this order: penalties, bias, minimum length; then temperature, top-k, top-p and min-p
-choose. The random number of a token is a pure function of the request's seed and the token's position, and everything
-else here is a function of the tokens before it, so a step that is run again draws the same tokens.
+The logits of a row are changed in this order: penalties, bias, minimum length, constraint; then temperature, top-k,
+top-p and min-p choose. The random number of a token is a pure function of the request's seed and the token's position,
+and everything else here is a function of the tokens before it, so a step that is run again draws the same tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 import kernels
 from actors.actor import BadMessage
+from actors.grammar import Workshop
 from actors.messages import OpenSlot, SamplingParams, TopLogprobs
+from actors.rank.masks import Masks
 from kernels import SamplingTensors
 
 Int32s = NDArray[np.int32]
@@ -76,9 +78,17 @@ class Sampler:
     Args:
         max_slots, vocab_size, max_model_len: bounds of what may be asked for.
         device: of the logits.
+        grammars: compiles constraints; None on ranks that do not draw.
     """
 
-    def __init__(self, max_slots: int, vocab_size: int, max_model_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        max_slots: int,
+        vocab_size: int,
+        max_model_len: int,
+        device: torch.device,
+        grammars: Workshop | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.device = device
@@ -94,6 +104,7 @@ class Sampler:
         self._bias: dict[int, tuple[Int32s, NDArray[np.float32]]] = {}
         self._histories: dict[int, History] = {}
         self._min_lengths: dict[int, tuple[int, Int32s]] = {}
+        self._masks = None if grammars is None else Masks(grammars, vocab_size)
         self._last_drawing: Drawing | None = None
 
     def check(self, opened: OpenSlot) -> None:
@@ -134,6 +145,8 @@ class Sampler:
         stops = np.array([token for token in sampling.stop_token_ids if token < self.vocab_size], np.int32)
         if sampling.min_tokens and len(stops):
             self._min_lengths[slot] = opened.prompt_len + sampling.min_tokens, stops
+        if self._masks is not None:
+            self._masks.open(opened)
         self._changes[slot] = any(slot in table for table in (self._bias, self._histories, self._min_lengths))
 
     def note(self, slot: int, start: int, tokens: Int32s) -> None:
@@ -152,8 +165,7 @@ class Sampler:
         """
         drawing = self._drawing(slots)
         if drawing.changes:
-            logits = logits.clone()
-            self._change(logits, slots, positions)
+            logits = self._changed(logits, slots, positions)
         return kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
 
     def is_greedy(self, slots: Int32s) -> bool:
@@ -205,18 +217,25 @@ class Sampler:
         """How many of the most probable tokens a slot wants to know for each token of its prompt."""
         return min(max(self._params[slot].prompt_logprobs, 0), self.vocab_size)
 
-    def _change(self, logits: Tensor, slots: Int32s, positions: Int32s) -> None:
+    def _changed(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
+        """A copy with what the slots want to have changed."""
+        masked, allowed = self._allowed(slots, positions)
         penalized: list[tuple[int, Int32s, Int32s]] = []
         biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
         for row in np.flatnonzero(self._changes[slots]).tolist():
             slot, position = int(slots[row]), int(positions[row])
-            if slot in self._histories:
+            if self._params[slot].penalizes:
                 penalized.append((row, *self._histories[slot].entries(position)))
             if slot in self._bias:
                 biased.append((row, *self._bias[slot]))
             if slot in self._min_lengths and position < self._min_lengths[slot][0]:
+                # A constraint that leaves nothing to say ends the answer all the same.
+                if self._masks is not None and row in masked and self._masks.over(slot, allowed[masked.index(row)]):
+                    continue
                 stops = self._min_lengths[slot][1]
                 biased.append((row, stops, np.full(len(stops), -np.inf, np.float32)))
+        if penalized or biased or 0 < len(masked) < len(slots):
+            logits = logits.clone()
         if penalized:
             sampling = [self._params[int(slot)] for slot in slots]
             kernels.apply_penalties(
@@ -228,6 +247,25 @@ class Sampler:
             )
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
+        if len(masked) == len(slots):
+            logits = torch.where(self._to_device(allowed), logits, -torch.inf)
+        elif masked:
+            rows = self._to_device(np.array(masked))
+            logits[rows] = torch.where(self._to_device(allowed), logits[rows], -torch.inf)
+        return logits
+
+    def _allowed(self, slots: Int32s, positions: Int32s) -> tuple[list[int], NDArray[np.bool_]]:
+        """Rows whose slots are constrained, and the tokens [B, V] that these may draw."""
+        masks = self._masks
+        rows = [] if masks is None else [row for row, slot in enumerate(slots.tolist()) if slot in masks]
+        if masks is None or not rows:
+            return [], np.empty((0, self.vocab_size), np.bool_)
+        histories = [self._histories[int(slots[row])] for row in rows]
+        outputs = [
+            history.tokens[history.prompt_len : position]
+            for history, position in zip(histories, positions[rows].tolist(), strict=True)
+        ]
+        return rows, masks.allowed(slots[rows].tolist(), outputs)
 
     def _entries(self, rows: Sequence[tuple[int, Int32s, NDArray[np.generic]]]) -> tuple[Tensor, Tensor, Tensor]:
         """(row, token ids, values) of each row as three tensors with an entry a token."""

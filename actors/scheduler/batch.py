@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
 from actors.scheduler.config import Config
@@ -16,6 +18,8 @@ from actors.scheduler.step_times import StepTimes
 
 LEAST_CHUNK = 64
 """Prompt tokens of a step however long decoding takes: else a full batch would starve those that wait."""
+Place = Literal["here", "elsewhere", "nowhere"]
+"""Where a prompt is computed: by this engine's ranks, by another engine, or nowhere for the moment."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,18 +60,27 @@ class Batch:
     Args:
         times: of steps so far, by which those with both prompts and decoding requests are kept short.
         speculation: chooses drafts; None for plain decoding.
+        place: where the prompt of a request is computed that lacks the KV of so many tokens; None for always here.
 
     Attributes:
         chunk_tokens: prompt tokens of the next step, all requests together, and guesses.
+        departing: requests that have just got pages, which are lent, to have their prompts computed elsewhere.
     """
 
     def __init__(
-        self, config: Config, pool: PagePool, times: StepTimes, speculation: Speculation | None = None
+        self,
+        config: Config,
+        pool: PagePool,
+        times: StepTimes,
+        speculation: Speculation | None = None,
+        place: Callable[[Request, int], Place] | None = None,
     ) -> None:
         self._config = config
         self._pool = pool
         self._times = times
         self._speculation = speculation
+        self._place = place
+        self.departing: list[tuple[Request, Lease]] = []
         self._slots = list(range(config.max_running))[::-1]
         self.chunk_tokens = config.chunk_tokens
         self.waiting: list[Request] = []
@@ -87,8 +100,8 @@ class Batch:
         budget = self._budget()
         drafts = self._speculation.choose(self.running) if self._speculation and only is None else {}
         for request in list(self.running):
-            if request.lease is None:
-                continue  # retracted for the sake of one before it
+            if request.lease is None or request.away:
+                continue  # retracted for the sake of one before it, or computed elsewhere
             if only is not None and request not in only:
                 continue
             if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
@@ -108,11 +121,15 @@ class Batch:
 
     def _budget(self) -> int:
         """Prompt tokens, and guesses, that the next step may take."""
-        decoding = sum(not request.prefilling for request in self.running)
+        decoding = sum(not request.prefilling and not request.away for request in self.running)
         if not decoding or not self._config.max_step_ms:
             return self.chunk_tokens
         most = self._times.most_tokens(self._config.max_step_ms / 1000, decoding + self.chunk_tokens) - decoding
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))
+
+    def admit_elsewhere(self) -> None:
+        """Admits waiting requests whose prompts are computed elsewhere, whatever this engine's ranks are doing."""
+        self._admit([], 0)
 
     def add(self, request: Request) -> None:
         """A request waits."""
@@ -133,17 +150,28 @@ class Batch:
         request.computed = end
         request.scheduled = max(request.scheduled, end)
         if row.length > 1 and not row.draft:
-            self._share(request, row.lease)
+            self.share(request, row.lease)
+
+    def arrived(self, request: Request) -> None:
+        """Others have computed the KV of all tokens of a request that was away."""
+        lease = request.lease
+        assert lease is not None
+        request.away = False
+        start, end = request.computed, len(request.tokens)
+        self._pool.keep(lease.pages[request.shared :])
+        self.computed(Row(request, lease, start, end - start, 0))
 
     def release(self, request: Request) -> None:
-        """Takes slot and pages from a running request; what is computed goes to the tree. Its tokens stay."""
+        """Takes slot and pages from a running request; what is computed goes to the tree. Its tokens stay. Pages that
+        are lent stay lent: who has lent them takes them back."""
         lease = request.lease
         if lease is None:
             return
-        self._share(request, lease)
+        self.share(request, lease)
         self._coming.subtract(request.digests[1 + request.shared : 1 + request.prompt_len // self._pool.page_size])
         self._coming += Counter()
-        self._pool.give_back(lease.pages[request.shared :])
+        if not request.away:
+            self._pool.give_back(lease.pages[request.shared :])
         if request.node is not None:
             self._pool.tree.unlock(request.node)
         self._slots.append(lease.slot)
@@ -205,28 +233,43 @@ class Batch:
             if request.lease is not None
         )
         for request in admission_order(self.waiting, self._config.policy, pool.tree):
-            if budget <= 0 or not self._slots:
+            if not self._slots or (budget <= 0 and self._place is None):
                 return
-            if request.pending:
+            if request.pending or request.held:
                 continue  # retracted with a token under way: that comes first
-            usable = b""
+            usable, known = b"", 0
             if pool.prefix_cache and not request.wants_prompt_logprobs:
                 usable = request.tokens[:-1].tobytes()
                 known = pool.tree.match_length(request.root, usable)
                 if any(self._coming[digest] > 0 for digest in request.digests[known + 1 : known + 2]):
                     continue
+            place = self._place(request, request.planned - known * pool.page_size) if self._place else "here"
+            if place == "nowhere" or (place == "here" and budget <= 0):
+                continue
             # Pages that match stop being evictable, so they count as needed. One more for what is decoded next.
             needed = -(-request.planned // pool.page_size) + 1
             if self.running and promised + needed > pool.available:
                 return
             lease = self._start(request, usable)
-            length = min(request.planned - request.scheduled, budget)
+            length = request.planned - request.scheduled
+            if place == "here":
+                length = min(length, budget)
             if not self._grow(lease, request.scheduled + length):
                 self.retract(request)
                 return
-            rows.append(self._row(request, lease, length))
-            budget -= length
             promised += max(1, needed - len(lease.pages))
+            if place == "here":
+                rows.append(self._row(request, lease, length))
+                budget -= length
+            else:
+                self._send_away(request, lease)
+
+    def _send_away(self, request: Request, lease: Lease) -> None:
+        """Others compute the prompt from its first page on that is not in the tree."""
+        request.away = True
+        request.computed = request.scheduled = request.shared * self._pool.page_size
+        self._pool.lend(lease.pages[request.shared :])
+        self.departing.append((request, lease))
 
     def _start(self, request: Request, usable: bytes) -> Lease:
         """Gives a waiting request a slot and the pages that hold its prefix already."""
@@ -248,7 +291,7 @@ class Batch:
         self._coming.update(request.digests[1 + request.shared : 1 + request.prompt_len // size])
         return lease
 
-    def _share(self, request: Request, lease: Lease) -> None:
+    def share(self, request: Request, lease: Lease) -> None:
         """Puts the full pages that a running request has computed into the tree, and takes over the tree's own where
         another request was faster."""
         pool = self._pool

@@ -32,7 +32,7 @@ def page_digest(prefix: bytes, tokens: bytes) -> bytes:
 
 def page_ledger_bytes(num_pages: int, page_size: int) -> int:
     """Size of the arena that a `PageLedger` needs."""
-    return 8 + num_pages * (DIGEST_BYTES + 4 + 4 + 4 * page_size)
+    return 8 + num_pages * (DIGEST_BYTES + 4 + 4 + 4 + 4 * page_size)
 
 
 class PageLedger:
@@ -43,6 +43,7 @@ class PageLedger:
         count: i32[num_pages], how many of them are valid; 0 for a page that holds nothing.
         prefix: u8[num_pages, 16], digest of everything before the page.
         first: i32[num_pages], 1 for the first page of a sequence, whose prefix is a root digest.
+        lent: i32[num_pages], 1 for a page that somebody beside this engine's ranks may be writing into.
         epoch: i64[1], see `Attached.kv_epoch`.
     """
 
@@ -52,8 +53,8 @@ class PageLedger:
         if arena.size < needed:
             raise ValueError(f"the page ledger needs {needed} bytes and its arena has {arena.size}")
         raw = np.frombuffer(arena.buffer, dtype=np.uint8, count=needed)
-        ends = np.cumsum([8, 4 * page_size * num_pages, 4 * num_pages, 4 * num_pages])
-        epoch, tokens, count, first, prefix = np.split(raw, ends)
+        ends = np.cumsum([8, 4 * page_size * num_pages, 4 * num_pages, 4 * num_pages, 4 * num_pages])
+        epoch, tokens, count, first, lent, prefix = np.split(raw, ends)
         self.epoch: NDArray[np.int64] = epoch.view(np.int64)
         self.tokens: NDArray[np.int32] = tokens.view(np.int32).reshape(num_pages, page_size)
         # The same once more, for writing a few items: several times as fast as through numpy.
@@ -62,6 +63,7 @@ class PageLedger:
         self._count = count.data.cast("i")
         self.count: NDArray[np.int32] = count.view(np.int32)
         self.first: NDArray[np.int32] = first.view(np.int32)
+        self.lent: NDArray[np.int32] = lent.view(np.int32)
         self.prefix: NDArray[np.uint8] = prefix.reshape(num_pages, DIGEST_BYTES)
 
     def clear(self, pages: list[int]) -> None:
@@ -88,7 +90,8 @@ class PageLedger:
     def restore(self, tree: PrefixTree) -> tuple[list[int], dict[bytes, list[int]]]:
         """Puts every full page whose whole prefix is still there back into the tree.
 
-        Returns the pages that hold nothing reachable, and the partly filled pages by the digest of their prefix.
+        Returns the pages that hold nothing reachable and are not lent, and the partly filled pages by the digest of
+        their prefix.
         """
         page_size = self.tokens.shape[1]
         full: dict[bytes, list[int]] = defaultdict(list)
@@ -117,6 +120,7 @@ class PageLedger:
                 tree.insert(root, path, pages)
         left = {prefix: pages for prefix, pages in partial.items() if prefix in reachable}
         kept.update(page for pages in left.values() for page in pages)
+        kept.update(np.flatnonzero(self.lent).tolist())
         return [page for page in range(len(self.count)) if page not in kept], left
 
 
@@ -135,7 +139,9 @@ class PagePool:
         self.prefix_cache = prefix_cache
         self._free, self._partial = ledger.restore(self.tree)
         self._free.reverse()
-        self.restored_pages = self.num_pages - len(self._free)
+        self.lent_before: list[int] = np.flatnonzero(ledger.lent).tolist()
+        """Pages that a former incarnation had lent; `take_back` makes them free."""
+        self.restored_pages = self.num_pages - len(self._free) - len(self.lent_before)
 
     @property
     def available(self) -> int:
@@ -164,6 +170,20 @@ class PagePool:
         """Frees pages that no request and no tree node holds."""
         self.ledger.clear(pages)
         self._free += pages
+
+    def lend(self, pages: list[int]) -> None:
+        """Others than this engine's ranks may write into pages from now on, whatever becomes of this process."""
+        self.ledger.clear(pages)
+        self.ledger.lent[pages] = 1
+
+    def keep(self, pages: list[int]) -> None:
+        """Nobody else writes into pages any more; they stay with their request."""
+        self.ledger.lent[pages] = 0
+
+    def take_back(self, pages: list[int]) -> None:
+        """Frees lent pages: nobody writes into them any more."""
+        self.keep(pages)
+        self.give_back(pages)
 
     def match(self, root: bytes, tokens: bytes) -> tuple[Node, list[int]]:
         """The longest known prefix of packed tokens; its node is locked until `PrefixTree.unlock`."""

@@ -42,8 +42,10 @@ class Request:
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
         lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
-        speculates: whether its next tokens may be guessed. Not with penalties, for which the rank would have to count
-            the tokens before each position anew.
+        away: its prompt is being computed by another engine, into pages that are lent.
+        held: it waits for its constraint to be ready.
+        speculates: whether its next tokens may be guessed. Not with penalties or a constraint, for which the rank
+            would have to go through the tokens before each position anew.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
     """
@@ -54,6 +56,7 @@ class Request:
         self.owner = owner
         self.order = order
         self.priority = message.priority
+        self.extra_key = message.extra_key
         self.sampling = message.sampling
         self.stop_token_ids = frozenset(message.sampling.stop_token_ids)
         self.text = message.text
@@ -70,6 +73,8 @@ class Request:
         self.lease: Lease | None = None
         self.shared = 0
         self.node: Node | None = None
+        self.away = False
+        self.held = False
         self.speculates = not message.sampling.needs_history
         self.lookup: Lookup | None = None
         self.computed = 0
@@ -133,6 +138,7 @@ class Request:
         self.lease = None
         self.shared = 0
         self.node = None
+        self.away = False
         self.computed = 0
         self.scheduled = 0
         if not self.output_len:

@@ -147,4 +147,4 @@ class Speculation:
 
 def _decodes(request: Request) -> bool:
     """Whether the request's next row is a single token, as far as it is known."""
-    return len(request.tokens) + request.pending - request.scheduled == 1
+    return len(request.tokens) + request.pending - request.scheduled == 1 and not request.away

@@ -10,8 +10,12 @@ from actors.messages import OpenSlot, Step, TokenLogprob, TopLogprobs
 from actors.scheduler.batch import Row
 
 
-def encode_step(number: int, rows: list[Row]) -> Step:
-    """The step that computes `rows`. Marks their leases as known to the rank."""
+def encode_step(number: int, rows: list[Row], first_page: int = 0) -> Step:
+    """The step that computes `rows`. Marks their leases as known to the rank.
+
+    Args:
+        first_page: number of the engine's page 0 in the arena of its ranks.
+    """
     slots, starts, lengths, tokens, pages = (array("i") for _ in range(5))
     flags = bytearray()
     opens: list[OpenSlot] = []
@@ -23,7 +27,7 @@ def encode_step(number: int, rows: list[Row]) -> Step:
             lease.opened, lease.pages_sent = True, 0
         if lease.pages_sent < len(lease.pages):
             for index in range(lease.pages_sent, len(lease.pages)):
-                pages.extend((lease.slot, index, lease.pages[index]))
+                pages.extend((lease.slot, index, first_page + lease.pages[index]))
             lease.pages_sent = len(lease.pages)
         slots.append(lease.slot)
         starts.append(row.start)

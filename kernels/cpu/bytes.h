@@ -33,10 +33,12 @@ INLINE W16 add_products(W16 sums, W16 a, W16 b) {
 }
 #endif
 INLINE W16 operator+(W16 a, W16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
+template <int BITS>
+INLINE W16 shift_left(W16 a) { return {_mm512_slli_epi32(a.v, BITS)}; }
 INLINE V16 to_floats(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Sixteen float16.
 INLINE V16 load_halves(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-// Whole numbers of -127 .. 127 to bytes.
+// Whole numbers of -128 .. 127 to bytes.
 INLINE void store_bytes(int8_t* p, V16 a) {
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
@@ -79,6 +81,8 @@ INLINE W16 add_products(W16 sums, W16 a, W16 b) {
     return {add_8bit(sums.low, a.low, b.low), add_8bit(sums.high, a.high, b.high)};
 }
 INLINE W16 operator+(W16 a, W16 b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
+template <int BITS>
+INLINE W16 shift_left(W16 a) { return {_mm256_slli_epi32(a.low, BITS), _mm256_slli_epi32(a.high, BITS)}; }
 INLINE V16 to_floats(W16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 INLINE V16 load_halves(const void* p) {
     const __m128i* halves = (const __m128i*)p;

@@ -38,6 +38,9 @@ HEADERS = (
     "bytes.h",
     "linear.h",
     "product.h",
+    "quantized.h",
+    "quantized_pairs.h",
+    "quantized_tiles.h",
     "simd.h",
     "threads.h",
 )
@@ -60,6 +63,7 @@ INSTRUCTION_SETS = {
 # Used beside AVX-512 where processor and compiler have all of a group (names of /proc/cpuinfo, and of the compiler).
 EXTENSIONS = (
     {"avx512_vnni": "avx512vnni"},
+    {"avx512_bf16": "avx512bf16"},
     {"amx_tile": "amx-tile", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8"},
 )
 COMPILE_SECONDS = 300

@@ -24,7 +24,7 @@ struct Stack {
     int64_t kind, narrow;           // narrow: rows or panels are bfloat16, else float32
     int64_t outputs, inputs;        // of each
     int64_t panel_bytes;            // of 64 outputs
-    int64_t second_way, third_way;  // rows from which on a quantized layer takes the ways of these numbers
+    int64_t few_way, byte_tiles, bfloat16_tiles;  // the way of a quantized layer, and rows from which on it is another
 
     int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
 
@@ -36,12 +36,14 @@ struct Stack {
         const char* weight = data + index * (panel_bytes / PANEL * outputs) + first_panel * panel_bytes;
         if (kind == ROWS || kind == PANELS) {
             LinearCall call{x,    weight, nullptr, out + first, x_stride, out_stride, rows, inputs, count,
-                            kind == PANELS, 1, narrow, 0};
+                            kind == PANELS, 1, narrow, 0, 0};
             return linear(&call);
         }
-        int64_t way = rows >= third_way ? 2 : rows >= second_way ? 1 : 0;
+        int64_t way = few_way;
+        if (rows >= byte_tiles) way = BYTE_TILES;
+        if (rows >= bfloat16_tiles) way = BFLOAT16_TILES;
         QuantizedCall call{x, (const uint8_t*)weight, nullptr, out + first, x_stride, out_stride, rows, inputs,
-                           count, 1, 0, kind == INT8 ? 8 : 4, way};
+                           count, 1, 0, kind == INT8 ? 8 : 4, way, 0};
         return linear_quantized(&call);
     }
 };

@@ -23,8 +23,8 @@ _SILU = struct.Struct("@2P 4q")
 _WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@12P 20q f")
-_LINEAR = struct.Struct("@4P 9q")
-_LINEAR_QUANTIZED = struct.Struct("@4P 9q")
+_LINEAR = struct.Struct("@4P 10q")
+_LINEAR_QUANTIZED = struct.Struct("@4P 10q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _QUANTIZE = struct.Struct("@4P 2q")
 _GRAPH = struct.Struct("@P 2q P")
@@ -189,13 +189,15 @@ def _heads_together(x: Tensor) -> tuple[Tensor, int]:
     return x, stride
 
 
-def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None) -> Tensor:
+def linear(
+    library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, wide: bool = False
+) -> Tensor:
     if isinstance(weight, PackedWeight):
         packed, data, outputs = True, weight.panels, weight.out_features
     else:
         packed, data, outputs = False, weight, weight.shape[0]
     rows, inputs = x.shape
-    out = x.new_empty(rows, outputs)
+    out = torch.empty(rows, outputs, dtype=torch.float32 if wide else x.dtype, device="cpu")
     result = library.linear(
         _LINEAR.pack(
             x.data_ptr(),
@@ -211,16 +213,19 @@ def linear(library: ctypes.CDLL, x: Tensor, weight: Tensor | PackedWeight, bias:
             torch.get_num_threads(),
             data.dtype == torch.bfloat16,
             x.dtype == torch.bfloat16,
+            wide,
         )
     )
     check(result)
     return out
 
 
-def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int) -> Tensor:
+def linear_quantized(
+    library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int, wide: bool = False
+) -> Tensor:
     """`way`: one of `kernels.cpu.paths`."""
     rows, inputs = x.shape
-    out = x.new_empty(rows, weight.out_features)
+    out = torch.empty(rows, weight.out_features, dtype=torch.float32 if wide else x.dtype, device="cpu")
     result = library.linear_quantized(
         _LINEAR_QUANTIZED.pack(
             x.data_ptr(),
@@ -236,6 +241,7 @@ def linear_quantized(library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias
             x.dtype == torch.bfloat16,
             _BITS[weight.kind],
             way,
+            wide,
         )
     )
     check(result)

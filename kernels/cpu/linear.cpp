@@ -107,7 +107,10 @@ void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
         int64_t output = panel * PANEL + n;
         int part = std::min(LANES, count - n);
         V16 bias = c.bias ? load_part((const X*)c.bias + output, part) : zeros();
-        store_part((X*)c.out + row * c.out_stride + output, load(sums + n) + bias, part);
+        V16 values = load(sums + n) + bias;
+        int64_t at = row * c.out_stride + output;
+        if (c.wide) store_part((float*)c.out + at, values, part);
+        else store_part((X*)c.out + at, values, part);
     }
 }
 

@@ -13,7 +13,8 @@ struct LinearCall {
     int64_t packed;  // whether the weight is in panels (see packing.py), not rows [outputs, inputs]
     int64_t threads;
     int64_t narrow;    // the weight is bfloat16, else float32
-    int64_t x_narrow;  // likewise x, bias and out
+    int64_t x_narrow;  // likewise x, bias and, unless it is wide, out
+    int64_t wide;      // out is float32 whatever x is
 };
 
 struct QuantizedCall {
@@ -25,8 +26,11 @@ struct QuantizedCall {
     int64_t rows, inputs, outputs, threads;
     int64_t narrow;    // x, bias and out are bfloat16, else float32
     int64_t bits;      // of a weight: 4 or 8
-    int64_t way;       // 0: vectors; 1: matrix instructions of bytes; 2: of bfloat16 (int4); 0 where there are none
+    int64_t way;       // see paths.py
+    int64_t wide;      // out is float32 whatever x is
 };
+
+enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS };  // as in paths.py
 
 // Both return 0, or -1 without memory.
 EXPORT int linear(const LinearCall* call);

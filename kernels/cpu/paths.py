@@ -27,11 +27,13 @@ from kernels.cpu.load import library
 from kernels.packing import packed_bytes
 from kernels.types import PackedWeight
 
-VECTORS, BYTE_TILES, BFLOAT16_TILES = 0, 1, 2
-# The ways that each kind has. int8 gives the same bits in both of its; int4 in the first two.
-WAYS = {"int8": (VECTORS, BYTE_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES)}
-# Rows from which on the second way is taken, and the third, if nothing was measured.
-DEFAULT_ROWS = {"int8": [5], "int4": [12, 32]}
+VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS = 0, 1, 2, 3
+# The ways that each kind has. The first two give the same bits. A library without instructions for tiles takes vectors
+# for them, of bfloat16 in BFLOAT16_TILES, and without those for pairs of bfloat16 it takes VECTORS.
+WAYS = {"int8": (VECTORS, BYTE_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS)}
+# Rows from which on BYTE_TILES are taken instead of VECTORS and, in int4 without `deterministic`, instead of PAIRS, and
+# BFLOAT16_TILES instead of those, if nothing was measured.
+DEFAULT_ROWS = {"int8": [5], "int4": [12, 12, 32]}
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30
@@ -43,14 +45,17 @@ Table = dict[str, list[int]]
 
 def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
     """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
-    second, third = limits(kind, outputs, inputs, deterministic)
-    return 2 if rows >= third else int(rows >= second)
+    first, second, third = limits(kind, outputs, inputs, deterministic)
+    return BFLOAT16_TILES if rows >= third else BYTE_TILES if rows >= second else first
 
 
-def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int]:
-    """Rows from which on a layer takes the second way, and the third."""
-    second, third = (*_table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind]), NEVER)[:2]
-    return second, NEVER if deterministic else third
+def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int]:
+    """The way of a layer for few rows, and the rows from which on it takes BYTE_TILES and BFLOAT16_TILES."""
+    exact = kind == "int8" or deterministic
+    if not _has_tiles():
+        return VECTORS if exact else PAIRS, NEVER, NEVER
+    rows = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
+    return (VECTORS, rows[0], NEVER) if exact else (PAIRS, rows[1], rows[2])
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:
@@ -64,7 +69,7 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
     """
     native = library()
     path = _path()
-    if native is None or path is None or not processor_flags().issuperset(EXTENSIONS[-1]):
+    if native is None or path is None or not _has_tiles():
         return dict(_table())
     shapes: dict[str, list[PackedWeight]] = {}
     for weight in weights:
@@ -88,6 +93,11 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
 
 def _key(kind: str, outputs: int, inputs: int) -> str:
     return f"{kind} {outputs} {inputs} {torch.get_num_threads()}"
+
+
+@cache
+def _has_tiles() -> bool:
+    return processor_flags().issuperset(EXTENSIONS[-1])
 
 
 @cache
@@ -142,10 +152,12 @@ def _write(path: Path, table: Table) -> None:
 def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     """An entry of the table."""
     weights = [part for weight in weights for part in _parts(weight)]
-    first, second, *others = WAYS[weights[0].kind]
-    limits = [_first_faster(native, weights, lambda rows: first, second)]
-    for other in others:
-        limits.append(_first_faster(native, weights, lambda rows: second if rows >= limits[0] else first, other))
+    limits = [_first_faster(native, weights, lambda _: VECTORS, BYTE_TILES)]
+    if weights[0].kind == "int4":
+        limits.append(_first_faster(native, weights, lambda _: PAIRS, BYTE_TILES))
+        limits.append(
+            _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= limits[1] else PAIRS, BFLOAT16_TILES)
+        )
     return limits
 
 

@@ -182,6 +182,10 @@ async def run_chaos(
     Raises UserError when the node does not serve even before anything is killed.
     """
     before = node_report(run_dir)
+    if not before.url:
+        raise UserError(
+            f"the node {before.node} has no ingress to send requests to; choose the one that has with --node"
+        )
     out = Outcome(before.deterministic)
     corpus = build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
     async with _session(api_key) as session:

@@ -17,6 +17,7 @@ from runtime.errors import UserError
 COMMANDS = {
     "up": "start a node: serve the model of a topology file",
     "check": "check a topology file without starting anything",
+    "keygen": "make the keys under which several machines talk",
     "status": "show the processes of a running node",
     "top": "show the processes and figures of a running node, live",
     "logs": "show the logs and crash reports of a node",

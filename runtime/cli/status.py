@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps({"node": report.node, "state": report.state, "url": report.url, "tree": as_json(report.tree)}))
         return 0
-    say(f"{report.node}: {report.state} at {report.url}")
+    say(f"{report.node}: {report.state}" + (f" at {report.url}" if report.url else ""))
     rows = [_HEADER, *_rows(report.tree)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     for row in rows:

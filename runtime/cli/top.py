@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         report = ask(run_dir, Status())
         if not isinstance(report, NodeReport):
             raise UserError(report.error)
-        now = read_metrics(report.url, time.monotonic())
+        now = read_metrics(report.url, time.monotonic()) if report.url else None
         shown = frame(report, now, before)
         before = now
         return shown
@@ -68,6 +68,9 @@ def run(options: argparse.Namespace) -> int:
 def frame(report: NodeReport, now: Sample | None, before: Sample | None) -> Group:
     """What is shown of a node at a time."""
     clock = time.strftime("%H:%M:%S")
+    if not report.url:
+        head = Text.assemble((report.node, "bold"), f"  {report.state}, without an ingress  {clock}")
+        return Group(head, Text(), _processes(report.tree))
     head = Text.assemble((report.node, "bold"), f"  {report.state} at {report.url}  {clock}")
     return Group(head, _figures(now, before), Text(), _processes(report.tree))
 

@@ -17,28 +17,37 @@ from runtime.control import NodeReport, Status, ask
 from runtime.display import Display
 from runtime.errors import UserError
 from runtime.node import run_node
+from runtime.nodes import node_to_start
 from runtime.plan import NodePlan, plan_node
+from runtime.ports import check_machine, check_ports
 from runtime.progress import Note, Ready, Stopped, pipe_writer, read_progress
-from runtime.rundir import base_directory
+from runtime.rundir import base_directory, is_running
 
 _PATIENCE_S = 30.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     add_topology(parser)
+    parser.add_argument("--node", metavar="NAME", help="start the part of [node.NAME]; needed where there are several")
     parser.add_argument(
         "--detach", action="store_true", help="return once the server answers and leave it running in the background"
     )
     parser.epilog = (
         "examples:\n"
         "  runtime up topology/smollm2.toml\n"
-        "  runtime up topology/smollm2.toml --port 8123 --set engine.main.kv_tokens=65536 --detach"
+        "  runtime up topology/smollm2.toml --port 8123 --set engine.main.kv_tokens=65536 --detach\n"
+        "  runtime up pair.toml --node a"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     display = Display()
-    plan = plan_node(topology_of(options), note=lambda text: display.show(Note(text)))
+    loaded = topology_of(options)
+    node = node_to_start(loaded.topology, options.node)
+    plan = plan_node(loaded, note=lambda text: display.show(Note(text)), node=node)
+    check_ports(loaded, plan)
+    if not is_running(base_directory() / plan.name):
+        check_machine(loaded, plan)
     return _detach(plan, display) if options.detach else run_node(plan, display.show)
 
 
@@ -88,9 +97,10 @@ def _become_root(plan: NodePlan, write: int) -> NoReturn:
 
 
 def _wait_until_it_answers(plan: NodePlan, pid: int) -> None:
-    """Returns when GET /health is answered with 200 and all processes run. Raises UserError if that does not come."""
+    """Returns when all processes run and, if the ingress is here, GET /health is answered with 200. Raises UserError if
+    that does not come."""
     deadline = time.monotonic() + _PATIENCE_S
-    while problem := _health_problem(plan.url) or _state_problem(base_directory() / plan.name):
+    while problem := (plan.url and _health_problem(plan.url)) or _state_problem(base_directory() / plan.name):
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
             raise UserError("the node ended just after it had started; see `runtime logs`")
         if time.monotonic() > deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import math
 import re
@@ -13,9 +14,11 @@ from typing import Any
 import msgspec
 
 from runtime.topology.positions import KeyPath
-from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Model, Topology, describe, fields_of
+from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Model, Node, Topology, describe, fields_of
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+_HOST_NAME = re.compile(r"(?=.{1,253}$)(?![0-9.]+$)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?)+")
 
 
 class Check:
@@ -42,9 +45,12 @@ class Check:
         if not data.get("engine"):
             self._report(("engine",), "missing; add a table [engine.main], which may be empty")
         if not self.problems:
-            engines = {path[1]: values for path, values in tables.items() if path[0] == "engine"}
-            others = {path[0]: values for path, values in tables.items() if path[0] != "engine"}
-            topology = msgspec.convert({**others, "engine": engines}, Topology)
+            engines, nodes = (
+                {path[1]: values for path, values in tables.items() if len(path) == 2 and path[0] == family}
+                for family in ("engine", "node")
+            )
+            others = {path[0]: values for path, values in tables.items() if len(path) == 1}
+            topology = msgspec.convert({**others, "engine": engines, "nodes": nodes}, Topology)
             self._cross_check(topology)
             self.topology = None if self.problems else topology
 
@@ -61,6 +67,10 @@ class Check:
                 self._report(
                     (name,), f"is {_toml(content)}; write a table [{name if name in TABLES else 'engine.main'}]"
                 )
+            elif name == "node":
+                machines = _machines(content)
+                tables[(name,)] = {key: value for key, value in content.items() if key not in machines}
+                tables |= {("node", node): keys for node, keys in machines.items() if self._is_node(node)}
             elif name in TABLES:
                 tables[(name,)] = content
             else:
@@ -81,9 +91,15 @@ class Check:
             return True
         return False
 
+    def _is_node(self, name: str) -> bool:
+        if not _NODE_NAME.fullmatch(name):
+            self._report(("node", name), "a node's name has up to 32 letters, digits, '_' and '-'")
+            return False
+        return True
+
     def _table(self, path: KeyPath, content: dict[str, Any]) -> dict[str, Any]:
         """The checked values of one table; reports the others."""
-        table = TABLES["engine.NAME" if path[0] == "engine" else path[0]]
+        table = TABLES[path[0] if len(path) == 1 else f"{path[0]}.NAME"]
         infos, hints = fields_of(table), typing.get_type_hints(table, include_extras=True)
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -97,19 +113,81 @@ class Check:
                 self._report(where, f"is {_toml(value)}; give {describe(infos[key].type)}")
             else:
                 values[key] = converted
+        for key, info in infos.items():
+            if info.required and key not in content and len(path) == 2:
+                self._report((*path, key), f"missing; give {describe(info.type)}")
         return values
 
     def _cross_check(self, topology: Topology) -> None:
         for name, engine in topology.engine.items():
             self._check_engine(("engine", name), engine, topology.model)
+            self._check_node(("engine", name, "node"), engine.node, topology)
+        self._check_roles(topology)
+        self._check_node(("ingress", "node"), topology.ingress.node, topology)
+        for name, machine in topology.nodes.items():
+            if not _is_host(machine.address):
+                self._report(
+                    ("node", name, "address"),
+                    f"is {_toml(machine.address)}; give the IP address or host name at which the other machines reach "
+                    "this one, such as 10.0.0.2",
+                )
+        if len(topology.nodes) > 1 and topology.transport.keys is None:
+            self._report(
+                ("transport", "keys"),
+                "missing; machines talk only under keys: run `runtime keygen transport.keys`, copy the file to each "
+                'machine, and add keys = "transport.keys" under [transport]',
+            )
+
+    def _check_roles(self, topology: Topology) -> None:
+        """Prefill and decode engines need each other, and exchange pages of one form."""
+        engines = topology.engine
+        apart = {name: engine for name, engine in engines.items() if engine.role != "unified"}
+        for role, other in (("prefill", "decode"), ("decode", "prefill")):
+            alone = [name for name, engine in apart.items() if engine.role == role]
+            if alone and not any(engine.role == other for engine in apart.values()):
+                self._report(
+                    ("engine", alone[0], "role"),
+                    f'is "{role}", and no engine has the role "{other}"; add one, or give the role "unified"',
+                )
+        for key in ("page_size", "kv_dtype"):
+            values = {name: getattr(engine, key) for name, engine in apart.items()}
+            first = next(iter(values.items()), None)
+            for name, value in values.items():
+                if first is not None and value != first[1]:
+                    self._report(
+                        ("engine", name, key),
+                        f"is {_toml(value)}, and engine.{first[0]}.{key} is {_toml(first[1])}; engines that exchange "
+                        "pages need the same",
+                    )
+        transfer = topology.transfer
+        if transfer.protocol == "rdma" and transfer.engine != "mooncake":
+            self._report(
+                ("transfer", "protocol"),
+                'is "rdma", which is for mooncake; give engine = "mooncake", or remove the key',
+            )
+        if transfer.device and transfer.protocol != "rdma" and transfer.engine != "nixl":
+            self._report(("transfer", "device"), 'is for RDMA; give protocol = "rdma" with mooncake, or remove the key')
+        first_node = next(iter(topology.nodes), None)
+        nodes = {engine.node or first_node for engine in apart.values()}
+        if len(nodes) > 1 and topology.transfer.engine == "shm":
+            self._report(
+                ("transfer", "engine"),
+                'is "shm", which needs prefill and decode engines on one node; give "mooncake" or "nixl"',
+            )
+
+    def _check_node(self, path: KeyPath, node: str | None, topology: Topology) -> None:
+        if node is not None and node not in topology.nodes:
+            known = " or ".join(f'"{name}"' for name in topology.nodes)
+            remedy = f"give {known}" if known else f'add address = "10.0.0.2" under [node.{node}], or remove the key'
+            self._report(path, f"is {_toml(node)}, and there is no such node; {remedy}")
 
     def _check_engine(self, path: KeyPath, engine: Engine, model: Model) -> None:
         max_model_len = model.max_model_len
-        if engine.role != "unified":
+        if engine.role != "unified" and engine.device == "cuda":
             self._report(
-                (*path, "role"),
-                f'is "{engine.role}"; prefill and decode in engines of their own are not built yet: '
-                'give "unified" or remove the key',
+                (*path, "device"),
+                f'is "cuda", and engines of the role {engine.role} run on the CPU only so far; give "cpu", or the role '
+                '"unified"',
             )
         if engine.device == "cuda" and model.dtype in ("int8", "int4"):
             self._report(
@@ -132,14 +210,31 @@ class Check:
 
 def known_keys(data: dict[str, Any]) -> list[KeyPath]:
     """All keys that a topology may hold, those of its own engines among them."""
-    engines = data.get("engine")
-    names = [name for name in engines if isinstance(name, str)] if isinstance(engines, dict) else []
+    engines, nodes = (value if isinstance(value, dict) else {} for value in (data.get("engine"), data.get("node")))
+    paths: dict[str, list[KeyPath]] = {
+        "engine.NAME": [("engine", name) for name in engines],
+        "node.NAME": [("node", name) for name in _machines(nodes)],
+    }
     return [
         (*path, key)
         for header, table in TABLES.items()
-        for path in ([("engine", name) for name in names] if header == "engine.NAME" else [(header,)])
+        for path in paths.get(header, [(header,)])
         for key in table.__struct_fields__
     ]
+
+
+def _machines(node: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables `[node.NAME]` among what stands under `node`."""
+    return {name: keys for name, keys in node.items() if isinstance(keys, dict) and name not in Node.__struct_fields__}
+
+
+def _is_host(text: str) -> bool:
+    """Whether a text names one machine: a host name, or an IP address, but not that of all interfaces or of a group."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return _HOST_NAME.fullmatch(text) is not None
+    return not address.is_unspecified and not address.is_multicast
 
 
 def did_you_mean(path: KeyPath, known: Sequence[KeyPath]) -> str:

@@ -20,16 +20,53 @@ Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
-    """All processes that one `runtime up` starts on this machine."""
+    """All processes that one `runtime up` starts on this machine. With several nodes, these settings hold for all."""
 
     name: Annotated[
         Name | None,
-        Meta(description="Name of the node for `--node`. By default the file's name and the port: `smollm2-8000`."),
+        Meta(
+            description="Name of the node for `--node`. By default the file's name and the port: `smollm2-8000`. With "
+            "several machines, the file's name by default, and each node's own follows: `pair-a`."
+        ),
     ] = None
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description="What the actors write to their logs."),
     ] = "info"
+
+
+class Machine(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of several machines that serve together. `runtime up FILE --node NAME` starts its part. `NAME` is free:
+    `[node.a]`."""
+
+    address: Annotated[
+        Text,
+        Meta(
+            description="IP address or host name at which the other machines reach this one. Its actors listen there "
+            "and on no other interface."
+        ),
+    ]
+    port: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=65_535,
+            description="First of the TCP ports on which the node's actors listen for those of other machines, one "
+            "each; `runtime check` lists them.",
+        ),
+    ] = 8600
+
+
+class Transport(Struct, frozen=True, forbid_unknown_fields=True):
+    """Messages between machines. Those on one machine travel through its run directory and need no keys."""
+
+    keys: Annotated[
+        Text | None,
+        Meta(
+            description="File with the keys under which machines talk, made by `runtime keygen`: the same on all of "
+            "them, readable by its owner alone, and required where there are several. Relative as `model.path` is."
+        ),
+    ] = None
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +122,10 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then."),
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65_535, description="Port to listen on; `--port` sets it too.")] = 8000
+    node: Annotated[
+        Name | None,
+        Meta(description="The `[node.NAME]` that serves HTTP, tokenizes and detokenizes. By default the first one."),
+    ] = None
     workers: Annotated[int, Meta(ge=1, le=64, description="HTTP processes. They share the port.")] = 1
     api_key: Annotated[
         Text | None,
@@ -103,6 +144,35 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    tool_call_parser: Annotated[
+        Literal[
+            "auto",
+            "none",
+            "deepseekv3",
+            "deepseekv31",
+            "deepseekv32",
+            "glm45",
+            "glm47",
+            "hermes",
+            "kimi_k2",
+            "llama3",
+            "mistral",
+            "pythonic",
+            "qwen25",
+            "qwen3_coder",
+        ],
+        Meta(
+            description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
+            "calls in the content, and so does `auto` where the template shows none that is known."
+        ),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        Meta(
+            description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
+            "`none` are as with `tool_call_parser`."
+        ),
+    ] = "auto"
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,8 +180,15 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
 
     role: Annotated[
         Literal["unified", "prefill", "decode"],
-        Meta(description="`unified` prefills and decodes. Engines that do one of the two are not served yet."),
+        Meta(
+            description="`unified` prefills and decodes. `decode` owns requests and has `prefill` engines compute "
+            "their prompts; a topology has both or neither of these."
+        ),
     ] = "unified"
+    node: Annotated[
+        Name | None,
+        Meta(description="The `[node.NAME]` on which the engine runs. By default the first one."),
+    ] = None
     tp: Annotated[int, Meta(ge=1, le=64, description="Tensor-parallel ranks; at most the model's key-value heads.")] = 1
     device: Annotated[
         Literal["cpu", "cuda"], Meta(description="Where the ranks compute; rank i of a CUDA engine takes device i.")
@@ -125,7 +202,10 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     kv_tokens: Annotated[
         Count,
-        Meta(description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages."),
+        Meta(
+            description="Size of the KV pool in tokens, of all requests together; rounded up to whole pages. A prefill "
+            "engine that computes in the memory of the decode engines (see `transfer.engine`) has no pool of its own."
+        ),
     ] = 32_768
     kv_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8"],
@@ -156,6 +236,15 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     max_queue: Annotated[
         Count, Meta(description="Requests that may wait; further ones are answered with 429 and Retry-After.")
     ] = 1024
+    local_prefill_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1_000_000,
+            description="A decode engine computes a prompt itself of which no more than so many tokens are missing in "
+            "its cache. So it does when there has been no prefill engine for ten seconds.",
+        ),
+    ] = 32
     policy: Annotated[
         Literal["fcfs", "lpm"],
         Meta(
@@ -196,6 +285,30 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         int,
         Meta(ge=1, le=64, description="Of several such places, the longest match of up to so many tokens is taken."),
     ] = 8
+
+
+class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
+    """How KV pages get from prefill engines to decode engines."""
+
+    engine: Annotated[
+        Literal["shm", "mooncake", "nixl", "fake"],
+        Meta(
+            description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
+            "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
+            '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
+            "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
+            "is reading, so the network has to be private. `fake` moves nothing: for benchmarks, its answers are "
+            "nonsense."
+        ),
+    ] = "shm"
+    protocol: Annotated[Literal["tcp", "rdma"], Meta(description="Of `mooncake`.")] = "tcp"
+    device: Annotated[
+        str,
+        Meta(
+            description="RDMA device: for `mooncake` with `rdma` such as `mlx5_0`, the fitting ones by default; for "
+            "`nixl` such as `mlx5_0:1`, without one it uses TCP."
+        ),
+    ] = ""
 
 
 class Supervision(Struct, frozen=True, forbid_unknown_fields=True):
@@ -240,13 +353,16 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole topology file."""
+    """A whole topology file; `nodes` are its tables `[node.NAME]`."""
 
     model: Model
     engine: dict[str, Engine]
     node: Node = field(default_factory=Node)
+    nodes: dict[str, Machine] = field(default_factory=dict)
     ingress: Ingress = field(default_factory=Ingress)
+    transfer: Transfer = field(default_factory=Transfer)
     supervision: Supervision = field(default_factory=Supervision)
+    transport: Transport = field(default_factory=Transport)
     faults: Faults = field(default_factory=Faults)
 
 
@@ -255,7 +371,10 @@ TABLES: dict[str, type[Struct]] = {
     "model": Model,
     "ingress": Ingress,
     "engine.NAME": Engine,
+    "transfer": Transfer,
     "supervision": Supervision,
+    "node.NAME": Machine,
+    "transport": Transport,
     "faults": Faults,
 }
 """Tables of a topology file by their headers, in the order of the documentation."""

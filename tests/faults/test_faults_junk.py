@@ -19,6 +19,7 @@ COUNT = 10_000
 PEERS = {
     "bootstrap": "main.scheduler",
     "main.rank0": "main.scheduler",
+    "main.grammar": "main.scheduler",
     "main.scheduler": "detokenizer",
     "detokenizer": "main.scheduler",
     "tokenizer": "ingress0",

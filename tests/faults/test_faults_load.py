@@ -8,7 +8,16 @@ from faults_tools import LOAD, Node, assert_unnoticed
 
 from runtime.chaos.inject import Plan
 
-EVERY_ACTOR = ("tokenizer", "detokenizer", "main.scheduler", "main.rank0", "bootstrap", "main.ranks", "main")
+EVERY_ACTOR = (
+    "tokenizer",
+    "detokenizer",
+    "main.grammar",
+    "main.scheduler",
+    "main.rank0",
+    "bootstrap",
+    "main.ranks",
+    "main",
+)
 
 
 def test_every_actor_killed_in_turn(node: Node) -> None:

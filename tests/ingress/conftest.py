@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -139,11 +140,17 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One ingress for the tests of a module that do no harm to it."""
-    directory = tmp_path_factory.mktemp("i")
+    with one_ingress(tmp_path_factory.mktemp("i")) as served:
+        yield served
+
+
+@contextlib.contextmanager
+def one_ingress(directory: Path, **config: Any) -> Iterator[Served]:
+    """An ingress with fake peers of its own."""
     fakes = Fakes(directory, ["ingress0"])
     fakes.start()
     listener = listen()
-    served = Served(directory, fakes, "ingress0", listener)
+    served = Served(directory, fakes, "ingress0", listener, **config)
     served.await_ready()
     yield served
     log = served.log.read_text()

@@ -60,6 +60,11 @@ def packed(text: str) -> bytes:
     return array("i", list(text.encode())).tobytes()
 
 
+def unpacked(prompt: bytes) -> str:
+    """The text of the fake tokenizer's tokens."""
+    return bytes(array("i", prompt).tolist()).decode()
+
+
 def token_at(prompt: bytes, seed: int, index: int) -> int:
     """What the fake model draws."""
     return 256 + (sum(prompt) * 31 + seed * 7 + index * index * 13 + index) % (VOCAB_SIZE - 256)
@@ -117,6 +122,21 @@ def whole_answer(generate: Generate, eos_at: int | None = None) -> Plan:
                 text = text[: at + len(stop) if generate.text.no_stop_trim else at]
                 return Plan(tokens, [min(end, len(text)) for end in ends], text, "stop", stop)
     return Plan(tokens, ends, text, "length", None)
+
+
+def scripted_answer(generate: Generate, text: str) -> Plan:
+    """An answer of this text and an end-of-sequence token, with a token for each character."""
+    sampling = generate.sampling
+    finish, reason = "stop", EOS
+    for stop in generate.text.stop:
+        if stop in text:
+            text, reason = text[: text.index(stop)], stop
+    tokens = [min(ord(character), 255) for character in text]
+    if reason == EOS:
+        tokens.append(EOS)
+    if len(tokens) > sampling.max_tokens:
+        tokens, text, finish, reason = tokens[: sampling.max_tokens], text[: sampling.max_tokens], "length", None
+    return Plan(tokens, [min(end + 1, len(text)) for end in range(len(tokens))], text, finish, reason)
 
 
 def logprob(token: int) -> TextLogprob:
@@ -196,6 +216,7 @@ class Fakes:
         silent_tokenizer: the tokenizer answers nothing.
         registered: the bootstrap lists the engine.
         eos_at: answers end there.
+        script: given a `Generate`; gives the whole text of its answer.
     """
 
     def __init__(self, directory: Path, ingresses: list[str], scheduler: str = "main.scheduler") -> None:
@@ -211,6 +232,7 @@ class Fakes:
         self.registered = True
         self.forgetful = False
         self.eos_at: int | None = None
+        self.script: Callable[[Generate], str] | None = None
         self.seen = Seen()
         self._names = {"bootstrap": "bootstrap", "tokenizer": "tokenizer", "scheduler": scheduler}
         self._names["detokenizer"] = "detokenizer"
@@ -383,7 +405,7 @@ class Fakes:
         if message.attempt < self._attempts.get(message.rid, 0):
             return
         self._attempts[message.rid] = message.attempt
-        whole = plan(message, self.eos_at)
+        whole = plan(message, self.eos_at) if self.script is None else scripted_answer(message, self.script(message))
         output = array("i", message.output).tolist()
         if output != whole.tokens[: len(output)]:
             self.seen.wrong.append(f"{message.rid}: the ingress has other tokens than were sent")

@@ -22,6 +22,7 @@ import psutil
 import pytest
 
 from actors.ingress.journal import slot_bytes
+from actors.ingress.openai.tools import call_id
 
 from .conftest import ROOT, listen, wait_for
 from .fakes import EOS, MODEL, VOCAB_SIZE, Fakes, answer
@@ -320,6 +321,51 @@ def test_every_kind_of_answer_is_the_same(grow: Grow, kind: str) -> None:
     undisturbed = merged(exchange(tree, REQUESTS[kind]))
     tree.fakes.step_s = 0.004
     assert merged(exchange(tree, REQUESTS[kind], kills_at(tree, 20, 60, 100))) == undisturbed
+    assert tree.figure("connections_resumed") >= 1
+
+
+OUTPUT = (
+    "<think>" + "Think about it. " * 4 + "</think>\n\nI look.\n"
+    '<tool_call>\n{"name": "f", "arguments": {"text": "' + "é🙂\\n " * 12 + '"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "g"}\n</tool_call>'
+)
+"""A scripted output of some 200 tokens with reasoning and calls."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_and_reasoning(grow: Grow, stream: bool) -> None:
+    """Wherever the worker dies, in a tag or in a call, the parsers come to the same state, and calls keep their ids."""
+    tree = grow(tool_call_parser="qwen25", reasoning_parser="qwen3")
+    tree.fakes.script = lambda generate: OUTPUT + str(generate.sampling.seed)
+    tools = [{"type": "function", "function": {"name": name}} for name in "fg"]
+    whole = request("/v1/chat/completions", **CHAT, n=2, stream=stream, tools=tools)
+
+    def said(response: Response) -> Any:
+        """The message of each choice, put together in the case of a stream; identities by their place."""
+        events = response.events if stream else [response.json]
+        rid = events[0]["id"].removeprefix("chatcmpl-")
+        messages: list[dict[str, Any]] = [{"tool_calls": []}, {"tool_calls": []}]
+        for event in events:
+            for choice in event["choices"]:
+                message = messages[choice["index"]]
+                for key, value in choice.get("delta", choice.get("message")).items():
+                    if key != "tool_calls":
+                        message[key] = message.get(key, "") + (value or "")
+                        continue
+                    for place, call in enumerate(value):
+                        if "id" in call:
+                            index = call.get("index", place)
+                            assert index == len(message["tool_calls"])
+                            assert call["id"] == call_id(rid, choice["index"], index)
+                            message["tool_calls"].append([call["function"]["name"], ""])
+                        message["tool_calls"][-1][1] += call["function"]["arguments"]
+        return messages
+
+    tree.fakes.step_s = 0.003
+    undisturbed = said(exchange(tree, whole))
+    assert [name for name, _ in undisturbed[0]["tool_calls"]] == ["f", "g"]
+    assert undisturbed[0]["reasoning_content"] == ("Think about it. " * 4).strip()
+    assert said(exchange(tree, whole, kills_at(tree, 5, 70, 95, 130, 190))) == undisturbed
     assert tree.figure("connections_resumed") >= 1
 
 

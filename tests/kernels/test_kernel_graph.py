@@ -62,7 +62,7 @@ class TinyModel:
             x, residual = self.add_and_norm(kernels.linear(mixed.view(rows, HIDDEN), o), residual)
             x = kernels.linear(kernels.silu_and_mul(kernels.linear(x, gate_up)), down)
         x, _ = self.add_and_norm(x, residual)
-        logits = kernels.widen(kernels.linear(x, self.head))
+        logits = kernels.linear(x, self.head, wide=True)
         return logits, kernels.sample(logits, self.greedy, self.ids, self.ids)
 
     def add_and_norm(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,21 @@ def test_same_bits_in_any_batch(inputs: int, outputs: int, dtype: torch.dtype) -
 
 
 @pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", ["plain", "float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_wide_result_is_what_a_narrow_one_is_rounded_from(kind: str, deterministic: bool) -> None:
+    weight, bias = torch.randn(200, 96).bfloat16(), torch.randn(200).bfloat16()
+    given = weight if kind == "plain" else kernels.pack_weight(weight, kind=kind)  # type: ignore[arg-type]
+    for rows in (0, 1, 3, 40):
+        x = torch.randn(rows, 96).bfloat16()
+        wide = kernels.linear(x, given, bias, deterministic, wide=True)
+        assert wide.dtype == torch.float32
+        assert torch.equal(wide.bfloat16(), kernels.linear(x, given, bias, deterministic))
+        if rows and kind != "plain" and kernels.backend() != "torch":
+            assert not torch.equal(wide, wide.bfloat16().float()), "it was rounded"
+
+
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_weight_of_another_type(inputs: int, outputs: int) -> None:
     """As a layer has that cannot be quantized: sums are float32, and only the result is rounded to x's type."""

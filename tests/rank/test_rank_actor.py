@@ -68,6 +68,8 @@ class Engine:
                 "tp": self.tp,
                 "rank": rank,
                 "process_group_dir": str(self.directory / "group"),
+                "weights_arena": f"{name}.weights",
+                "kv_arena": f"{name}.kv",
                 **self.settings,
                 **overrides,
             },

@@ -75,7 +75,10 @@ def test_shipped_files_are_right(file: Path) -> None:
         ('[model]\npath = "m"\n[engine."a.b"]\n', "x.toml:3: engine.a.b: an engine's name has lower-case letters"),
         ('[model]\npath = "m"\n[engine.tokenizer]\n', "x.toml:3: engine.tokenizer: the name is taken"),
         ('[model]\npath = "m"\n[engine.ingress0]\n', "x.toml:3: engine.ingress0: the name is taken"),
-        (MINIMAL + 'role = "prefill"\n', 'x.toml:4: engine.main.role: is "prefill"; prefill and decode in engines of'),
+        (
+            MINIMAL + 'role = "prefill"\n',
+            'x.toml:4: engine.main.role: is "prefill", and no engine has the role "decode"; add one',
+        ),
         (
             MINIMAL + "page_size = 32\nkv_tokens = 31\n",
             "x.toml:5: engine.main.kv_tokens: is 31, less than one page of 32 tokens; give at least 32, or lower",

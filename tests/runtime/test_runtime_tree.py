@@ -12,10 +12,12 @@ from actors.actor import ActorArgs
 from actors.bootstrap import BootstrapConfig
 from actors.checkpoint import ModelConfig
 from actors.detokenizer.actor import DetokenizerConfig
+from actors.grammar import GrammarConfig
 from actors.ingress.config import IngressConfig
 from actors.rank import RankConfig, kv_format, weight_bytes
 from actors.scheduler.config import Config as SchedulerConfig
 from actors.tokenizer.actor import TokenizerConfig
+from runtime import needs
 from runtime import plan as plan_module
 from runtime.models import ResolvedModel
 from runtime.plan import NodePlan, plan_node
@@ -69,7 +71,7 @@ def test_names_and_strategies(plan_of: Any, tmp_path: Path) -> None:
     validate(spec)
     assert names(spec) == [
         "bootstrap",
-        ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler"]],
+        ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler", "main.grammar"]],
         "detokenizer",
         "tokenizer",
         ["ingress", ["ingress0", "ingress1"]],
@@ -101,7 +103,8 @@ def test_everybody_knows_whom_he_sends_to(plan_of: Any, tmp_path: Path) -> None:
         "bootstrap": {"main.scheduler"} | ingresses,
         "main.rank0": {"main.scheduler", "main.rank1"} | ingresses,
         "main.rank1": {"main.scheduler", "main.rank0"} | ingresses,
-        "main.scheduler": {"main.rank0", "main.rank1", "detokenizer", "bootstrap"} | ingresses,
+        "main.grammar": {"main.scheduler"} | ingresses,
+        "main.scheduler": {"main.rank0", "main.rank1", "main.grammar", "detokenizer", "bootstrap"} | ingresses,
         "detokenizer": {"main.scheduler"} | ingresses,
         "tokenizer": ingresses,
         "ingress0": {"tokenizer", "bootstrap", "detokenizer", "main.scheduler", "ingress1"},
@@ -138,6 +141,7 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
     kinds = {
         "bootstrap": BootstrapConfig,
         "main.rank1": RankConfig,
+        "main.grammar": GrammarConfig,
         "main.scheduler": SchedulerConfig,
         "detokenizer": DetokenizerConfig,
         "tokenizer": TokenizerConfig,
@@ -269,6 +273,51 @@ def test_what_does_not_fit_the_model(plan_of: Any, setting: str, expected: str) 
 
 
 def test_a_model_that_does_not_fit_into_memory(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "_memory_bytes", lambda: 100_000)
-    with pytest.raises(TopologyError, match=r"small.toml:2: model.path: needs .* choose a smaller model"):
+    monkeypatch.setattr(needs, "memory_bytes", lambda: 100_000)
+    figures = r"needs [0-9.]+ GiB of memory, [0-9.]+ GiB for weights \(main [0-9.]+ GiB a rank\) and [0-9.]+ GiB for KV"
+    with pytest.raises(TopologyError, match=rf"small.toml:2: model.path: {figures}.* choose a smaller model"):
         plan_of("engine.main.kv_tokens=16")
+
+
+APART = """
+[engine.p]
+role = "prefill"
+[engine.d0]
+role = "decode"
+kv_tokens = 4096
+[engine.d1]
+role = "decode"
+kv_tokens = 2048
+"""
+
+
+def test_prefill_and_decode_engines_share_memory(plan_of: Any, tmp_path: Path) -> None:
+    plan = plan_of(text=APART)
+    main, prefill, first, second = plan.engines
+    assert not main.shared_kv
+    assert {prefill.shared_kv, first.shared_kv, second.shared_kv} == {True}
+    assert prefill.kv_arenas == first.kv_arenas == second.kv_arenas == ["d0.rank0.kv"]
+    assert [(each.first_page, each.num_pages) for each in (first, second)] == [(0, 256), (256, 128)]
+    assert {each.arena_pages for each in (prefill, first, second)} == {384}
+    assert main.weight_arenas == prefill.weight_arenas == second.weight_arenas == ["main.rank0.weights"]
+    assert arena_sizes(plan)["d0.rank0.kv"] == 384 * first.formats[0].page_bytes
+    assert not {"p.rank0.kv", "d1.rank0.kv", "p.rank0.weights"} & arena_sizes(plan).keys()
+    spec = build_tree(plan, tmp_path)
+    validate(spec)
+    assert find(spec, "p.rank0").descriptors == ("main.rank0.weights", "d0.rank0.kv")
+    assert find(spec, "d0.kv_receiver").args["config"]["transfer"]["kind"] == "shared"
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "sources"),
+    [("engine.p.tp=2", "shm", ["p.rank0.kv", "p.rank1.kv"]), ("transfer.engine=mooncake", "mooncake", [])],
+)
+def test_pages_are_copied_where_memory_cannot_be_shared(
+    plan_of: Any, tmp_path: Path, setting: str, kind: str, sources: list[str]
+) -> None:
+    plan = plan_of(setting, text=APART)
+    assert not any(each.shared_kv for each in plan.engines)
+    receiver = find(build_tree(plan, tmp_path), "d0.kv_receiver")
+    assert receiver.args["config"]["transfer"]["kind"] == kind
+    assert receiver.args["config"]["sources"] == sources
+    assert receiver.descriptors == ("d0.rank0.kv", *sources)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 from msgspec import structs
+from stage import NUM_PAGES, Stage, generate
 
 from actors.messages import (
     SAMPLE,
     Abort,
     Acknowledge,
     Attach,
-    Attached,
-    Generate,
     Hello,
-    Message,
     Refused,
     Register,
     Resend,
@@ -29,152 +23,17 @@ from actors.messages import (
     Step,
     StepResult,
     Stopped,
-    TextParams,
-    TokenEvent,
     Tokens,
     TopLogprobs,
     Unknown,
 )
-from actors.scheduler import Scheduler
-from actors.scheduler.pages import page_ledger_bytes
-from transport import Arena, Codec, Mailbox
-
-PEERS = ("ingress0", "main.rank0", "detokenizer", "bootstrap")
-DEADLINE_S = 10.0
-NUM_PAGES, PAGE_SIZE = 32, 4
-
-
-class Stage:
-    """One scheduler and a mailbox for each of its peers."""
-
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        self.directory = directory
-        self.pages = Arena.create("pages", page_ledger_bytes(NUM_PAGES, PAGE_SIZE))
-        self.settings = settings
-        self.received: dict[str, list[Message]] = {peer: [] for peer in PEERS}
-        self.mailboxes: dict[str, Mailbox[Message]] = {}
-        self.incarnations = dict.fromkeys(PEERS, 0)
-        for peer in PEERS:
-            self.restart(peer)
-        self.scheduler = self.start(1)
-
-    def address(self, name: str) -> str:
-        return f"ipc://{self.directory}/{name}"
-
-    def restart(self, peer: str) -> None:
-        """A new incarnation of a peer takes the old one's place."""
-        if peer in self.mailboxes:
-            self.mailboxes.pop(peer).close()
-        self.incarnations[peer] += 1
-        peers = {"main.scheduler": self.address("main.scheduler")}
-        codec: Codec[Message] = Codec(Message)
-        self.mailboxes[peer] = Mailbox(peer, self.incarnations[peer], self.address(peer), peers, codec)
-
-    def start(self, incarnation: int) -> Scheduler:
-        config = {
-            "engine": "main",
-            "model": "m",
-            "address": self.address("main.scheduler"),
-            "leader": "main.rank0",
-            "detokenizer": "detokenizer",
-            "bootstrap": "bootstrap",
-            "page_size": PAGE_SIZE,
-            "num_pages": NUM_PAGES,
-            "max_model_len": 100,
-            "max_running": 4,
-            **self.settings,
-        }
-        args = {
-            "address": self.address("main.scheduler"),
-            "peers": {peer: self.address(peer) for peer in PEERS},
-            "config": config,
-        }
-        link = SimpleNamespace(
-            stats=None,
-            shutdown_fd=os.eventfd(0),
-            shutdown_requested=False,
-            ready=lambda: None,
-            doing=lambda what, limit_s=None: None,
-            idle=lambda: None,
-        )
-        context: Any = SimpleNamespace(
-            id="main.scheduler",
-            incarnation=incarnation,
-            args=args,
-            descriptors={"main.pages": self.pages},
-            run_dir=self.directory,
-            link=link,
-        )
-        scheduler = Scheduler(context)
-        self.mailboxes["main.rank0"].send("main.scheduler", self.attached())
-        scheduler.setup()
-        return scheduler
-
-    def attached(self) -> Attached:
-        return Attached(NUM_PAGES, PAGE_SIZE, 4, 100, 100, "fingerprint")
-
-    def send(self, peer: str, message: Message) -> None:
-        self.mailboxes[peer].send("main.scheduler", message)
-
-    def until(self, condition: Callable[[], Any]) -> Any:
-        """Lets everything run until the condition holds; its value."""
-        deadline = time.monotonic() + DEADLINE_S
-        while True:
-            self.scheduler.mailbox.poll(0.002)
-            self.scheduler.drain()
-            self.scheduler._run_timers()
-            self.scheduler.turn()
-            for peer, mailbox in self.mailboxes.items():
-                self.received[peer] += [envelope.body for envelope in mailbox.receive()]
-            value = condition()
-            if value:
-                return value
-            assert time.monotonic() < deadline, {peer: got[-3:] for peer, got in self.received.items()}
-
-    def expect(self, peer: str, kind: type, skip: int = 0) -> Any:
-        """The message of a type that a peer gets after `skip` others of it."""
-        found = self.until(lambda: [m for m in self.received[peer] if isinstance(m, kind)][skip : skip + 1])
-        return found[0]
-
-    def steps(self) -> list[Step]:
-        return [m for m in self.received["main.rank0"] if isinstance(m, Step)]
-
-    def answer(self, step: Step, token: int = 5) -> None:
-        drawn = sum(1 for flags in step.flags if flags & SAMPLE)
-        self.send("main.rank0", StepResult(step.number, np.full(drawn, token, np.int32).tobytes()))
-
-    def events(self) -> list[TokenEvent]:
-        return [e for m in self.received["detokenizer"] if isinstance(m, Tokens) for e in m.events]
-
-    def generate_all(self) -> None:
-        """Answers every step until nothing is under way."""
-        answered: set[int] = set()
-
-        def quiet() -> bool:
-            for step in self.steps():
-                if step.number not in answered:
-                    answered.add(step.number)
-                    self.answer(step)
-            arrived = {event.rid for event in self.events() if event.finish is not None}
-            finished = {rid for rid, request in self.scheduler.requests.items() if request.finish is not None}
-            return not self.scheduler.batch.running and not self.scheduler.batch.waiting and finished <= arrived
-
-        self.until(quiet)
-
-
-def generate(rid: str = "r", prompt: int = 6, max_tokens: int = 3, attempt: int = 0, **more: Any) -> Generate:
-    tokens = np.arange(prompt, dtype=np.int32).tobytes()
-    params = more.pop("sampling", SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=[2]))
-    return Generate(rid, attempt, tokens, params, TextParams(), **more)
 
 
 @pytest.fixture
 def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
     made = Stage(tmp_path, **getattr(request, "param", {}))
     yield made
-    made.scheduler.mailbox.close()
-    for mailbox in made.mailboxes.values():
-        mailbox.close()
+    made.close()
 
 
 def test_a_request_becomes_steps_and_tokens_and_is_kept_until_acknowledged(stage: Stage) -> None:
@@ -226,7 +85,7 @@ def test_steps_are_short_after_the_ranks_died_until_some_are_answered(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ranks die more often than a long prefill takes, it would never be answered."""
-    monkeypatch.setattr("actors.scheduler.actor.SLOW_START_TOKENS", 10)
+    monkeypatch.setattr("actors.scheduler.engine.SLOW_START_TOKENS", 10)
     stage.send("ingress0", generate(prompt=100, max_tokens=1))
     assert len(stage.expect("main.rank0", Step).tokens) == 4 * 100
     stage.received["main.rank0"].clear()
@@ -402,7 +261,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     rids = [f"r{number}" for number in range(4)]
     for rid in rids:
         stage.send("ingress0", generate(rid, prompt=3, max_tokens=5))
-    stage.until(lambda: len(stage.scheduler.batch.running) == 4)
+    stage.until(lambda: len(stage.scheduler.requests) == 4)
     stage.received["main.rank0"] = [m for m in stage.received["main.rank0"] if not isinstance(m, Attach)]
     answered: set[int] = set()
     deaths, attached = 0, True
@@ -475,7 +334,7 @@ def test_prompt_logprobs_of_a_chunked_prompt_begin_anew_with_the_ranks(stage: St
 
 
 def test_a_step_longer_than_the_silence_allowed_is_not_repeated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.scheduler.actor.RANK_SILENCE_S", 0.0)
+    monkeypatch.setattr("actors.scheduler.engine.RANK_SILENCE_S", 0.0)
     stage.send("ingress0", generate(max_tokens=1))
     step = stage.expect("main.rank0", Step)
     stage.received["main.rank0"].clear()

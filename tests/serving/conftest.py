@@ -8,8 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,33 @@ class Node:
 
     def metric(self, name: str) -> float:
         """Sum of a metric over its labels."""
+        values = self.metrics(name)
+        assert values, f"no metric {name}"
+        return sum(values.values())
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A metric by the actor that reports it, or by all of its labels if there is none."""
         with urllib.request.urlopen(self.url + "/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        values = [float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0].split(" ")[0] == name]
-        assert values, f"no metric {name}"
-        return sum(values)
+        found = {}
+        for line in lines:
+            labels = line.partition("{")[2].partition("}")[0]
+            if line.partition("{")[0].split(" ")[0] == name:
+                actor = labels.partition('actor="')[2].partition('"')[0]
+                found[actor or labels] = float(line.rpartition(" ")[2])
+        return found
 
     @property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:
+    """Fails when a condition does not come true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
 
 
 def start(run_dir: Path, topology: str, *settings: str) -> Iterator[Node]:

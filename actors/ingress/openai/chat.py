@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import msgspec
-from msgspec import Struct
+from msgspec import structs
 
-from actors.ingress.errors import invalid, unsupported
+from actors.ingress.config import IngressConfig
+from actors.ingress.errors import invalid
 from actors.ingress.exchange import DONE, Exchange
-from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry
-from actors.ingress.openai.logprobs import chat_logprobs
+from actors.ingress.openai.choices import ChatChoice
+from actors.ingress.openai.messages import ChatMessage, chat_prompt
 from actors.ingress.openai.protocol import ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
+from actors.ingress.openai.tools import (
+    Tool,
+    ToolChoice,
+    call_id,
+    callable_tools,
+    constrained,
+    forced_calls,
+    parameters_of,
+    rendered,
+)
+from actors.ingress.parsers.output import OutputParser
+from actors.ingress.parsers.reasoning import reasoning_parser
+from actors.ingress.parsers.tool_calls import tool_call_parser
+from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
 from actors.ingress.sampling import Tokens
 from actors.ingress.service import Service
-from actors.messages import ChatPrompt, TextLogprob
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of messages, and what chat templates call them."""
+_ONE_TURN = ("deepseekv3", "deepseekv31")
+"""Formats of DeepSeek's whose templates take the arguments of calls as text, and let the model go on with its turn
+after the tools' results, without a new beginning."""
 
 _encode = msgspec.json.encode
-
-
-class ChatMessage(Struct, forbid_unknown_fields=True):
-    """One message. Fields of type Any are what clients send back of an answer, and are empty then."""
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    reasoning_content: Any = None
-    refusal: Any = None
-    tool_call_id: Any = None
-    tool_calls: Any = None
 
 
 class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
@@ -46,9 +46,20 @@ class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobsCount | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
 
 async def chat_completions(service: Service, request: ChatRequest, exchange: Exchange) -> None:
@@ -67,9 +78,19 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
     top = (request.top_logprobs or 0) if request.logprobs else -1
     sampling = request.sampling(service.config, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
+    tools = callable_tools(request.tools, request.tool_choice)
+    forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
+    sampling = constrained(sampling, forced)
+    if tools and service.config.tool_call_parser is not None and request.skip_special_tokens is None:
+        text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
 
     conversation = chat_prompt(
-        request.messages, request.chat_template_kwargs, request.add_generation_prompt, request.continue_final_message
+        request.messages,
+        request.template_arguments,
+        request.add_generation_prompt,
+        request.continue_final_message,
+        rendered(tools),
+        service.config.tool_call_parser in _ONE_TURN,
     )
     (prompt,) = await service.tokenize(exchange, [conversation])
     max_tokens = service.check_length(len(prompt) // 4, asked, None, "messages", asked_param)
@@ -87,138 +108,59 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
         eager=eager,
     ) as generation:
         identity, created = f"chatcmpl-{drawn.rid}", drawn.created
+        parser = _parsers(service.config, request, tools, forced is not None)
+        short_ids = service.config.tool_call_parser == "mistral"
+        choices = [
+            ChatChoice(entry, parser(), top, lambda choice, call: call_id(drawn.rid, choice, call, short_ids))
+            for entry in generation.entries
+        ]
         if eager:
             frame = ChunkFrame("chat.completion.chunk", identity, created, model, request.stream_options)
-            started: set[int] = set()
-            await generation.stream(exchange, lambda entries: _events(entries, generation, frame, top, started))
+
+            def events(entries: Sequence[Entry]) -> bytes:
+                chunks: list[bytes] = []
+                for entry in entries:
+                    choices[entry.index].add_chunks(chunks, frame, generation)
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+            await generation.stream(exchange, events)
             await exchange.end(frame.last(generation) + DONE)
             return
-        entries = await generation.progress()
+        await generation.progress()
         document = {
             "id": identity,
             "object": "chat.completion",
             "created": created,
             "model": model,
-            "choices": [_choice(entry, top) for entry in entries],
+            "choices": [choice.document() for choice in choices],
             "usage": usage(generation),
             "system_fingerprint": None,
         }
         await exchange.answer(_encode(document))
 
 
-def chat_prompt(
-    messages: list[ChatMessage],
-    template_arguments: dict[str, Any] | None,
-    add_generation_prompt: bool | None,
-    continue_final_message: bool,
-) -> ChatPrompt:
-    """What the tokenizer renders. Raises ApiError for messages that are not text or make no conversation."""
-    if not messages:
-        raise invalid("Invalid value for 'messages': there must be at least one message.", "messages", "invalid_value")
-    plain = [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    if add_generation_prompt is None:
-        add_generation_prompt = not continue_final_message
-    if continue_final_message:
-        if add_generation_prompt:
-            raise invalid(
-                "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
-            )
-        if plain[-1]["role"] != "assistant":
-            raise invalid(
-                "continue_final_message needs a last message with role 'assistant'.", "continue_final_message"
-            )
-    return ChatPrompt(
-        messages=_encode(plain).decode(),
-        template_arguments=_encode(template_arguments or {}).decode(),
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-    )
+def _parsers(
+    config: IngressConfig, request: ChatRequest, tools: Sequence[Tool], forced: bool
+) -> Callable[[], OutputParser | None]:
+    """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces."""
+    reasoning_format = config.reasoning_parser if request.separate_reasoning else None
+    calls_format = config.tool_call_parser if tools else None
+    parameters = parameters_of(tools)
+    last = request.messages[-1]
+    continued = last.text if request.continue_final_message else None
+    if last.role == "tool" and config.tool_call_parser in _ONE_TURN:
+        continued = ""
 
-
-def _plain(message: ChatMessage, param: str) -> dict[str, str]:
-    """A message as chat templates know it. Parts of text are joined by a space, as SGLang does."""
-    if message.role in ("tool", "function"):
-        raise unsupported(f"{param}.role", f"A message with role '{message.role}'")
-    role = _ROLES.get(message.role)
-    if role is None:
-        raise invalid(
-            f"Invalid value for '{param}.role': '{message.role}' is none of {', '.join(_ROLES)}.",
-            f"{param}.role",
-            "invalid_value",
+    def make() -> OutputParser | None:
+        reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
+        calls = JSONListCalls(parameters) if forced else calls_format and tool_call_parser(calls_format, parameters)
+        if reasoning is None and calls is None:
+            return None
+        return OutputParser(
+            reasoning,
+            calls,
+            stream_reasoning=request.stream_reasoning,
+            parallel_calls=request.parallel_tool_calls is not False,
         )
-    for field in ("audio", "function_call", "reasoning_content", "refusal", "tool_call_id", "tool_calls"):
-        if getattr(message, field) not in (None, [], ""):
-            raise unsupported(f"{param}.{field}", f"'{field}' in a message")
-    if message.annotations not in (None, []):
-        raise unsupported(f"{param}.annotations", "'annotations' in a message")
-    content = message.content
-    if content is None:
-        raise invalid(
-            f"Invalid value for '{param}.content': it must be a string or a list of text parts.",
-            f"{param}.content",
-            "invalid_value",
-        )
-    if isinstance(content, list):
-        content = " ".join(_part(part, f"{param}.content[{i}]") for i, part in enumerate(content))
-    plain = {"role": role, "content": content}
-    if message.name is not None:
-        plain["name"] = message.name
-    return plain
 
-
-def _part(part: dict[str, Any], param: str) -> str:
-    kind = part.get("type")
-    if kind != "text":
-        if isinstance(kind, str):
-            raise unsupported(f"{param}.type", f"A content part of type '{kind}'")
-        raise invalid(f"Invalid value for '{param}': a content part has a 'type'.", param, "invalid_value")
-    for key in part:
-        if key not in ("type", "text"):
-            raise invalid(
-                f"Unrecognized request argument supplied: {param}.{key}", f"{param}.{key}", "unknown_parameter"
-            )
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise invalid(f"Invalid value for '{param}.text': expected a string.", f"{param}.text", "invalid_value")
-    return text
-
-
-def _choice(entry: Entry, top: int) -> dict[str, Any]:
-    text, _, logprobs = entry.take()
-    return {
-        "index": entry.index,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": chat_logprobs(logprobs, top) if top >= 0 else None,
-        "finish_reason": entry.finish,
-        "matched_stop": entry.stop_reason,
-    }
-
-
-def _events(entries: Sequence[Entry], generation: Generation, frame: ChunkFrame, top: int, started: set[int]) -> bytes:
-    """Of the choices that have news; `started` are those that have had their first event."""
-    pieces: list[bytes] = []
-    for entry in entries:
-        index = entry.index
-        text, _, logprobs = entry.take()
-        if index not in started:
-            started.add(index)
-            role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-            pieces.append(frame.chunk(index, role, generation))
-        if text or logprobs:
-            pieces.append(frame.chunk(index, _content(text, logprobs, top), generation))
-        if entry.finish is not None:
-            end = b'"delta":{},"logprobs":null,"finish_reason":"%s","matched_stop":%s' % (
-                entry.finish.encode(),
-                _encode(entry.stop_reason),
-            )
-            pieces.append(frame.chunk(index, end, generation))
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _content(text: str, logprobs: list[TextLogprob], top: int) -> bytes:
-    if top < 0:
-        return b'"delta":{"content":%s},"logprobs":null,"finish_reason":null' % _encode(text)
-    return b'"delta":{"content":%s},"logprobs":%s,"finish_reason":null' % (
-        _encode(text),
-        _encode(chat_logprobs(logprobs, top)),
-    )
+    return make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -12,7 +12,7 @@ from actors.ingress.exchange import DONE, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import CompletionLogprobs
-from actors.ingress.openai.protocol import ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
+from actors.ingress.openai.protocol import UNSUPPORTED, ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
 from actors.ingress.service import Prompt, Service
 from actors.messages import TextPrompt
 
@@ -25,11 +25,18 @@ _encode = msgspec.json.encode
 class CompletionRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/completions."""
 
+    unsupported: ClassVar[tuple[str, ...]] = (*UNSUPPORTED, "reasoning_effort", "tools")
+
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
     echo: bool = False
     logprobs: TopLogprobsCount | None = None
     add_special_tokens: bool = True
+
+    def check(self) -> None:
+        super().check()
+        if self.tool_choice not in (None, "none"):
+            raise unsupported("tool_choice")
 
 
 class _Choice:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from actors.ingress.config import IngressConfig
+from actors.ingress.constraints import FIELDS, constraint_of
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.generation import Generation
 from actors.ingress.sampling import (
@@ -30,23 +31,13 @@ from actors.messages import SamplingParams, TextParams
 Choices = Annotated[int, Meta(ge=1, lt=2**31)]
 TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
 
-_UNSUPPORTED = (
+UNSUPPORTED = (
     "audio",
-    "ebnf",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
-    "guided_regex",
-    "json_schema",
     "lora_path",
     "prediction",
-    "reasoning_effort",
-    "regex",
-    "structured_outputs",
     "suffix",
-    "tools",
     "verbosity",
     "web_search_options",
 )
@@ -63,8 +54,12 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both kinds of completions. OpenAI's, and under the names of vLLM and SGLang what OpenAI has not.
 
-    Fields of type Any are either without effect by their definition, or refused when they ask for anything.
+    Fields of type Any are those of a constraint, without effect by their definition, or refused when they ask for
+    anything.
     """
+
+    unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
+    """Fields that are refused when they ask for anything."""
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -91,6 +86,17 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_salt: ExtraKey | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    # the form of the answer; see `constraints`
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
+    structural_tag: Any = None
     # without effect on the answer
     user: str | None = None
     metadata: Any = None
@@ -101,22 +107,13 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     prompt_cache_retention: Any = None
     # not supported
     audio: Any = None
-    ebnf: Any = None
     function_call: Any = None
     functions: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    json_schema: Any = None
     lora_path: Any = None
     modalities: Any = None
     parallel_tool_calls: bool | None = None
     prediction: Any = None
     reasoning_effort: Any = None
-    regex: Any = None
-    response_format: Any = None
-    structured_outputs: Any = None
     suffix: Any = None
     tool_choice: Any = None
     tools: Any = None
@@ -125,13 +122,9 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def check(self) -> None:
         """Raises ApiError for what is not supported and for fields that contradict each other."""
-        for name in _UNSUPPORTED:
+        for name in self.unsupported:
             if getattr(self, name) not in (None, [], ""):
                 raise unsupported(name)
-        if self.tool_choice not in (None, "none"):
-            raise unsupported("tool_choice")
-        if self.response_format not in (None, {"type": "text"}):
-            raise unsupported("response_format", "A response_format other than {'type': 'text'}")
         if self.modalities not in (None, ["text"]):
             raise unsupported("modalities", "A modality other than text")
         if self.spaces_between_special_tokens is False:
@@ -167,6 +160,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             logit_bias=self.logit_bias,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            constraint=constraint_of({name: getattr(self, name) for name in FIELDS}),
         )
 
     def text_params(self, config: IngressConfig) -> TextParams:

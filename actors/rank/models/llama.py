@@ -70,7 +70,7 @@ class Llama:
         """`hidden` and then `logits` of all new tokens: float32 [T, V]. Kernels alone, so that they can be recorded."""
         x, residual = self._layers(ids, meta, cache)
         x, _ = self._norm(x, self.weights.final_norm, residual)
-        return kernels.widen(self._linear(x, self.weights.lm_head))
+        return self._logits(x)
 
     def _layers(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> tuple[Tensor | None, Tensor]:
         """What is to be added to the residual stream behind the last layer, and the stream."""
@@ -86,7 +86,7 @@ class Llama:
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of states [B, H]: float32 [B, V]."""
         x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
-        return kernels.widen(self._linear(x, self.weights.lm_head))
+        return self._logits(x)
 
     def _attention(
         self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor, cache_scales: Tensor | None
@@ -123,6 +123,9 @@ class Llama:
 
     def _linear(self, x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
         return kernels.linear(x, weight, bias, deterministic=self.deterministic)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weights.lm_head, deterministic=self.deterministic, wide=True)
 
     def _norm(self, x: Tensor | None, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Adds x to the residual stream, if there is an x, and normalizes the stream: (normalized, stream)."""

@@ -1,0 +1,142 @@
+"""JSON schemas as the compiler keeps them.
+
+xgrammar ignores keywords that it does not know, or not at their place; a client would get what its schema forbids. So a
+schema is gone through first: what would be ignored is refused, and what can be said in words that are kept is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.grammar.errors import BadGrammar
+
+MAX_DEPTH = 64
+_UNKNOWN = (
+    *("not", "if", "then", "else"),
+    *("contains", "minContains", "maxContains", "unevaluatedItems"),
+    *("dependentRequired", "dependentSchemas", "dependencies"),
+    *("$dynamicRef", "$recursiveRef"),
+)
+_OF_TYPE = {
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+    "array": {"items", "prefixItems", "minItems", "maxItems", "uniqueItems"},
+    "object": {
+        "properties",
+        "required",
+        "additionalProperties",
+        "unevaluatedProperties",
+        "patternProperties",
+        "propertyNames",
+        "minProperties",
+        "maxProperties",
+    },
+}
+_VALIDATING = {"type"}.union(*_OF_TYPE.values())
+_WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
+"""Each of these says all there is to say, to the compiler: what stands beside it would be ignored."""
+_PYTHON = {
+    "string": str,
+    "number": int | float,
+    "integer": int,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def prepared(schema: Any, depth: int = 0) -> Any:
+    """A schema that allows only what the given one does, in the keywords that the compiler keeps.
+
+    Raises BadGrammar for what it would not keep.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    if depth > MAX_DEPTH:
+        raise BadGrammar(f"The JSON schema is nested deeper than {MAX_DEPTH} levels.")
+    for keyword in _UNKNOWN:
+        if keyword in schema:
+            raise BadGrammar(f"The JSON schema's keyword '{keyword}' is not supported.")
+    result = dict(schema)
+    for name in ("$defs", "definitions", "properties", "patternProperties"):
+        if isinstance(schema.get(name), dict):
+            result[name] = {key: prepared(each, depth + 1) for key, each in schema[name].items()}
+    for name in ("items", "additionalProperties", "unevaluatedProperties", "propertyNames"):
+        if name in schema:
+            result[name] = prepared(schema[name], depth + 1)
+    for name in ("prefixItems", "anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(name), list):
+            result[name] = [prepared(each, depth + 1) for each in schema[name]]
+    whole = [name for name in _WHOLE if name in schema]
+    return _only(result, whole[0]) if whole else _of_types(result)
+
+
+def _only(schema: dict[str, Any], whole: str) -> dict[str, Any]:
+    """A schema with one of the keywords that say it all."""
+    beside = [name for name in schema if name != whole and (name in _VALIDATING or name in _WHOLE)]
+    if whole in ("enum", "const") and beside == ["type"]:
+        values = schema["enum"] if whole == "enum" else [schema["const"]]
+        if isinstance(values, list):
+            fitting = [value for value in values if _fits(value, schema["type"])]
+            if not fitting:
+                raise BadGrammar(f"The JSON schema's '{whole}' has no value of type {schema['type']}.")
+            return {"enum": fitting}
+    elif beside:
+        raise BadGrammar(f"The JSON schema's keyword '{beside[0]}' is not supported beside '{whole}'.")
+    if whole == "allOf" and len(schema["allOf"]) != 1:
+        raise BadGrammar("The JSON schema's keyword 'allOf' is supported with one schema only.")
+    if whole == "$ref" and schema["$ref"] != "#" and not str(schema["$ref"]).startswith("#/"):
+        raise BadGrammar("The JSON schema's keyword '$ref' is supported with '#' and '#/…' only.")
+    return schema
+
+
+def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema that says what its types are like."""
+    kinds = [kind for kind, keywords in _OF_TYPE.items() if not keywords.isdisjoint(schema)]
+    if "type" not in schema:
+        if len(kinds) > 1:
+            raise BadGrammar("The JSON schema has keywords of several types and needs a 'type'.")
+        if kinds:
+            schema["type"] = kinds[0]
+    types = schema.get("type", [])
+    types = types if isinstance(types, list) else [types]
+    if "string" in types and "pattern" in schema and not {"minLength", "maxLength", "format"}.isdisjoint(schema):
+        raise BadGrammar("The JSON schema's keyword 'pattern' is not supported beside minLength, maxLength or format.")
+    if "string" in types and "format" in schema and not {"minLength", "maxLength"}.isdisjoint(schema):
+        raise BadGrammar("The JSON schema's keyword 'format' is not supported beside minLength or maxLength.")
+    if "number" in types and "multipleOf" in schema:
+        raise BadGrammar("The JSON schema's keyword 'multipleOf' is supported for integers only.")
+    if "array" in types:
+        if schema.get("uniqueItems"):
+            raise BadGrammar("The JSON schema's keyword 'uniqueItems' is not supported.")
+        if "items" not in schema and "prefixItems" not in schema:
+            schema["items"] = True
+    if "object" in types:
+        _object(schema)
+    return schema
+
+
+def _object(schema: dict[str, Any]) -> None:
+    properties = schema.get("properties", {})
+    if not any(name in schema for name in ("properties", "patternProperties", "propertyNames")):
+        schema.setdefault("additionalProperties", True)
+    required = schema.get("required", [])
+    if isinstance(properties, dict) and isinstance(required, list):
+        missing = [name for name in required if isinstance(name, str) and name not in properties]
+        if missing and schema.get("additionalProperties") is False:
+            raise BadGrammar(f"The JSON schema requires the property '{missing[0]}' and does not allow it.")
+        if missing:
+            rest = schema.get("additionalProperties", True)
+            schema["properties"] = {**properties, **dict.fromkeys(missing, rest)}
+
+
+def _fits(value: Any, types: Any) -> bool:
+    names = types if isinstance(types, list) else [types]
+    for name in names:
+        kind = _PYTHON.get(name, object) if isinstance(name, str) else object
+        if isinstance(value, kind) and (not isinstance(value, bool) or name in ("boolean",) or kind is object):
+            return True
+        if name == "integer" and isinstance(value, float) and value.is_integer():
+            return True
+    return False

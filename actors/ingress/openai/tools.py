@@ -1,0 +1,132 @@
+"""Tools of a request: what may be called, what must be, and how calls are named."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct, structs
+
+from actors.ingress.constraints import schema_constraint
+from actors.ingress.errors import invalid
+from actors.ingress.parsers.tool_calls.base import Tools
+from actors.messages import SamplingParams
+
+ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
+
+MAX_TOOLS = 1024
+
+
+class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A function that may be called. `parameters` is a JSON Schema that the model sees and may keep to."""
+
+    name: ToolName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, forbid_unknown_fields=True):
+    """A tool; all are functions."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class _Name(Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class NamedTool(Struct, forbid_unknown_fields=True):
+    """A `tool_choice` that asks for a call of one function."""
+
+    type: Literal["function"]
+    function: _Name
+
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool
+
+
+def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
+    """The tools that the model is shown. Raises ApiError where these and `tool_choice` contradict each other."""
+    tools = tools or ()
+    if len(tools) > MAX_TOOLS:
+        raise invalid(f"Invalid value for 'tools': at most {MAX_TOOLS} tools are allowed.", "tools", "invalid_value")
+    names = [tool.function.name for tool in tools]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise invalid(f"Invalid value for 'tools': two of them are named '{twice}'.", "tools", "invalid_value")
+    if choice is not None and choice != "none" and not tools:
+        raise invalid("tool_choice is only allowed when tools are given.", "tool_choice")
+    if isinstance(choice, NamedTool):
+        chosen = [tool for tool in tools if tool.function.name == choice.function.name]
+        if not chosen:
+            raise invalid(
+                f"Invalid value for 'tool_choice': there is no tool named '{choice.function.name}' in 'tools'.",
+                "tool_choice",
+                "invalid_value",
+            )
+        return chosen
+    return [] if choice == "none" else list(tools)
+
+
+def rendered(tools: Sequence[Tool]) -> str:
+    """The tools for the chat template, empty if there are none."""
+    return msgspec.json.encode(tools).decode() if tools else ""
+
+
+def parameters_of(tools: Sequence[Tool]) -> Tools:
+    """What parsers need to know of tools."""
+    return {tool.function.name: tool.function.parameters for tool in tools}
+
+
+def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> dict[str, Any] | None:
+    """JSON Schema of the whole output where `tool_choice` leaves the model no choice: a list of calls, which
+    `JSONListCalls` reads. None where it may do without.
+
+    It is the same for all models, as SGLang's and vLLM's is. Definitions in a tool's parameters are moved to the root,
+    which is what `#/$defs/` in them is relative to.
+    """
+    if choice is None or choice in ("auto", "none"):
+        return None
+    calls: list[dict[str, Any]] = []
+    definitions: dict[str, Any] = {}
+    for tool in tools:
+        parameters = dict(tool.function.parameters or {"type": "object", "properties": {}})
+        for name, definition in (parameters.pop("$defs", None) or {}).items():
+            if definitions.setdefault(name, definition) != definition:
+                raise invalid(f"Invalid value for 'tools': they define '#/$defs/{name}' in several ways.", "tools")
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "parameters": parameters},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if isinstance(choice, NamedTool) or not parallel:
+        schema["maxItems"] = 1
+    return {**schema, "$defs": definitions} if definitions else schema
+
+
+def constrained(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
+    """Sampling that keeps to the schema of the output, if there is one. Raises ApiError where something else
+    constrains the output already."""
+    if schema is None:
+        return sampling
+    if sampling.constraint is not None:
+        raise invalid("A tool_choice that forces a call cannot be combined with another constraint.", "tool_choice")
+    return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
+
+
+def call_id(rid: str, choice: int, index: int, short: bool = False) -> str:
+    """The identity of a call, drawn from that of the request, so that it is the same whenever the answer is made anew.
+
+    Args:
+        short: as Mistral's chat templates want it.
+    """
+    digest = hashlib.blake2b(f"{rid}/{choice}/{index}".encode(), digest_size=12).hexdigest()
+    return digest[:9] if short else f"call_{digest}"

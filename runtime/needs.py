@@ -1,0 +1,115 @@
+"""What the engines of a topology need of a machine: memory and devices, and whether it has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.engine_plan import EnginePlan
+from runtime.topology import LoadedTopology
+
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def arena_sizes_of(engines: Sequence[EnginePlan]) -> dict[str, int]:
+    """Bytes of the arenas of weights and KV pages of engines on the CPU, by name: what several share comes once."""
+    return {
+        name: size
+        for engine in engines
+        for name, size in zip(
+            (*engine.weight_arenas, *engine.kv_arenas), (*engine.weight_bytes, *engine.kv_bytes), strict=True
+        )
+        if engine.settings.device == "cpu"
+    }
+
+
+def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
+    """Raises TopologyError unless this machine can hold weights and KV pools, which are used up to the last byte under
+    load, and has as many GPUs as an engine has ranks."""
+    for engine in engines:
+        gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
+        if engine.settings.device == "cuda" and 0 < gpus < engine.settings.tp:
+            raise loaded.error(
+                f"engine.{engine.name}.tp",
+                f"is {engine.settings.tp}, and this machine has {gpus} GPUs; give at most that",
+            )
+    on_cpu = [engine for engine in engines if engine.settings.device == "cpu"]
+    memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values())
+    if needed <= memory:
+        return
+    weights = sum(size for name, size in arena_sizes_of(on_cpu).items() if name.endswith(".weights"))
+    problem = (
+        f"needs {gib(needed)} of memory, {gib(weights)} for weights ({_a_rank(on_cpu)}) and {gib(needed - weights)} "
+        f"for KV pools, and this machine has {gib(memory)}"
+    )
+    largest = _largest_pool(on_cpu)
+    left = tokens_that_fit(largest, memory - (needed - sum(largest.kv_bytes)))
+    if left < largest.settings.page_size:
+        smaller = "" if largest.dtype == "int4" else ', or model.dtype = "int4"'
+        raise loaded.error(
+            "model.path", f"{problem}; choose a smaller model{smaller}, or spread the engines over nodes"
+        )
+    key = f"engine.{largest.name}.kv_tokens"
+    raise loaded.error(key, f"is {largest.settings.kv_tokens}, which {problem}; give at most {left}")
+
+
+def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan]) -> list[str]:
+    """Lines for `runtime check`: each engine's needs, and those of the engines of this machine together."""
+    lines = []
+    for engine in engines:
+        settings = engine.settings
+        owners = (arenas[0].partition(".")[0] for arenas in (engine.weight_arenas, engine.kv_arenas))
+        weights, kv = (f", those of {owner}" if owner != engine.name else "" for owner in owners)
+        pool = "" if engine.shared_kv and engine.role == "prefill" else f" with {engine.num_pages} pages of its own"
+        lines.append(
+            f"engine  {engine.name}: {engine.role}, {settings.tp} rank(s) on {settings.device}; a rank maps "
+            f"{mib(max(engine.weight_bytes))} of {engine.dtype} weights{weights}, and {mib(max(engine.kv_bytes))} of "
+            f"{engine.kv_dtype} KV{kv}{pool}"
+        )
+    on_cpu = [engine for engine in here if engine.settings.device == "cpu"]
+    if on_cpu:
+        memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values())
+        largest = _largest_pool(on_cpu)
+        fit = tokens_that_fit(largest, memory - (needed - sum(largest.kv_bytes)))
+        lines.append(
+            f"memory  {mib(needed)} of {mib(memory)}; beside the rest, {fit:,} KV tokens of {largest.name} would fit"
+        )
+    gpus = max((engine.settings.tp for engine in here if engine.settings.device == "cuda"), default=0)
+    if gpus:
+        lines.append(f"devices {gpus} GPU(s), one a rank")
+    return lines
+
+
+def tokens_that_fit(engine: EnginePlan, memory: int) -> int:
+    """Tokens of an engine's KV pool for which a machine has room, in whole pages."""
+    page = sum(engine.kv_bytes) // engine.arena_pages
+    return max(0, memory) // page * engine.settings.page_size
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or its control group's if that is less."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or one without a limit
+        return memory
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
+
+
+def mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _largest_pool(engines: Sequence[EnginePlan]) -> EnginePlan:
+    return max(engines, key=lambda engine: (sum(engine.kv_bytes), engine.role != "prefill", engine.num_pages))
+
+
+def _a_rank(engines: Sequence[EnginePlan]) -> str:
+    return ", ".join(
+        f"{engine.name} {gib(max(engine.weight_bytes))} a rank"
+        for engine in {engine.weight_arenas[0]: engine for engine in engines}.values()
+    )

@@ -1,0 +1,69 @@
+"""A constrained answer is the same when processes die while it is compiled and drawn."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.error
+from collections.abc import Callable, Mapping
+
+import pytest
+from faults_tools import Node, eventually
+from test_faults_speculation import complete
+
+LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5, "maxItems": 6}
+SAMPLING = {"temperature": 1.0, "seed": 5, "max_tokens": 80, "ignore_eos": False}
+HOPELESS = (
+    "root ::= r0\n" + "".join(f'r{n} ::= "a" r{n + 1} | r{n + 1} r{n + 1}\n' for n in range(1500)) + 'r1500 ::= "z"'
+)
+"""A grammar that the compiler never ends with."""
+
+
+def answer(node: Node, after: Mapping[int, Callable[[], None]], schema: object = LIST) -> str:
+    return complete(node, "Fruits, as JSON: ", {**SAMPLING, "guided_json": schema}, after)
+
+
+def test_the_same_answer_whoever_dies(node: Node) -> None:
+    wanted = answer(node, {})
+    assert 5 <= len(json.loads(wanted)) <= 6
+    kills = {
+        3: lambda: node.kill("main.rank0"),
+        9: lambda: node.kill("main.scheduler"),
+        12: lambda: node.kill("main.grammar"),
+        14: lambda: node.kill("main.rank0"),
+        15: lambda: node.kill("main.scheduler"),
+    }
+    assert answer(node, kills) == wanted
+    for name in ("main.rank0", "main.scheduler", "main.grammar"):
+        assert node.actor(name).restarts >= 1
+
+
+def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: Node) -> None:
+    for number in range(2):
+        node.kill("main.grammar")
+        assert json.loads(answer(node, {}, {"enum": [f"a{number}", "b"]})) in (f"a{number}", "b")
+
+
+def test_a_hopeless_grammar_fails_alone(node: Node) -> None:
+    """Its compiler is killed again and again, as if it crashed. Left alone it would be given up after 10 seconds."""
+    answered = threading.Event()
+
+    def kill() -> None:
+        for _ in range(30):
+            pid = node.pid("main.grammar")
+            node.kill("main.grammar")
+            eventually(lambda pid=pid: node.pid("main.grammar") != pid, "a restart")
+            if answered.wait(0.05):
+                return
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        with pytest.raises(urllib.error.HTTPError) as error:
+            complete(node, "x", {"guided_grammar": HOPELESS}, {})
+    finally:
+        answered.set()
+        killer.join()
+    assert error.value.code == 400
+    assert "the compiler crashes" in error.value.read().decode()
+    assert json.loads(answer(node, {}, {"const": 1})) == 1

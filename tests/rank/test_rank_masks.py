@@ -1,0 +1,198 @@
+"""Constraints in the rank: every drawn token is allowed, and a function of the request, whatever else happens."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from msgspec import structs
+from rank_tools import Driver, Sequence, rank_config
+
+from actors.grammar import GrammarCompiler, load_tokens, xgrammar
+from actors.messages import Constraint, SamplingParams
+from actors.rank import Executor, build_executor
+
+EOS = 2
+PROMPT = [1, 4093, 198, 18243, 335, 253, 1528]
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "ü", "🙂"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+}
+CONSTRAINTS = [
+    Constraint("json_schema", json.dumps(PERSON)),
+    Constraint("regex", "[0-9]{2,4}(-[a-f]{1,5})?"),
+    Constraint("choice", json.dumps(["yes", "no", "perhaps"])),
+]
+
+
+def sampling(constraint: Constraint | None, **changes: Any) -> SamplingParams:
+    defaults: dict[str, Any] = {"max_tokens": 56, "seed": 7, "temperature": 1.0, "stop_token_ids": [EOS]}
+    return SamplingParams(**{**defaults, **changes, "constraint": constraint})
+
+
+@pytest.fixture(scope="module")
+def compiler(smollm2: Path) -> GrammarCompiler:
+    return GrammarCompiler(load_tokens(smollm2, 49152))
+
+
+def check(compiler: GrammarCompiler, sequence: Sequence) -> None:
+    """The output is allowed up to its first end, and complete there; behind it there is nothing but ends."""
+    assert sequence.sampling.constraint is not None
+    matcher = xgrammar().GrammarMatcher(compiler.compile(sequence.sampling.constraint))
+    ended = False
+    for token in sequence.output:
+        if ended:
+            assert token == EOS
+        else:
+            assert matcher.accept_token(token)
+            ended = token == EOS
+
+
+def text(compiler: GrammarCompiler, sequence: Sequence) -> str:
+    vocabulary = compiler.tokens.info.decoded_vocab
+    return b"".join(vocabulary[token] for token in sequence.output if token != EOS).decode()
+
+
+def run(executor: Executor, params: list[SamplingParams], **how: Any) -> list[Sequence]:
+    driver = Driver(executor)
+    sequences = [driver.sequence(slot, PROMPT[: len(PROMPT) - slot % 3], each) for slot, each in enumerate(params)]
+    driver.run(sequences, **how)
+    return sequences
+
+
+PARAMS = [
+    *(sampling(constraint) for constraint in CONSTRAINTS),
+    sampling(None),
+    sampling(CONSTRAINTS[0], temperature=0.0),
+    sampling(CONSTRAINTS[0], repetition_penalty=1.2, presence_penalty=0.5, seed=9),
+    sampling(None, temperature=0.0),
+]
+
+
+@pytest.fixture(scope="module")
+def together(deterministic: Executor) -> list[Sequence]:
+    return run(deterministic, PARAMS)
+
+
+def test_every_token_is_allowed(compiler: GrammarCompiler, together: list[Sequence]) -> None:
+    constrained = [each for each in together if each.sampling.constraint is not None]
+    for sequence in constrained:
+        check(compiler, sequence)
+    assert [each for each in constrained[:3] if each.output[-1] != EOS] == [], [
+        text(compiler, each) for each in constrained
+    ]
+    person = json.loads(text(compiler, together[0]))
+    assert list(person) == ["name", "age", "tags"]
+    assert re.fullmatch("[0-9]{2,4}(-[a-f]{1,5})?", text(compiler, together[1]))
+    assert text(compiler, together[2]) in ("yes", "no", "perhaps")
+    assert together[3].output != together[0].output
+
+
+def test_others_in_the_batch_draw_what_they_would_alone(deterministic: Executor, together: list[Sequence]) -> None:
+    driver = Driver(deterministic)
+    alone = driver.sequence(0, PROMPT, PARAMS[6])
+    driver.run([alone])
+    assert alone.output == together[6].output
+
+
+@pytest.mark.parametrize("how", [{"repeat": True}, {"explicit": True}, {"chunk": 3}])
+def test_the_same_tokens_when_steps_are_run_again(
+    deterministic: Executor, together: list[Sequence], how: dict[str, Any]
+) -> None:
+    assert [each.output for each in run(deterministic, PARAMS[:3], **how)] == [each.output for each in together[:3]]
+
+
+def test_a_rank_that_knows_nothing_goes_on_in_the_middle(smollm2: Path, together: list[Sequence]) -> None:
+    fresh = build_executor(rank_config(smollm2, deterministic=True))
+    driver = Driver(fresh)
+    sequences = []
+    for slot, known in enumerate(together[:3]):
+        for position in (1, 5):
+            sequence = driver.sequence(2 * slot + position // 5, known.prompt, known.sampling)
+            sequence.output = known.output[:position]
+            sequences.append((sequence, known))
+    driver.run([sequence for sequence, _ in sequences])
+    assert [sequence.output for sequence, _ in sequences] == [known.output for _, known in sequences]
+
+
+def test_an_older_step_is_run_again(deterministic: Executor, together: list[Sequence]) -> None:
+    driver = Driver(deterministic)
+    sequence = driver.sequence(0, PROMPT, PARAMS[0])
+    steps = []
+    for _ in range(8):
+        rows = [(sequence, len(sequence.tokens) - sequence.computed)]
+        step = driver.step(rows)
+        result = deterministic.execute(step)
+        steps.append((step, result))
+        driver.apply(rows, step, result)
+    for step, result in [*steps[-2:], *steps[-3:]]:
+        assert deterministic.execute(step).tokens == result.tokens
+    assert sequence.output == together[0].output[:8]
+
+
+def test_bias_and_minimum_length_give_way_to_the_constraint(deterministic: Executor, compiler: GrammarCompiler) -> None:
+    digits = Constraint("regex", "[0-9]+")
+    yes = Constraint("choice", '["yes"]')
+    word = {token: 100.0 for token, each in enumerate(compiler.tokens.info.decoded_vocab) if each == b"the"}
+    params = [
+        sampling(digits, min_tokens=20, max_tokens=24, logit_bias=word),  # could end at once, and may not
+        sampling(yes, min_tokens=20, max_tokens=4),  # must end, and does
+        sampling(yes, stop_token_ids=[], max_tokens=4),
+        sampling(
+            digits, max_tokens=8, temperature=0.0, logit_bias={token: -100.0 for token in range(300) if token != 33}
+        ),
+    ]
+    sequences = run(deterministic, params)
+    for sequence in sequences:
+        check(compiler, sequence)
+    assert EOS not in sequences[0].output[:20]
+    assert text(compiler, sequences[1]) == text(compiler, sequences[2]) == "yes"
+    assert sequences[2].output[-1] == EOS
+
+
+def test_an_output_that_breaks_its_constraint_ends(deterministic: Executor) -> None:
+    driver = Driver(deterministic)
+    sequence = driver.sequence(0, PROMPT, structs.replace(PARAMS[1], max_tokens=6))
+    sequence.output = PROMPT[2:5]
+    driver.run([sequence])
+    assert sequence.output[3:] == [EOS] * 3
+
+
+def test_compiling_beside_the_steps(deterministic: Executor) -> None:
+    constraint = Constraint("regex", "[a-z]{3}!")
+    grammars = deterministic.grammars
+    grammars.want(constraint, "main.scheduler")
+    grammars.want(constraint, "main.scheduler")
+    grammars.want(Constraint("regex", "("), "main.scheduler")
+    answers: list[Any] = []
+    while len(answers) < 2:
+        answers += grammars.finished()
+    assert {asker for asker, _ in answers} == {"main.scheduler"}
+    assert [bool(answer.error) for _, answer in sorted(answers, key=lambda each: bool(each[1].error))] == [False, True]
+    before = grammars.compiled
+    assert run(deterministic, [sampling(constraint, max_tokens=4)])[0].output
+    assert grammars.compiled == before
+
+
+def test_masks_are_those_of_the_library(compiler: GrammarCompiler, deterministic: Executor) -> None:
+    masks = deterministic._sampler._masks
+    assert masks is not None
+    driver = Driver(deterministic)
+    deterministic.execute(driver.step([(driver.sequence(3, PROMPT, PARAMS[1]), len(PROMPT))]))
+    matcher = xgrammar().GrammarMatcher(compiler.compile(CONSTRAINTS[1]))
+    allowed = masks.allowed([3], [np.empty(0, np.int32)])[0]
+    mask = xgrammar().allocate_token_bitmask(1, 49152)
+    matcher.fill_next_token_bitmask(mask)
+    words = mask[0].numpy()
+    assert [token for token in range(49152) if words[token // 32] >> (token % 32) & 1] == np.flatnonzero(
+        allowed
+    ).tolist()

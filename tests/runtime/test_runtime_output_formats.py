@@ -1,0 +1,60 @@
+"""The formats of tool calls and reasoning that a node's ingress is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from actors.ingress.parsers.reasoning import REASONING_FORMATS
+from actors.ingress.parsers.tool_calls import TOOL_CALL_FORMATS
+from runtime.output_formats import chat_template_source, output_formats
+from runtime.plan import plan_node
+from runtime.topology import load_topology
+from runtime.topology.schema import Ingress
+
+QWEN = "<|im_start|>{% if enable_thinking %}<think>{% endif %}<tool_call>"
+TEMPLATE = "model.chat_template=qwen.jinja"
+
+
+def formats(directory: Path, *settings: str) -> dict[str, str | None]:
+    """Those of a node with the embedded model, whose template knows neither tools nor reasoning."""
+    file = directory / "node.toml"
+    file.write_text('[model]\npath = "smollm2-135m-instruct"\n[engine.main]\n')
+    return output_formats(plan_node(load_topology(file, settings)))
+
+
+def test_every_format_can_be_chosen() -> None:
+    types = get_type_hints(Ingress)
+    assert set(get_args(types["tool_call_parser"])) == {"auto", "none", *TOOL_CALL_FORMATS}
+    assert set(get_args(types["reasoning_parser"])) == {"auto", "none", *REASONING_FORMATS}
+
+
+def test_formats_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "qwen.jinja").write_text(QWEN)
+    assert formats(tmp_path) == {"tool_call_parser": None, "reasoning_parser": None}
+    given = formats(tmp_path, "ingress.tool_call_parser=llama3", "ingress.reasoning_parser=qwen3")
+    assert given == {"tool_call_parser": "llama3", "reasoning_parser": "qwen3"}
+    assert formats(tmp_path, TEMPLATE) == {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
+    given = formats(tmp_path, TEMPLATE, "ingress.tool_call_parser=none", "ingress.reasoning_parser=deepseek-r1")
+    assert given == {"tool_call_parser": None, "reasoning_parser": "deepseek-r1"}
+
+
+def test_templates_of_a_directory(tmp_path: Path) -> None:
+    assert chat_template_source(tmp_path) == ""
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "A"}))
+    assert chat_template_source(tmp_path) == "A"
+    config.write_text(json.dumps({"chat_template": [{"name": "default", "template": "A"}, {"template": "B"}]}))
+    assert chat_template_source(tmp_path) == "A\nB"
+    (tmp_path / "chat_template.jinja").write_text("C")
+    assert chat_template_source(tmp_path).startswith("C\n")
+    for broken in ("{", "[]", "5", "\xff"):
+        config.write_bytes(broken.encode("latin-1"))
+        assert chat_template_source(tmp_path) in ("", "C")
+    assert chat_template_source(tmp_path / "nothing.gguf") == ""
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + b"\xff" * 100)
+    assert chat_template_source(tmp_path / "broken.gguf") == ""

@@ -1,0 +1,155 @@
+"""Prefill and decode apart: the same answers as from one engine, whichever way the pages travel, and through kills."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import FLOAT32, MODEL, Node, start, wait_until
+
+DETERMINISTIC = (FLOAT32, "model.deterministic=true")
+LONG = "The quick brown fox jumps over the lazy dog, number {}. "
+PROMPTS = [
+    "Hi",
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return ",
+    "今天天气很好,我们去",
+    "".join(LONG.format(number) for number in range(16)),
+    "".join(LONG.format(number) for number in range(30)),
+]
+"""Of a single token, of less than a page, and of several chunks."""
+CHUNKS = ("engine.prefill.chunk_tokens=160", "engine.decode.local_prefill_tokens=0")
+
+
+def ask(node: Node, number: int) -> Any:
+    """The answer to one of the requests that every deployment gets."""
+    prompt = PROMPTS[number % len(PROMPTS)]
+    params: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body: dict[str, Any] = {"text": prompt, "sampling_params": params}
+    match number // len(PROMPTS):
+        case 1:
+            params |= {"temperature": 0.9, "top_p": 0.95, "sampling_seed": number}
+        case 2:
+            params |= {"temperature": 0.7, "sampling_seed": number, "repetition_penalty": 1.2, "presence_penalty": 0.3}
+        case 3:
+            body |= {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
+    answer = node.post("/generate", body)
+    return answer["output_ids"], answer["text"], _rounded(answer["meta_info"])
+
+
+def _rounded(meta: Any) -> Any:
+    """Logprobs without their last digits, in which groups of ranks of different sizes differ."""
+    keys = ("input_token_logprobs", "output_token_logprobs")
+    return [[(each[1], each[0] and round(each[0], 2)) for each in meta[key]] for key in keys if key in meta]
+
+
+def answers(node: Node) -> list[Any]:
+    """The answers to all requests, sent together."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda number: ask(node, number), range(4 * len(PROMPTS))))
+
+
+@pytest.fixture(scope="module")
+def unified(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What one engine answers that does both, by model."""
+
+    @cache
+    def of(model: str) -> list[Any]:
+        for node in start(tmp_path_factory.mktemp("unified"), "smollm2.toml", *DETERMINISTIC, f"model.path={model}"):
+            return answers(node)
+        raise AssertionError
+
+    return of
+
+
+def over(node: Node) -> bool:
+    """Whether no transfer is under way, nor any page lent for one that has failed."""
+    return node.metric("runtime:actor_transfers") == 0 and node.metric("runtime:actor_transfers_ending") == 0
+
+
+def wheel(module: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"the package {module} is not installed")
+
+
+MOONCAKE = pytest.param("transfer.engine=mooncake", id="mooncake", marks=wheel("mooncake"))
+NIXL = pytest.param("transfer.engine=nixl", id="nixl", marks=wheel("nixl_cu12"))
+WAYS = [
+    pytest.param("transfer.engine=shm", id="one memory"),
+    pytest.param("engine.decode.tp=2", id="tp 1 to 2"),
+    pytest.param("engine.prefill.tp=2", id="tp 2 to 1"),
+    MOONCAKE,
+    NIXL,
+]
+
+
+@pytest.mark.parametrize("setting", WAYS)
+@pytest.mark.parametrize("topology", ["pd-smollm2.toml", "pd-deepseek.toml"])
+def test_answers_are_those_of_one_engine(
+    tmp_path: Path, unified: Callable[[str], list[Any]], topology: str, setting: str
+) -> None:
+    model = MODEL if topology == "pd-smollm2.toml" else "deepseek-v3-tiny"
+    for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
+        assert answers(node) == unified(model)
+        assert node.metric("runtime:actor_prefills") >= len(PROMPTS)
+        wait_until(partial(over, node), "the end of all transfers")
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """Two engines that prefill, two that decode."""
+    chunks = (f"engine.{name}.chunk_tokens=160" for name in ("prefill0", "prefill1"))
+    yield from start(tmp_path_factory.mktemp("four"), "pd-smollm2-2p2d.toml", *DETERMINISTIC, *chunks)
+
+
+def test_all_roles_are_processes(four: Node) -> None:
+    roles = {each["name"]: each["pid"] for each in four.tree()}
+    for engine, actor in (("prefill", "kv_sender"), ("decode", "kv_receiver")):
+        for number in (0, 1):
+            for name in ("rank0", "scheduler", actor):
+                assert os.path.exists(f"/proc/{roles[f'{engine}{number}.{name}']}")
+    assert len(set(roles.values())) == len(roles)
+
+
+def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[str], list[Any]]) -> None:
+    assert answers(four) == unified(MODEL)
+    metrics = four.metrics("runtime:actor_prefills")
+    assert all(metrics[f"prefill{number}.scheduler"] for number in (0, 1)), metrics
+    totals = four.metrics("runtime:actor_transfers_total")
+    assert all(totals[f"decode{number}.scheduler"] for number in (0, 1)), totals
+
+
+VICTIMS = [f"{role}0{part}" for role in ("prefill", "decode") for part in ("", ".rank0", ".scheduler")]
+
+
+@pytest.mark.parametrize("victim", [*VICTIMS, "prefill0.kv_sender", "decode0.kv_receiver"])
+def test_a_kill_changes_no_answer(four: Node, unified: Callable[[str], list[Any]], victim: str) -> None:
+    before = next(each for each in four.tree() if each["name"] == victim)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(answers, four)
+        done = sum(four.metrics("runtime:actor_prefills").values())
+        wait_until(lambda: sum(four.metrics("runtime:actor_prefills").values()) > done, "a prefill")
+        os.kill(before["pid"], signal.SIGKILL)
+        assert running.result(120) == unified(MODEL)
+
+    def restarted() -> bool:
+        after = next((each for each in four.tree() if each["name"] == victim), None)
+        return after is not None and after["pid"] not in (None, before["pid"]) and after["state"] == "running"
+
+    wait_until(restarted, f"the restart of {victim}")
+
+
+def test_pages_come_back(four: Node) -> None:
+    """When nobody is served, no page is lent and none is missing."""
+    wait_until(lambda: over(four), "the end of all transfers")
+    pages = 10_240 // 16
+    wait_until(
+        lambda: {four.metrics("runtime:actor_available_pages")[f"decode{n}.scheduler"] for n in (0, 1)} == {pages},
+        "all pages of the decode engines",
+    )

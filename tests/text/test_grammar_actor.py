@@ -1,0 +1,85 @@
+"""The grammar actor as a process: answers, limits, and nothing lost when it is killed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from text_harness import DEADLINE_S, Node
+from vocabularies import byte_level_gguf
+
+from actors.messages import Compile, Compiled, Constraint
+
+LEVELS = 1500
+SLOW = Constraint(
+    "ebnf",
+    "root ::= r0\n"
+    + "".join(f'r{n} ::= "a" r{n + 1} | r{n + 1} r{n + 1}\n' for n in range(LEVELS))
+    + f'r{LEVELS} ::= "z"',
+)
+"""Takes the compiler for ever."""
+GOOD = Constraint("regex", "[a-z]+")
+
+NewNode = Callable[..., Node]
+
+
+@pytest.fixture
+def new_node(tmp_path: Path) -> Iterator[NewNode]:
+    nodes = []
+    model = byte_level_gguf(tmp_path / "model.gguf", "llama-bpe")
+
+    def start(**config: Any) -> Node:
+        settings = {"model": str(model), "vocab_size": 600, **config}
+        nodes.append(
+            Node(tmp_path, "actors.grammar:Grammar", "main.grammar", settings, ["main.scheduler", "b.scheduler"])
+        )
+        return nodes[-1].start()
+
+    yield start
+    for node in nodes:
+        node.close()
+
+
+def test_answers_and_a_death(new_node: NewNode) -> None:
+    node = new_node()
+    assert node.report == "ready"
+    for _ in range(2):  # a second time it is known
+        node.send("main.scheduler", Compile(GOOD))
+        assert node.receive("main.scheduler", Compiled) == Compiled(GOOD.digest)
+    bad = Constraint("regex", "(")
+    node.send("main.scheduler", Compile(bad))
+    node.send("b.scheduler", Compile(bad))
+    for peer in ("main.scheduler", "b.scheduler"):
+        answer = node.receive(peer, Compiled)
+        assert answer.digest == bad.digest
+        assert "parenthesis is not closed" in answer.error
+    node.kill()
+    node.send("main.scheduler", Compile(GOOD))
+    node.start()
+    assert node.receive("main.scheduler", Compiled) == Compiled(GOOD.digest)
+    assert node.stop() == 0
+
+
+def test_what_takes_too_long_is_refused_and_the_process_ends(new_node: NewNode) -> None:
+    node = new_node(limit_s=0.3)
+    node.send("main.scheduler", Compile(SLOW))
+    node.send("main.scheduler", Compile(GOOD))
+    answer = node.receive("main.scheduler", Compiled)
+    assert answer.digest == SLOW.digest
+    assert answer.error == "The constraint takes longer than 0.3 seconds to compile: make it simpler."
+    assert node.process is not None
+    assert node.process.wait(DEADLINE_S) == 1
+    node.send("main.scheduler", Compile(GOOD))
+    node.start()
+    assert node.receive("main.scheduler", Compiled) == Compiled(GOOD.digest)
+
+
+def test_memory_is_limited(new_node: NewNode) -> None:
+    node = new_node(limit_bytes=2**28)
+    assert node.process is not None
+    limits = Path(f"/proc/{node.process.pid}/limits").read_text()
+    soft = next(line for line in limits.splitlines() if line.startswith("Max address space")).split()[3]
+    pages = int(Path(f"/proc/{node.process.pid}/statm").read_text().split()[0])
+    assert int(soft) <= 4096 * pages + 2**28
