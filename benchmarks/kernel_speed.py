@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 import kernels
 from actors.kv_format import KVFormat
-from kernels import reference
+from kernels import reference, reference_moe_mla
 
 QUERY_HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCABULARY = 9, 3, 64, 576, 1536, 49152
+RANK, ROTATED, MLA_HEADS, NOPE = 512, 64, 16, 128  # of DeepSeek-V2-Lite, and its experts but for their width
+EXPERTS, CHOSEN, MOE_HIDDEN, MOE_INNER = 64, 6, 1024, 512
 SHAPES = ((HIDDEN, 960), (HIDDEN, HIDDEN), (HIDDEN, 2 * INNER), (INNER, HIDDEN))  # qkv, o, gate_up, down
 PAGE = 16
 
@@ -164,6 +166,113 @@ def model(shape: str, rows: int, layers: list[kernels.PackedWeight], per_layer: 
     return Case("quantized", shape, ours, read, bytes=float(placed[0].panels.nbytes))
 
 
+def mla_attention(rows: int, context: int, new: int, dtype: torch.dtype) -> Case:
+    """One layer of several, taken in turns: `rows` sequences with `new` tokens each, up to `context`."""
+    pages, dim = -(-context // PAGE), RANK + ROTATED
+    layers = max(2, min(30, 2**29 // (rows * pages * PAGE * dim * dtype.itemsize)))
+    caches = [torch.randn(rows * pages, PAGE, dim).to(dtype) for _ in range(layers)]
+    table = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
+    meta = kernels.AttentionMeta.build([context - new] * rows, [new] * rows, table)
+    cos, sin = kernels.rotary_table(ROTATED, context, 1e4)
+    tokens = rows * new
+    q_latent, q_rope = torch.randn(tokens, MLA_HEADS, RANK).to(dtype), torch.randn(tokens, MLA_HEADS, ROTATED).to(dtype)
+    latent, k_rope = torch.randn(tokens, RANK).to(dtype), torch.randn(tokens, ROTATED).to(dtype)
+    turns = itertools.cycle(caches)
+
+    def run(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        cache = next(turns)
+        return function(
+            q_latent, q_rope, latent, k_rope, cache, meta, cos, sin, 0.07, interleaved=True, deterministic=False
+        )
+
+    seen = rows * sum(range(context - new + 1, context + 1))
+    return Case(
+        "mla_attention",
+        f"{rows} x {new} of {context}, {str(dtype)[6:]}",
+        lambda: run(kernels.mla_attention),
+        lambda: run(reference_moe_mla.mla_attention),
+        flops=2 * seen * MLA_HEADS * (2 * RANK + ROTATED),
+        bytes=rows * context * dim * dtype.itemsize if new == 1 else 0,
+    )
+
+
+def linear_heads(rows: int, dtype: torch.dtype, up: bool) -> Case:
+    inputs, outputs = (RANK, NOPE) if up else (NOPE, RANK)
+    weights = itertools.cycle([torch.randn(MLA_HEADS, outputs, inputs).to(dtype) for _ in range(30)])
+    x = torch.randn(rows, MLA_HEADS, inputs).to(dtype)
+    size = MLA_HEADS * outputs * inputs
+    return Case(
+        "linear_heads",
+        f"[{rows}, {MLA_HEADS}, {inputs}] to {outputs}, {str(dtype)[6:]}",
+        lambda: kernels.linear_heads(x, next(weights), deterministic=False),
+        lambda: reference_moe_mla.linear_heads(x, next(weights), deterministic=False),
+        bytes=float(size * dtype.itemsize) if rows < 32 else 0,
+        flops=2.0 * rows * size,
+    )
+
+
+def experts(rows: int, dtype: torch.dtype, kind: kernels.WeightKind | None) -> Case:
+    """The experts of one layer of two. Other ones are chosen in each turn, so that their weights come from memory."""
+    gate_up = torch.randn(EXPERTS * 2 * MOE_INNER, MOE_HIDDEN).to(dtype) / MOE_HIDDEN**0.5
+    down = torch.randn(EXPERTS * MOE_HIDDEN, MOE_INNER).to(dtype) / MOE_INNER**0.5
+    layers: list[list[torch.Tensor | kernels.PackedWeight]] = [[gate_up, down], [gate_up.clone(), down.clone()]]
+    if kind is not None:
+        layers = [[kernels.pack_weight(weight, kind=kind) for weight in (gate_up, down)] for _ in range(2)]
+    sizes = [w.nbytes if isinstance(w, torch.Tensor) else w.panels.nbytes for w in layers[0]]
+    x = torch.randn(rows, MOE_HIDDEN).to(dtype)
+    steps = [
+        kernels.route_experts(
+            torch.randn(rows, EXPERTS),
+            top_k=CHOSEN,
+            scoring="softmax",
+            bias=None,
+            groups=1,
+            top_groups=1,
+            normalize=True,
+            scaling=1.0,
+        )
+        for _ in range(20)
+    ]
+    turns = itertools.cycle(itertools.product(steps, layers))
+    hit = sum(len(ids.unique()) for ids, _ in steps) / len(steps)
+
+    def run(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        (ids, weights), (up, down) = next(turns)
+        return function(x, ids, weights, up, down, EXPERTS, deterministic=False, shared=None)
+
+    return Case(
+        "experts",
+        f"{rows} rows, {CHOSEN} of {EXPERTS}, {str(dtype)[6:]}, {kind or 'plain'}",
+        lambda: run(kernels.experts),
+        lambda: run(reference_moe_mla.experts),
+        bytes=hit / EXPERTS * sum(sizes) if rows < 64 else 0,
+        flops=6.0 * rows * CHOSEN * MOE_HIDDEN * MOE_INNER,
+    )
+
+
+def route_experts(rows: int, experts: int, groups: int) -> Case:
+    logits, bias = torch.randn(rows, experts), torch.randn(experts)
+
+    def run(function: Callable[..., object]) -> object:
+        return function(
+            logits,
+            top_k=8,
+            scoring="sigmoid",
+            bias=bias,
+            groups=groups,
+            top_groups=(groups + 1) // 2,
+            normalize=True,
+            scaling=2.5,
+        )
+
+    return Case(
+        "route_experts",
+        f"{rows} rows, 8 of {experts} in {groups} groups",
+        lambda: run(kernels.route_experts),
+        lambda: run(reference_moe_mla.route_experts),
+    )
+
+
 def rms_norm(rows: int, dtype: torch.dtype) -> Case:
     x, residual = torch.randn(rows, HIDDEN).to(dtype), torch.zeros(rows, HIDDEN).to(dtype)
     weight = torch.ones(HIDDEN, dtype=dtype)
@@ -256,6 +365,25 @@ def elementwise_cases() -> Iterator[Case]:
             yield silu_and_mul(rows, dtype)
 
 
+def mla_cases() -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows, context in itertools.product((1, 16), (384, 4096)):
+            yield mla_attention(rows, context, 1, dtype)
+        yield mla_attention(1, 512, 512, dtype)
+        for rows, up in itertools.product((1, 16, 256), (False, True)):
+            yield linear_heads(rows, dtype, up)
+
+
+def expert_cases() -> Iterator[Case]:
+    kinds: tuple[kernels.WeightKind | None, ...] = (None, "bfloat16", "int8", "int4")
+    for rows in (1, 16, 256):
+        yield experts(rows, torch.float32, "float32")
+        for kind in kinds:
+            yield experts(rows, torch.bfloat16, kind)
+        yield route_experts(rows, 64, 1)
+        yield route_experts(rows, 256, 8)
+
+
 def sampling_cases() -> Iterator[Case]:
     for rows in (1, 16):
         yield sample(rows, "greedy", temperature=[0.0] * rows)
@@ -270,6 +398,8 @@ CASES = {
     "linear": linear_cases,
     "quantized": quantized_cases,
     "elementwise": elementwise_cases,
+    "experts": expert_cases,
+    "mla": mla_cases,
     "sampling": sampling_cases,
 }
 

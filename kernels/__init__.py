@@ -26,8 +26,8 @@ from kernels.ops import (
     tune,
     widen,
 )
+from kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
 from kernels.packing import WeightKind
-from kernels.reference_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
 

@@ -20,16 +20,16 @@ from kernels.cpu.paths import tune, way
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 
-_FLOATS = (torch.float32, torch.bfloat16)
+FLOATS = (torch.float32, torch.bfloat16)
 _QUANTIZED = ("int8", "int4")
 
 
-def _library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
+def library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CDLL | None:
     """The C++ library, if it takes these tensors: contiguous, on the CPU, all of `dtype` (of one float type if
     None)."""
     if dtype is None:
         dtype = tensors[0].dtype
-        if dtype not in _FLOATS:
+        if dtype not in FLOATS:
             return None
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
@@ -51,7 +51,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
     given = (token, weight) if residual is None else (token, weight, residual)
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         raise ValueError(f"rms_norm: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)} or the residual")
-    if native := _library_for(*given):
+    if native := library_for(*given):
         return cpu.rms_norm(native, x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
 
@@ -60,14 +60,14 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, for gate_up = [T, 2 I] with the gate first: [T, I]."""
     if gate_up.shape[-1] % 2:
         raise ValueError(f"silu_and_mul: gate and up cannot share {gate_up.shape[-1]} columns equally")
-    if native := _library_for(gate_up):
+    if native := library_for(gate_up):
         return cpu.silu_and_mul(native, gate_up)
     return reference.silu_and_mul(gate_up)
 
 
 def widen(x: Tensor) -> Tensor:
     """x as float32; x itself if it is that already."""
-    if x.dtype == torch.bfloat16 and (native := _library_for(x)):
+    if x.dtype == torch.bfloat16 and (native := library_for(x)):
         return cpu.widen(native, x)
     return x.float()
 
@@ -100,9 +100,9 @@ def attention(
     """
     _check_attention(q, k, v, cache, meta, cos, sin, window, cache_scales)
     if (
-        (native := _library_for(cos, sin, dtype=torch.float32))
-        and q.dtype == k.dtype == v.dtype in _FLOATS
-        and (cache.dtype in _FLOATS or cache.dtype == torch.int8)
+        (native := library_for(cos, sin, dtype=torch.float32))
+        and q.dtype == k.dtype == v.dtype in FLOATS
+        and (cache.dtype in FLOATS or cache.dtype == torch.int8)
         and cache.is_cpu
         and cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1)
         and (cache_scales is None or cache_scales.stride()[2:] == (k.shape[1], 1))
@@ -156,13 +156,13 @@ def embedding(ids: Tensor, weight: Tensor | PackedWeight, dtype: torch.dtype = t
     Rows of a packed weight, say of an output layer that shares the embedding, are put together again in `dtype`.
     Raises IndexError if an id is not below V (on the CPU).
     """
-    native = _library_for(ids, dtype=torch.int64)
+    native = library_for(ids, dtype=torch.int64)
     if isinstance(weight, Tensor):
-        if native and _library_for(weight):
+        if native and library_for(weight):
             return cpu.embedding(native, ids, weight)
     elif weight.panels.device != ids.device:
         raise ValueError(f"embedding: the ids are on {ids.device} and the weight on {weight.panels.device}")
-    elif native and weight.kind in _QUANTIZED and dtype in _FLOATS:
+    elif native and weight.kind in _QUANTIZED and dtype in FLOATS:
         return cpu.embedding_quantized(native, ids, weight, dtype)
     return reference.embedding(ids, weight, dtype)
 
@@ -177,7 +177,7 @@ def pack_weight(weight: Tensor, out: Tensor | None = None, kind: WeightKind | No
     """
     outputs, inputs = weight.shape
     if kind is None:
-        if weight.dtype not in _FLOATS:
+        if weight.dtype not in FLOATS:
             raise ValueError(f"pack_weight: say which kind a weight of {weight.dtype} shall be")
         kind = "float32" if weight.dtype == torch.float32 else "bfloat16"
     packed = _packed(weight, kind, outputs, inputs, out)
@@ -244,13 +244,13 @@ def linear(
     data = weight.panels if isinstance(weight, PackedWeight) else weight
     if x.stride(1) != 1:
         x = x.contiguous()
-    fits = x.is_cpu and x.dtype in _FLOATS and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
+    fits = x.is_cpu and x.dtype in FLOATS and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
     if isinstance(weight, PackedWeight) and weight.kind in _QUANTIZED:
-        if fits and (native := _library_for(data, dtype=torch.uint8)):
+        if fits and (native := library_for(data, dtype=torch.uint8)):
             chosen = way(weight.kind, outputs, inputs, x.shape[0], deterministic)
             return cpu.linear_quantized(native, x, weight, bias, chosen, wide)
         return reference.linear(x, weight, bias, deterministic, wide)
-    if fits and (native := _library_for(data)):
+    if fits and (native := library_for(data)):
         return cpu.linear(native, x, weight, bias, wide)
     return reference.linear(x, weight, bias, True, wide)
 
@@ -261,7 +261,7 @@ def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     seeds: int64 [B], all 64 bits used; positions: int64 [B]. The number is the upper 53 bits of the first two words
     of Philox4x32-10 with the seed as key and the position as counter (low word first).
     """
-    if native := _library_for(seeds, positions, dtype=torch.int64):
+    if native := library_for(seeds, positions, dtype=torch.int64):
         return cpu.counter_uniform(native, seeds, positions)
     return reference.counter_uniform(seeds, positions)
 
@@ -280,10 +280,10 @@ def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Te
     if not len(seeds) == len(positions) == len(params.temperature) == rows:
         raise ValueError(f"sample: {rows} rows of logits need as many seeds, positions and parameters")
     if (
-        _library_for(logits, dtype=torch.float32)
-        and _library_for(params.temperature, params.top_p, params.log_min_p, dtype=torch.float32)
-        and _library_for(params.top_k, dtype=torch.int32)
-        and (native := _library_for(seeds, positions, dtype=torch.int64))
+        library_for(logits, dtype=torch.float32)
+        and library_for(params.temperature, params.top_p, params.log_min_p, dtype=torch.float32)
+        and library_for(params.top_k, dtype=torch.int32)
+        and (native := library_for(seeds, positions, dtype=torch.int64))
     ):
         return cpu.sample(native, logits, params, seeds, positions)
     return reference.sample(logits, params, seeds, positions)
@@ -310,8 +310,8 @@ def apply_penalties(
         raise ValueError("apply_penalties: rows, token_ids and counts must have one item an entry")
     if not len(repetition) == len(frequency) == len(presence) == logits.shape[0]:
         raise ValueError(f"apply_penalties: {logits.shape[0]} rows of logits need as many penalties of each kind")
-    floats = _library_for(logits, repetition, frequency, presence, dtype=torch.float32)
-    if floats and (native := _library_for(rows, token_ids, counts, dtype=torch.int32)):
+    floats = library_for(logits, repetition, frequency, presence, dtype=torch.float32)
+    if floats and (native := library_for(rows, token_ids, counts, dtype=torch.int32)):
         cpu.apply_penalties(native, logits, rows, token_ids, counts, repetition, frequency, presence)
         return
     reference.apply_penalties(logits, rows, token_ids, counts, repetition, frequency, presence)
@@ -321,9 +321,7 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     """Adds values float32 [E] to logits [B, V] in place at rows, token_ids int32 [E]; -inf forbids a token."""
     if not rows.shape == token_ids.shape == values.shape:
         raise ValueError("add_bias: rows, token_ids and values must have one item an entry")
-    if (native := _library_for(logits, values, dtype=torch.float32)) and _library_for(
-        rows, token_ids, dtype=torch.int32
-    ):
+    if (native := library_for(logits, values, dtype=torch.float32)) and library_for(rows, token_ids, dtype=torch.int32):
         cpu.add_bias(native, logits, rows, token_ids, values)
         return
     reference.add_bias(logits, rows, token_ids, values)
@@ -337,8 +335,8 @@ def logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor
     """
     if len(tokens) != logits.shape[0]:
         raise ValueError(f"logprobs: {logits.shape[0]} rows of logits need as many tokens, not {len(tokens)}")
-    native = _library_for(logits, dtype=torch.float32)
-    if native and _library_for(tokens, dtype=torch.int32):
+    native = library_for(logits, dtype=torch.float32)
+    if native and library_for(tokens, dtype=torch.int32):
         return cpu.logprobs(native, logits, tokens, top_n)
     return reference.logprobs(logits, tokens, top_n)
 

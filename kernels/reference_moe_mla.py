@@ -1,7 +1,6 @@
 """Latent attention and mixtures of experts, in plain torch and, for their products, the linear layers of `kernels.ops`.
 
-Sizes: `T` new tokens of a step, `Hq` query heads of a rank, `R` the size of a cached latent vector, `D` the rotated
-dimensions of a key, `E` experts, `K` of them for a token.
+As documented, and for tensors that have been checked, in `kernels.ops_moe_mla`.
 """
 
 from typing import Literal
@@ -29,25 +28,6 @@ def mla_attention(
     interleaved: bool,
     deterministic: bool,
 ) -> Tensor:
-    """Latent attention in its absorbed form (DeepSeek-V2, https://arxiv.org/abs/2405.04434): [T, Hq, R] of latent's
-    type, mixtures of latent vectors, which each head has yet to expand to values.
-
-    Rotates q_rope and k_rope, writes the new latents and rotated keys into the cache, and attends causally: the score
-    of a key is scale * (q_latent · latent + q_rope · k_rope).
-
-    q_latent: [T, Hq, R], queries multiplied with their head's matrix for keys; q_rope: [T, Hq, D]; latent: [T, R];
-    k_rope: [T, D], one for all heads; float32 or bfloat16, any stride between tokens. cache: one layer's pages
-    [num_pages, page_size, R + D], float32 or bfloat16, any stride between pages: latents, and behind each its rotated
-    key. cos, sin: float32 [max_positions, D / 2], the tables of `rotary_table`. interleaved: angle i turns the
-    dimensions 2 i and 2 i + 1, not i and i + D / 2. A rotated vector is stored as the halves [first of each pair,
-    second of each pair] either way. With `deterministic` a token's result depends on its position and its keys alone,
-    to the bit.
-
-    Raises ValueError if the tensors do not fit each other or the step.
-    """
-    _check_latent(q_rope, latent, k_rope, cache, meta, cos, sin)
-    if q_latent.shape != (*q_rope.shape[:2], latent.shape[1]):
-        raise ValueError(f"mla_attention: q_latent {tuple(q_latent.shape)} does not fit q_rope and latent")
     if meta.num_tokens == 0:
         return q_latent.new_empty(q_latent.shape, dtype=latent.dtype)
     q_rope = _write(q_rope, latent, k_rope, cache, meta, cos, sin, interleaved)
@@ -92,7 +72,7 @@ def mla_prefill(
     q_nope: [T, Hq, N], not multiplied with anything; key_weight: [Hq, R, N], value_weight: [Hq, V, R]; the rest as
     for `mla_attention`.
     """
-    _check_latent(q_rope, latent, k_rope, cache, meta, cos, sin)
+    check_latent(q_rope, latent, k_rope, cache, meta, cos, sin)
     heads, rank, dim = key_weight.shape
     if q_nope.shape != (*q_rope.shape[:2], dim) or latent.shape[1] != rank or len(value_weight) != heads:
         raise ValueError(f"mla_prefill: q_nope {tuple(q_nope.shape)} does not fit the weights or q_rope")
@@ -111,7 +91,7 @@ def mla_prefill(
     return out
 
 
-def _check_latent(
+def check_latent(
     q_rope: Tensor, latent: Tensor, k_rope: Tensor, cache: Tensor, meta: AttentionMeta, cos: Tensor, sin: Tensor
 ) -> None:
     tokens, rank = latent.shape
@@ -214,13 +194,6 @@ def _absorbed_one_order(query: Tensor, cache: Tensor, meta: AttentionMeta, scale
 
 
 def linear_heads(x: Tensor, weight: Tensor, *, deterministic: bool) -> Tensor:
-    """x [T, G, K], each head g times the transpose of weight [G, N, K][g]: [T, G, N] of x's type, which is weight's.
-
-    With `deterministic` a token's result depends on that token alone, to the bit. Raises ValueError if the tensors do
-    not fit each other.
-    """
-    if x.dim() != 3 or x.shape[1:] != weight.shape[::2]:
-        raise ValueError(f"linear_heads: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)}")
     if not deterministic:
         return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1).contiguous()
     return torch.stack([linear(x[:, head], each, deterministic=True) for head, each in enumerate(weight)], dim=1)
@@ -237,16 +210,6 @@ def route_experts(
     normalize: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """The experts of each token, best first, and what their results are to be multiplied with: int32 and float32
-    [T, K].
-
-    logits: float32 [T, E], the router's; scoring: what makes scores of them; bias: float32 [E], added to the scores by
-    which experts are chosen, and not to those that they are weighted by; groups: experts are chosen from the
-    `top_groups` of so many equal parts whose two best experts have the highest scores together; normalize: divide a
-    token's scores by their sum; scaling: and multiply with that. Of equals the one with the lower number comes first.
-
-    Scores are computed in double precision and rounded, so that they do not depend on what else is in the tensor.
-    """
     tokens, count = logits.shape
     wide = logits.double()
     scores = (wide.softmax(-1) if scoring == "softmax" else wide.sigmoid()).float()
@@ -277,17 +240,13 @@ def experts(
     num_experts: int,
     *,
     deterministic: bool,
+    shared: Tensor | None,
 ) -> Tensor:
-    """The mixture of each token's experts: [T, H] of x's type, the sum over slots k of weights[:, k] times what expert
-    ids[:, k] makes of x, down(silu(gate(x)) * up(x)), added up in float32 in the order of the slots.
-
-    x: [T, H]; ids: int32 [T, K]; weights: float32 [T, K]; gate_up: [E * 2 I, H], of each expert the rows of gate and
-    then those of up; down: [E * H, I]; where they are packed, H and 2 I must be multiples of 64, so that an expert is a
-    run of whole panels. With `deterministic` a token's result depends on that token alone, to the bit.
-    """
     tokens, slots = ids.shape
     width = x.shape[1]
     inner = (gate_up.out_features if isinstance(gate_up, PackedWeight) else len(gate_up)) // num_experts
+    if ((ids < 0) | (ids >= num_experts)).any():
+        raise IndexError(f"a token's expert is not among the {num_experts}")
     order = ids.flatten().sort(stable=True).indices
     counts = torch.bincount(ids.flatten(), minlength=num_experts).tolist()
     results = x.new_empty(tokens * slots, width)
@@ -303,7 +262,7 @@ def experts(
     total = torch.zeros(tokens, width, device=x.device)
     for slot in range(slots):
         total = total + by_slot[:, slot].float() * weights[:, slot, None]
-    return total.to(x.dtype)
+    return (total if shared is None else total + shared).to(x.dtype)
 
 
 def _rows(weight: Tensor | PackedWeight, first: int, count: int) -> Tensor | PackedWeight:

@@ -23,8 +23,8 @@ _SILU = struct.Struct("@2P 4q")
 _WIDEN = struct.Struct("@2P 2q")
 _EMBEDDING = struct.Struct("@3P 4q")
 _ATTENTION = struct.Struct("@12P 20q f")
-_LINEAR = struct.Struct("@4P 9q")
-_LINEAR_QUANTIZED = struct.Struct("@4P 9q")
+_LINEAR = struct.Struct("@4P 10q")
+_LINEAR_QUANTIZED = struct.Struct("@4P 10q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _QUANTIZE = struct.Struct("@4P 2q")
 _GRAPH = struct.Struct("@P 2q P")
@@ -96,7 +96,7 @@ def embedding(library: ctypes.CDLL, ids: Tensor, weight: Tensor) -> Tensor:
             torch.get_num_threads(),
         )
     )
-    _check(result, f"a token is not among the {vocabulary} of the embedding")
+    check(result, f"a token is not among the {vocabulary} of the embedding")
     return out
 
 
@@ -114,7 +114,7 @@ def embedding_quantized(library: ctypes.CDLL, ids: Tensor, weight: PackedWeight,
             dtype == torch.bfloat16,
         )
     )
-    _check(result, f"a token is not among the {weight.out_features} of the embedding")
+    check(result, f"a token is not among the {weight.out_features} of the embedding")
     return out
 
 
@@ -176,7 +176,7 @@ def attention(
             scale,
         )
     )
-    _check(result, "the page table names a page that the cache does not have")
+    check(result, "the page table names a page that the cache does not have")
     return out
 
 
@@ -205,6 +205,7 @@ def linear(
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.stride(0),
+            outputs,
             rows,
             inputs,
             outputs,
@@ -215,7 +216,7 @@ def linear(
             wide,
         )
     )
-    _check(result)
+    check(result)
     return out
 
 
@@ -232,6 +233,7 @@ def linear_quantized(
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.stride(0),
+            weight.out_features,
             rows,
             inputs,
             weight.out_features,
@@ -242,7 +244,7 @@ def linear_quantized(
             wide,
         )
     )
-    _check(result)
+    check(result)
     return out
 
 
@@ -289,7 +291,7 @@ def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds:
             torch.get_num_threads(),
         )
     )
-    _check(result)
+    check(result)
     return tokens
 
 
@@ -310,7 +312,7 @@ def logprobs(library: ctypes.CDLL, logits: Tensor, tokens: Tensor, top_n: int) -
             torch.get_num_threads(),
         )
     )
-    _check(result, "a token is not in the vocabulary")
+    check(result, "a token is not in the vocabulary")
     return chosen, values, ids
 
 
@@ -336,14 +338,14 @@ def apply_penalties(
             presence.data_ptr(),
         )
     )
-    _check(result, "a penalty is for a row or token that the logits do not have")
+    check(result, "a penalty is for a row or token that the logits do not have")
 
 
 def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) -> None:
     result = library.add_bias(
         _BIAS.pack(*_logits(logits), rows.data_ptr(), token_ids.data_ptr(), values.data_ptr(), rows.numel())
     )
-    _check(result, "a bias is for a row or token that the logits do not have")
+    check(result, "a bias is for a row or token that the logits do not have")
 
 
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:
@@ -355,10 +357,11 @@ def graph(library: ctypes.CDLL, operations: int, count: int, times: int) -> None
     """Runs `count` operations (address of a function, address of its argument) at the address `operations`; writes
     count + 1 times to `times`, unless that is 0."""
     result = library.graph(_GRAPH.pack(operations, count, torch.get_num_threads(), times))
-    _check(result, "a token or a page is out of bounds")
+    check(result, "a token or a page is out of bounds")
 
 
-def _check(result: int, bad_index: str = "") -> None:
+def check(result: int, bad_index: str = "") -> None:
+    """Raises what a function's result says."""
     if result == _NO_MEMORY:
         raise MemoryError("a kernel got no memory to work in")
     if result == _BAD_INDEX:

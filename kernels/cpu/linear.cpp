@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "amx.h"
+#include "linear.h"
 #include "product.h"
 #include "threads.h"
 
@@ -16,17 +17,7 @@ constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
 constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
 
-struct Call {
-    const void *x, *weight, *bias;
-    void* out;
-    int64_t x_stride;  // elements from row to row
-    int64_t rows, inputs, outputs;
-    int64_t packed;  // whether the weight is in panels (see packing.py), not rows [outputs, inputs]
-    int64_t threads;
-    int64_t narrow;    // the weight is bfloat16, else float32
-    int64_t x_narrow;  // likewise x, bias and, unless it is wide, out
-    int64_t wide;      // out is float32 whatever x is
-
+struct Call : LinearCall {
     int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
     int panel_outputs(int64_t panel) const { return int(std::min<int64_t>(PANEL, outputs - panel * PANEL)); }
     // Rows are shared out where there are many; a panel of rows that must be transposed first serves all of them.
@@ -42,12 +33,16 @@ Scratch& scratch(int which) {
     return memory[which];
 }
 
-// panel[k][n] = weight[n][k] for `depth` input and `count` output features, zero beyond.
+// panel[k][n] = weight[n][k] for `depth` input and `count` output features, zero beyond. `next`: of what will be
+// transposed then; lines of memory so far apart are not fetched ahead by themselves.
 template <class T>
-void transpose_panel(const T* weight, int64_t stride, int count, int depth, float* panel) {
+void transpose_panel(const T* weight, int64_t stride, int count, int depth, float* panel, const T* next) {
     static const T nothing[LANES] = {};
     for (int n = 0; n < PANEL; n += LANES) {
+        const T* ahead = n + LANES < PANEL ? weight + (n + LANES) * stride : next;
         for (int k = 0; k < depth; k += LANES) {
+            if (k * sizeof(T) % 64 == 0)
+                for (int i = 0; i < LANES; ++i) _mm_prefetch((const char*)(ahead + i * stride + k), _MM_HINT_T0);
             const T* rows[LANES];
             T copies[LANES][LANES] = {};
             bool whole = k + LANES <= depth;
@@ -113,7 +108,7 @@ void finish_row(const Call& c, int64_t row, int64_t panel, const float* sums) {
         int part = std::min(LANES, count - n);
         V16 bias = c.bias ? load_part((const X*)c.bias + output, part) : zeros();
         V16 values = load(sums + n) + bias;
-        int64_t at = row * c.outputs + output;
+        int64_t at = row * c.out_stride + output;
         if (c.wide) store_part((float*)c.out + at, values, part);
         else store_part((X*)c.out + at, values, part);
     }
@@ -147,7 +142,9 @@ void linear(const Call& c) {
             if (c.packed) {
                 add_packed_block<T>(c, panel, k, depth, a, x_stride, rows, block, sums);
             } else {
-                transpose_panel((const T*)c.weight + panel * PANEL * c.inputs + k, c.inputs, count, depth, block);
+                const T* weight = (const T*)c.weight + panel * PANEL * c.inputs;
+                const T* next = k + DEPTH < c.inputs ? weight + k + DEPTH : weight + PANEL * c.inputs;
+                transpose_panel(weight + k, c.inputs, count, depth, block, next);
                 add_block(a, x_stride, rows, [&](int i) { return block + i * PANEL; }, depth, k == 0, sums);
             }
         }
@@ -300,10 +297,10 @@ void linear_bf16(const Call& c) {
 
 }  // namespace
 
-// Returns 0, or -1 without memory.
-EXPORT int linear(const Call* call) try {
-    if (call->narrow) call->x_narrow ? linear_bf16<bf16>(*call) : linear_bf16<float>(*call);
-    else call->x_narrow ? linear<float, bf16>(*call) : linear<float, float>(*call);
+EXPORT int linear(const LinearCall* call) try {
+    const Call c{*call};
+    if (c.narrow) c.x_narrow ? linear_bf16<bf16>(c) : linear_bf16<float>(c);
+    else c.x_narrow ? linear<float, bf16>(c) : linear<float, float>(c);
     return 0;
 } catch (const std::bad_alloc&) {
     return -1;

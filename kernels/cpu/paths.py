@@ -45,13 +45,17 @@ Table = dict[str, list[int]]
 
 def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
     """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
+    first, second, third = limits(kind, outputs, inputs, deterministic)
+    return BFLOAT16_TILES if rows >= third else BYTE_TILES if rows >= second else first
+
+
+def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int]:
+    """The way of a layer for few rows, and the rows from which on it takes BYTE_TILES and BFLOAT16_TILES."""
     exact = kind == "int8" or deterministic
     if not _has_tiles():
-        return VECTORS if exact else PAIRS
-    limits = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
-    if exact:
-        return BYTE_TILES if rows >= limits[0] else VECTORS
-    return BFLOAT16_TILES if rows >= limits[2] else BYTE_TILES if rows >= limits[1] else PAIRS
+        return VECTORS if exact else PAIRS, NEVER, NEVER
+    rows = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
+    return (VECTORS, rows[0], NEVER) if exact else (PAIRS, rows[1], rows[2])
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:

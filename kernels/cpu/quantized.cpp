@@ -184,9 +184,8 @@ void widen_row(const EmbeddingCall& c, int64_t id, float* to) {
 
 }  // namespace
 
-// Returns 0, or -1 without memory.
-EXPORT int linear_quantized(const Call* call) try {
-    const Call& c = *call;
+EXPORT int linear_quantized(const QuantizedCall* call) try {
+    const Call c{*call};
     if (c.rows == 0) return 0;
 #ifdef __AMX_TILE__
     if ((c.way == BYTE_TILES || c.way == BFLOAT16_TILES) && amx_granted()) {

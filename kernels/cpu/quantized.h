@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bytes.h"
+#include "linear.h"
 #include "threads.h"
 
 namespace {
@@ -20,20 +21,8 @@ constexpr int REST_BITS = 8;      // of the second byte of an activation: its st
 constexpr float REST = 1 << REST_BITS, MOST_QUANT = 127 * REST;
 constexpr float SMALLEST = 1e-33f;  // rows or groups with nothing above it are zeros: its inverse is a number still
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
-enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS };  // as in paths.py
 
-struct Call {
-    const void* x;
-    const uint8_t* weight;
-    const void* bias;
-    void* out;
-    int64_t x_stride;  // elements from row to row
-    int64_t rows, inputs, outputs, threads;
-    int64_t narrow;    // x, bias and out are bfloat16, else float32
-    int64_t bits;      // of a weight: 4 or 8
-    int64_t way;       // see paths.py
-    int64_t wide;      // out is float32 whatever x is
-
+struct Call : QuantizedCall {
     int64_t groups() const { return inputs / GROUP; }
     int64_t strips() const { return (outputs + STRIP - 1) / STRIP; }
     int64_t padded_inputs() const { return (inputs + BYTE_MULTIPLE - 1) / BYTE_MULTIPLE * BYTE_MULTIPLE; }
@@ -147,7 +136,7 @@ INLINE void finish(const Call& c, int64_t row, int64_t output, V16 sum) {
     int part = int(std::min<int64_t>(LANES, c.outputs - output));
     if (part <= 0) return;
     if (c.bias) sum = sum + load_part((const T*)c.bias + output, part);
-    int64_t at = row * c.outputs + output;
+    int64_t at = row * c.out_stride + output;
     if (c.wide) store_part((float*)c.out + at, sum, part);
     else store_part((T*)c.out + at, sum, part);
 }

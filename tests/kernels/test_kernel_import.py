@@ -45,6 +45,7 @@ class Refuse(TorchFunctionMode):
 with Refuse():
     import kernels
 assert os.listdir("/proc/self/task") == tasks
+assert "triton" not in sys.modules
 assert not any("llm-runtime/kernels" in line for line in open("/proc/self/maps"))
 print("imported")
 """

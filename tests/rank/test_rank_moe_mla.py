@@ -195,6 +195,23 @@ def test_deterministic(tmp_path: Path, variant: str, dtype: str) -> None:
             assert [entry.logprobs for entry in first.logprobs] == [entry.logprobs for entry in second.logprobs]
 
 
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("deepseek, yarn", "bfloat16"), ("deepseek, no rank of queries", "float32"), ("glm4 moe", "int8")],
+)
+def test_kernel_graphs_change_no_bit(tmp_path: Path, variant: str, dtype: str) -> None:
+    save(tmp_path, variant)
+    outputs = []
+    for graphs in (True, False):
+        executor = build_executor(rank_config(tmp_path, max_model_len=256, num_pages=128, dtype=dtype))
+        if not graphs:
+            executor.graphs = None
+        sequences = generate(executor, prompts(), SAMPLING)
+        assert bool(executor.decode_steps) == graphs
+        outputs.append([(sequence.output, sequence.logprobs) for sequence in sequences])
+    assert outputs[0] == outputs[1]
+
+
 @pytest.mark.parametrize("variant", ["deepseek, yarn", "glm4 moe"])
 def test_two_ranks(tmp_path: Path, variant: str) -> None:
     """48 features of an expert: 32 on the first rank, and 16 on the other."""

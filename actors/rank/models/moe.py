@@ -31,7 +31,13 @@ class MixtureOfExperts(Llama):
             normalize=experts.normalize,
             scaling=experts.scaling,
         )
-        mixed = kernels.experts(
-            x, ids, factors, weights.gate_up, weights.down, experts.count, deterministic=self.deterministic
+        return kernels.experts(
+            x,
+            ids,
+            factors,
+            weights.gate_up,
+            weights.down,
+            experts.count,
+            deterministic=self.deterministic,
+            shared=None if weights.shared is None else self._gated(x, weights.shared),
         )
-        return mixed if weights.shared is None else mixed.add_(self._gated(x, weights.shared))
