@@ -31,6 +31,7 @@ HEADERS = (
     "amx.h",
     "attention.h",
     "attention_floats.h",
+    "attention_pairs.h",
     "attention_tiles.h",
     "bytes.h",
     "product.h",
