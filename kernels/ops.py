@@ -171,7 +171,7 @@ def pack_weight(weight: Tensor, out: Tensor | None = None, kind: WeightKind | No
     """Packs a float weight [N, K] for `linear`, into `out` if given (part of a shared arena, say).
 
     out: of `packed_dtype(kind)` and `packed_shape(kind, N, K)`; kind: that of the weight's own type if None. int8 has
-    one scale an output feature; int4 has a scale and a minimum (float16) for 32 input features each, fitted to them.
+    a float16 scale for 32 input features each; int4 has a scale and a minimum, fitted to them.
     Raises ValueError if `out` does not fit, or if the kind does not take such a weight (int4: K must be a multiple
     of 32).
     """
@@ -232,8 +232,8 @@ def linear(
     rounded to x's type before.
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
-    (processors with matrix instructions), for int8 to two bytes with one scale a row, for int4 to bfloat16, or with
-    `deterministic` and on processors that do not multiply bfloat16 to two bytes with a scale for 32 features each.
+    (processors with matrix instructions), for int8 and int4 to two bytes with a scale for 32 features each, or without
+    `deterministic` to bfloat16, as it is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
         out = F.linear(x, weight, bias)

@@ -3,8 +3,11 @@
 float32, bfloat16: a tensor [panels, in_features, 64] of that type, where bfloat16 panels with an even number of input
 features hold them in pairs, [in_features / 2, 64, 2].
 
-int8: bytes. A panel is its weights [in / 4][64 outputs][4 inputs], each q + 128 for q in -127 .. 127, with zeros (128)
-after the last input up to a multiple of 64, and then 64 float32 scales: w = scale * q.
+int8: bytes. A panel is a block of 2176 bytes for each group of 32 input features, the last of which is filled up with
+zeros, and a block is
+    quants    uint8 [4][8][16][4]: byte [a][b][c][d] belongs to output 16 a + c and input 4 b + d of the group
+    scales    float16 [64]
+and w = scale * (q - 128) for q in 1 .. 255. Scales are those of GGUF's Q8_0, the greatest of a group being 127 of them.
 
 int4: bytes. A panel is a block of 1280 bytes for each group of 32 input features, a block is
     quants    uint8 [4][4][16][4]: byte [a][b][c][d] belongs to output 16 a + c; its low half is input 4 b + d of the
@@ -29,11 +32,9 @@ WeightKind = Literal["float32", "bfloat16", "int8", "int4"]
 Quantize = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 PANEL = 64  # output features of a panel
-GROUP = 32  # input features that share a scale and a minimum in int4
+GROUP = 32  # input features that share a scale, and in int4 a minimum
 INT4_BLOCK_BYTES = PANEL * GROUP // 2 + 2 * 2 * PANEL
-INT8_MULTIPLE = 64  # input features of int8 panels
-# The greatest sum of products of int8 weights (255 with the offset) and activations (127) that an int32 holds.
-INT8_MOST_INPUTS = 65536
+INT8_BLOCK_BYTES = PANEL * GROUP + 2 * PANEL
 
 _SLICE_ROWS = 2048  # weights quantized at a time
 
@@ -61,11 +62,7 @@ def packed_shape(kind: WeightKind, out_features: int, in_features: int) -> tuple
                 )
             return (panels * (in_features // GROUP) * INT4_BLOCK_BYTES,)
         case "int8":
-            if in_features > INT8_MOST_INPUTS:
-                raise ValueError(
-                    f"an int8 weight may have {INT8_MOST_INPUTS} input features, not {in_features}: use bfloat16 for it"
-                )
-            return (panels * _int8_panel_bytes(in_features),)
+            return (panels * -(-in_features // GROUP) * INT8_BLOCK_BYTES,)
         case _:
             packed_dtype(kind)
             return (panels, in_features, PANEL)
@@ -116,7 +113,8 @@ def pack(weight: Tensor, kind: WeightKind, out: Tensor, quantize: Quantize) -> N
                 quants, scales, minimums = quantize(part.float().contiguous())
                 _fill_int4(panels, _in_halves(quants), scales, minimums)
             case "int8":
-                _fill_int8(panels, *quantize_int8(part.float()))
+                whole = F.pad(part.float(), (0, -part.shape[1] % GROUP))
+                _fill_int8(panels, *quantize_int8(whole))
             case _:
                 _fill_floats(panels, part)
 
@@ -133,7 +131,7 @@ def unpack(panels: Tensor, kind: WeightKind, out_features: int, in_features: int
         case "int4":
             rows = _unpack_int4(panels.view(-1, in_features // GROUP, INT4_BLOCK_BYTES))
         case "int8":
-            rows = _unpack_int8(panels.view(-1, _int8_panel_bytes(in_features)))[:, :in_features]
+            rows = _unpack_int8(panels.view(-1, -(-in_features // GROUP), INT8_BLOCK_BYTES))[:, :in_features]
         case _:
             rows = _unpack_floats(panels)
     return rows[:out_features]
@@ -152,11 +150,11 @@ def unpack_rows(panels: Tensor, kind: WeightKind, in_features: int, rows: Tensor
             scale, minimum = scales[tokens, :, row, None], scales[tokens, :, PANEL + row, None]
             return (torch.cat([mine & 15, mine >> 4], dim=-1).float() * scale + minimum).flatten(1)
         case "int8":
-            chosen = panels.view(-1, _int8_panel_bytes(in_features))[panel]
+            blocks = panels.view(-1, -(-in_features // GROUP), INT8_BLOCK_BYTES)[panel]
             tokens = torch.arange(len(rows), device=rows.device)
-            quants = chosen[:, : -4 * PANEL].unflatten(-1, (-1, PANEL, 4))[tokens, :, row].flatten(1)
-            scale = chosen[:, -4 * PANEL :].contiguous().view(torch.float32)[tokens, row]
-            return ((quants.float() - 128) * scale[:, None])[:, :in_features]
+            quants = blocks[..., : PANEL * GROUP].unflatten(-1, (4, 8, 16, 4))[tokens, :, row // 16, :, row % 16]
+            scales = blocks[..., PANEL * GROUP :].contiguous().view(torch.float16).float()[tokens, :, row]
+            return ((quants.flatten(-2).float() - 128) * scales[..., None]).flatten(1)[:, :in_features]
         case _:
             chosen = panels[panel]
             tokens = torch.arange(len(rows), device=rows.device)
@@ -205,12 +203,12 @@ def _nearest(groups: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 [N, K] to int8 [N, K] and float32 scales [N], w = scale * q."""
-    if not weight.shape[1]:
-        return weight.to(torch.int8), weight.new_zeros(weight.shape[0])
-    scale = torch.maximum(weight.amax(-1), weight.amin(-1).neg()) / 127
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    return (weight * inverse[:, None]).round_().to(torch.int8), scale
+    """float32 [N, K], K a multiple of 32, to int8 [N, K] and float16 scales [N, K / 32], w = scale * q."""
+    groups = weight.unflatten(-1, (-1, GROUP))
+    scales = (torch.maximum(groups.amax(-1), groups.amin(-1).neg()) / 127).half()
+    wide = scales.float()
+    inverse = torch.where(wide > 0, 1 / wide, 0)
+    return (groups * inverse[..., None]).round_().clamp_(-127, 127).to(torch.int8).flatten(-2), scales
 
 
 def _panels_of(out: Tensor, kind: WeightKind, first_row: int, shape: torch.Size) -> Tensor:
@@ -221,13 +219,9 @@ def _panels_of(out: Tensor, kind: WeightKind, first_row: int, shape: torch.Size)
         case "int4":
             return out.view(-1, inputs // GROUP, INT4_BLOCK_BYTES)[first:last]
         case "int8":
-            return out.view(-1, _int8_panel_bytes(inputs))[first:last]
+            return out.view(-1, -(-inputs // GROUP), INT8_BLOCK_BYTES)[first:last]
         case _:
             return out[first:last]
-
-
-def _int8_panel_bytes(in_features: int) -> int:
-    return PANEL * -(-in_features // INT8_MULTIPLE) * INT8_MULTIPLE + 4 * PANEL
 
 
 def _padded(rows: Tensor, panels: int) -> Tensor:
@@ -268,20 +262,22 @@ def _unpack_int4(blocks: Tensor) -> Tensor:
 
 
 def _fill_int8(panels: Tensor, quants: Tensor, scales: Tensor) -> None:
-    count, size = panels.shape
-    inputs = (size - 4 * PANEL) // PANEL
+    """Fills panels with quants [N, K], K a multiple of 32. They are moved four bytes at a time."""
+    count, groups, _ = panels.shape
     missing = count * PANEL - len(quants)
-    offset = F.pad(quants.view(torch.uint8) ^ 128, (0, inputs - quants.shape[1], 0, missing), value=128)
-    words = offset.view(torch.int32).view(count, PANEL, inputs // 4)
-    panels.view(torch.int32)[:, :-PANEL].unflatten(-1, (inputs // 4, PANEL)).copy_(words.transpose(1, 2))
-    panels.view(torch.float32)[:, -PANEL:].copy_(_padded(scales, count))
+    offset = F.pad(quants.view(torch.uint8) ^ 128, (0, 0, 0, missing), value=128)
+    words = offset.view(torch.int32).view(count, 4, 16, groups, 8)
+    size = PANEL * GROUP
+    panels.view(torch.int32)[..., : size // 4].unflatten(-1, (4, 8, 16)).copy_(words.permute(0, 3, 1, 4, 2))
+    panels.view(torch.float16)[..., size // 2 :].copy_(_padded(scales, count).transpose(1, 2))
 
 
-def _unpack_int8(panels: Tensor) -> Tensor:
-    count = len(panels)
-    quants = panels[:, : -4 * PANEL].unflatten(-1, (-1, PANEL, 4)).transpose(1, 2).reshape(count, PANEL, -1)
-    scales = panels[:, -4 * PANEL :].contiguous().view(torch.float32)
-    return ((quants.float() - 128) * scales[..., None]).flatten(0, 1)
+def _unpack_int8(blocks: Tensor) -> Tensor:
+    groups = blocks.shape[1]
+    size = PANEL * GROUP
+    quants = blocks[..., :size].unflatten(-1, (4, 8, 16, 4)).permute(0, 2, 4, 1, 3, 5).reshape(-1, groups, GROUP)
+    scales = blocks[..., size:].contiguous().view(torch.float16).float().transpose(1, 2).reshape(-1, groups, 1)
+    return ((quants.float() - 128) * scales).flatten(1)
 
 
 def _in_pairs(panels: Tensor) -> bool:

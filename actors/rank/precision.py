@@ -7,8 +7,6 @@ from actors.dtypes import WeightDType, compute_dtype
 
 GROUP = 32
 """Inputs that share a scale in int4."""
-INT8_MOST_INPUTS = 65_536
-"""Inputs that an int8 matrix may have in the kernels."""
 
 CLASSES: dict[str, WeightDType] = {
     "F32": "float32",
@@ -61,8 +59,6 @@ def matrix_dtype(config: ModelConfig, dtype: WeightDType, name: str, first: int,
         return "float32"
     if kind in FLOATS:
         return compute_dtype(dtype)
-    if dtype == "int8" and inputs > INT8_MOST_INPUTS:
-        return "bfloat16"
     if dtype != "int4":
         return dtype
     if kind == "lm_head" and config.tie_embeddings:
@@ -72,5 +68,5 @@ def matrix_dtype(config: ModelConfig, dtype: WeightDType, name: str, first: int,
     quantized = CLASSES.get(config.weight_type) == "int4"
     four_bits = {CLASSES.get(each) for each in types} == {"int4"} if quantized or not layer else True
     if not four_bits:
-        return "int8" if inputs <= INT8_MOST_INPUTS else "bfloat16"
+        return "int8"
     return "bfloat16" if first % GROUP or inputs % GROUP else "int4"

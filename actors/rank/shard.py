@@ -17,8 +17,6 @@ HEADER_BYTES = 262_144
 """Before the tensors: what the arena holds. A checkpoint may have a thousand files, and as many types of matrices."""
 PANEL_ROWS = 64
 """Rows of a panel of `kernels.PackedWeight`."""
-INT8_COLUMNS = 64
-"""Columns of an int8 panel are filled up to a multiple of this."""
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 
@@ -131,7 +129,7 @@ class Slot:
         if self.dtype == "int4":
             return (panels * (columns // GROUP) * PANEL_ROWS * (GROUP // 2 + 2 * 2),)
         if self.dtype == "int8":
-            return (panels * PANEL_ROWS * (-(-columns // INT8_COLUMNS) * INT8_COLUMNS + 4),)
+            return (panels * -(-columns // GROUP) * PANEL_ROWS * (GROUP + 2),)
         return (panels, columns, PANEL_ROWS)
 
     @property

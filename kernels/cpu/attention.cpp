@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "attention_floats.h"
+#include "attention_pairs.h"
 #include "attention_tiles.h"
 
 namespace {
@@ -287,6 +288,10 @@ int attend(const Call& call) {
     if constexpr (sizeof(KV) <= 2)
         if ((call.narrow || sizeof(KV) == 1) && call.dim <= TileBlocks<KV>::MOST_DIM && amx_granted())
             return Attention<TileBlocks<KV>, KV>(call).run();
+#endif
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(KV) == 2)
+        if (PairBlocks::takes(call)) return Attention<PairBlocks, KV>(call).run();
 #endif
     return Attention<FloatBlocks<KV>, KV>(call).run();
 }

@@ -34,6 +34,7 @@ HEADERS = (
     "amx.h",
     "attention.h",
     "attention_floats.h",
+    "attention_pairs.h",
     "attention_tiles.h",
     "bytes.h",
     "linear.h",

@@ -29,11 +29,13 @@ from kernels.types import PackedWeight
 
 VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS = 0, 1, 2, 3
 # The ways that each kind has. The first two give the same bits. A library without instructions for tiles takes vectors
-# for them, of bfloat16 in BFLOAT16_TILES, and without those for pairs of bfloat16 it takes VECTORS.
-WAYS = {"int8": (VECTORS, BYTE_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS)}
-# Rows from which on BYTE_TILES are taken instead of VECTORS and, in int4 without `deterministic`, instead of PAIRS, and
-# BFLOAT16_TILES instead of those, if nothing was measured.
-DEFAULT_ROWS = {"int8": [5], "int4": [12, 12, 32]}
+# for them, in int4 PAIRS for BFLOAT16_TILES, and VECTORS for PAIRS without those that multiply pairs of bfloat16.
+WAYS = {"int8": (VECTORS, BYTE_TILES, BFLOAT16_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS)}
+# Without `deterministic`, few rows take these.
+FEW = {"int8": VECTORS, "int4": PAIRS}
+# Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and BFLOAT16_TILES instead, if nothing
+# was measured.
+DEFAULT_ROWS = (12, 12, 32)
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30
@@ -51,11 +53,11 @@ def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) ->
 
 def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int]:
     """The way of a layer for few rows, and the rows from which on it takes BYTE_TILES and BFLOAT16_TILES."""
-    exact = kind == "int8" or deterministic
+    few = VECTORS if deterministic else FEW[kind]
     if not _has_tiles():
-        return VECTORS if exact else PAIRS, NEVER, NEVER
-    rows = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS[kind])
-    return (VECTORS, rows[0], NEVER) if exact else (PAIRS, rows[1], rows[2])
+        return few, NEVER, NEVER
+    exact, some, many = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS)
+    return (few, exact, NEVER) if deterministic else (few, some, many)
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:
@@ -73,7 +75,7 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
         return dict(_table())
     shapes: dict[str, list[PackedWeight]] = {}
     for weight in weights:
-        if weight.kind in DEFAULT_ROWS and weight.panels.is_cpu:
+        if weight.kind in WAYS and weight.panels.is_cpu:
             shapes.setdefault(_key(weight.kind, weight.out_features, weight.in_features), []).append(weight)
     if shapes.keys() <= _table().keys():
         return dict(_table())
@@ -134,11 +136,10 @@ def _read(path: Path) -> Table:
 
 
 def _is_entry(key: str, limits: object) -> bool:
-    expected = DEFAULT_ROWS.get(key.partition(" ")[0])
     return (
-        expected is not None
+        key.partition(" ")[0] in WAYS
         and isinstance(limits, list)
-        and len(limits) == len(expected)
+        and len(limits) == len(DEFAULT_ROWS)
         and all(isinstance(rows, int) and rows > 0 for rows in limits)
     )
 
@@ -152,13 +153,11 @@ def _write(path: Path, table: Table) -> None:
 def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     """An entry of the table."""
     weights = [part for weight in weights for part in _parts(weight)]
-    limits = [_first_faster(native, weights, lambda _: VECTORS, BYTE_TILES)]
-    if weights[0].kind == "int4":
-        limits.append(_first_faster(native, weights, lambda _: PAIRS, BYTE_TILES))
-        limits.append(
-            _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= limits[1] else PAIRS, BFLOAT16_TILES)
-        )
-    return limits
+    few = FEW[weights[0].kind]
+    exact = _first_faster(native, weights, lambda _: VECTORS, BYTE_TILES)
+    some = exact if few == VECTORS else _first_faster(native, weights, lambda _: few, BYTE_TILES)
+    many = _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= some else few, BFLOAT16_TILES)
+    return [exact, some, many]
 
 
 def _parts(weight: PackedWeight) -> Iterator[PackedWeight]:

@@ -1,11 +1,10 @@
 // Linear layers with int4 and int8 weights, laid out as packing.py says.
 //
 // Bytes: activations are rounded to two signed bytes each on the way, the second for what the first leaves, in groups of
-// 32 with a scale each (int4) or by one scale a row (int8), and multiplied as integers. Those sums are exact, and the
-// float32 sums over the groups go in order, so a row's result depends on that row alone, and is the same in every
-// instruction set, in vectors and in tiles.
-// bfloat16 (int4): activations keep their bits, or are rounded to bfloat16, and weights are multiplied as the whole
-// numbers that they are (pairs) or put together again (tiles). Results are others, though still of that row alone.
+// 32 with a scale each, and multiplied as integers. Those sums are exact, and the float32 sums over the groups go in
+// order, so a row's result depends on that row alone, and is the same in every instruction set, in vectors and in tiles.
+// bfloat16: activations keep their bits, or are rounded to bfloat16, and weights are multiplied as the whole numbers that
+// they are (int4 in pairs) or put together again (in tiles). Results are others, though still of that row alone.
 
 #include "quantized.h"
 #include "quantized_pairs.h"
@@ -13,135 +12,105 @@
 
 namespace {
 
-constexpr int WHOLE_ROWS = 2;  // up to which a whole panel is one piece of work
 #ifdef __AVX512F__
-constexpr int MOST_ROWS = 4;
+constexpr int BYTE_REGISTERS = 8;  // rows times vectors of outputs in a tile
 #else
-constexpr int MOST_ROWS = 2;
+constexpr int BYTE_REGISTERS = 2;
 #endif
 
-template <int ROWS, int SIXTEENS, bool FETCH>
-void int4_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
-    int64_t groups = c.groups();
-    int sixteen = int(strip % 2) * 2;
-    const uint8_t* block = c.weight + strip / 2 * groups * BLOCK;
-    int64_t rest = a.rest * a.stride;
-    const int8_t* x[ROWS];
-    const float *scales[ROWS], *sums[ROWS];
-    V16 total[ROWS][SIXTEENS];
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; ++r) {
-        x[r] = a.quants + (first + r) * a.stride;
-        scales[r] = a.scales + (first + r) * groups;
-        sums[r] = a.sums + (first + r) * groups;
-#pragma GCC unroll 4
-        for (int s = 0; s < SIXTEENS; ++s) total[r][s] = zeros();
+// Activations in two bytes, in tiles of BYTE_REGISTERS rows and one of what is left; of a tile, group by group the words
+// of first bytes [8][rows] and of second ones, scales [rows] and sums [rows].
+struct ByteRows {
+    int32_t* words;
+    float* steps;
+    int64_t groups;
+
+    explicit ByteRows(const Call& c) : groups(c.groups()) {
+        size_t count = c.rows * groups * 2 * GROUP_WORDS;
+        words = scratch(0).take<int32_t>(count + c.rows * groups * 2);
+        steps = (float*)(words + count);
     }
-    for (int64_t g = 0; g < groups; ++g, block += BLOCK) {
-        const uint8_t* quants = block + sixteen * (BLOCK_QUANTS / 4);
-        const uint8_t* steps = block + BLOCK_QUANTS + sixteen * 2 * LANES;
-        if constexpr (FETCH) {
-#pragma GCC unroll 8
-            for (int i = 0; i < SIXTEENS * BLOCK_QUANTS / 4; i += 64)
-                _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
-            _mm_prefetch((const char*)steps + AHEAD, _MM_HINT_T0);
-            _mm_prefetch((const char*)steps + AHEAD + 2 * PANEL, _MM_HINT_T0);
+    void put(const Call& c, int64_t row) const {
+        int64_t first = row / BYTE_REGISTERS * BYTE_REGISTERS, rows = std::min<int64_t>(BYTE_REGISTERS, c.rows - first);
+        int32_t* to = words_from(first) + row - first;
+        float* steps_to = steps_from(first) + row - first;
+        for (int64_t g = 0; g < groups; ++g, steps_to += 2 * rows) {
+            Rounded group = round_to_bytes(c, row, g);
+            for (int i = 0; i < 2 * GROUP_WORDS; ++i, to += rows) std::memcpy(to, (const char*)group.bytes + 4 * i, 4);
+            steps_to[0] = group.scale;
+            steps_to[rows] = group.sum;
         }
-        W16 products[ROWS][SIXTEENS], seconds[ROWS][SIXTEENS];
+    }
+    int32_t* words_from(int64_t first) const { return words + first * groups * 2 * GROUP_WORDS; }
+    float* steps_from(int64_t first) const { return steps + first * groups * 2; }
+};
+
+template <int BITS>
+INLINE W16 add(W16 sums, W16 weights, int32_t x) {
+    return BITS == 4 ? add_products_7bit(sums, weights, broadcast_word(x)) : add_products(sums, weights, broadcast_word(x));
+}
+
+// ROWS rows times VECTORS sixteens of outputs, the first of which is `sixteen` of a panel.
+template <int BITS, int ROWS, int VECTORS>
+void byte_tile(const Call& c, const ByteRows& x, int64_t panel, int sixteen, int64_t first) {
+    const int32_t* words = x.words_from(first);
+    const float* steps = x.steps_from(first);
+    V16 total[ROWS][VECTORS];
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-            for (int s = 0; s < SIXTEENS; ++s) products[r][s] = seconds[r][s] = no_words();
+        for (int s = 0; s < VECTORS; ++s) total[r][s] = zeros();
+    Block<BITS> block(c, panel, 0);
+    for (int64_t g = 0; g < x.groups; ++g, block.at += block.BYTES, words += 2 * GROUP_WORDS * ROWS, steps += 2 * ROWS) {
+        block.template fetch_ahead<VECTORS>(sixteen);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i)
-#pragma GCC unroll 4
-            for (int s = 0; s < SIXTEENS; ++s) {
-                W16 both = load_words(quants + s * (BLOCK_QUANTS / 4) + i * 64);
-                W16 low = low_halves(both), high = high_halves(both);
+        for (int s = 0; s < VECTORS; ++s) {
+            W16 weights[GROUP_WORDS], sums[ROWS];
+            block.words(sixteen + s, weights);
 #pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r) {
-                    const int8_t* at = x[r] + g * GROUP + 4 * i;
-                    products[r][s] = add_products_7bit(products[r][s], low, broadcast_word(at));
-                    products[r][s] = add_products_7bit(products[r][s], high, broadcast_word(at + GROUP / 2));
-                    seconds[r][s] = add_products_7bit(seconds[r][s], low, broadcast_word(at + rest));
-                    seconds[r][s] = add_products_7bit(seconds[r][s], high, broadcast_word(at + rest + GROUP / 2));
-                }
+            for (int r = 0; r < ROWS; ++r) sums[r] = no_words();
+            // First bytes, times the steps of the second in one of theirs, and second bytes.
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; ++part) {
+#pragma GCC unroll 8
+                for (int i = 0; i < GROUP_WORDS; ++i)
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; ++r)
+                        sums[r] = add<BITS>(sums[r], weights[i], words[(part * GROUP_WORDS + i) * ROWS + r]);
+                if (part == 0)
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; ++r) sums[r] = shift_left<REST_BITS>(sums[r]);
             }
-#pragma GCC unroll 4
-        for (int s = 0; s < SIXTEENS; ++s) {
-            V16 scale = load_halves(steps + s * 2 * LANES), minimum = load_halves(steps + 2 * PANEL + s * 2 * LANES);
+            V16 scale = block.scale(sixteen + s), minimum = block.minimum(sixteen + s, scale);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                V16 values = to_floats(in_steps(products[r][s], seconds[r][s])) * scale;
-                total[r][s] = fma(values, broadcast(scales[r][g]), total[r][s]);
-                total[r][s] = fma(minimum, broadcast(sums[r][g]), total[r][s]);
+                total[r][s] = fma(to_floats(sums[r]) * scale, broadcast(steps[r]), total[r][s]);
+                total[r][s] = fma(minimum, broadcast(steps[ROWS + r]), total[r][s]);
             }
         }
     }
     for (int r = 0; r < ROWS; ++r)
-        for (int s = 0; s < SIXTEENS; ++s) finish(c, first + r, strip * STRIP + s * LANES, total[r][s]);
+        for (int s = 0; s < VECTORS; ++s) finish(c, first + r, panel * PANEL + (sixteen + s) * LANES, total[r][s]);
 }
 
-void int4_by_vectors(const Call& c) {
-    Activations a(c.rows, c.inputs, c.groups(), false);
-    quantize(c, a, c.rows);
+template <int BITS>
+void by_vectors(const Call& c) {
+    ByteRows x(c);
+    for_rows(c, c.rows, [&](int64_t row) { x.put(c, row); });
     for_strips(c, [&](int64_t strip, int64_t end, int) {
         while (strip < end) {
-            if (c.rows <= WHOLE_ROWS && strip % 2 == 0 && strip + 1 < end) {
-                c.rows == 1 ? int4_tile<1, 2 * SIXTEENS, true>(c, a, strip, 0)
-                            : int4_tile<2, 2 * SIXTEENS, true>(c, a, strip, 0);
-                strip += 2;
-                continue;
-            }
-            for_row_tiles<MOST_ROWS>(c.rows, [&]<int ROWS>(int64_t first) {
-                first ? int4_tile<ROWS, SIXTEENS, false>(c, a, strip, first)
-                      : int4_tile<ROWS, SIXTEENS, true>(c, a, strip, first);
+            bool whole = strip % 2 == 0 && strip + 1 < end;
+            int first = int(strip % 2) * SIXTEENS, count = whole ? 2 * SIXTEENS : SIXTEENS;
+            for_row_tiles<BYTE_REGISTERS>(c.rows, [&]<int ROWS>(int64_t row) {
+                constexpr int VECTORS = ROWS * 4 <= BYTE_REGISTERS ? 4 : ROWS * 2 <= BYTE_REGISTERS ? 2 : 1;
+                if (VECTORS > count)
+                    byte_tile<BITS, ROWS, std::min(VECTORS, SIXTEENS)>(c, x, strip / 2, first, row);
+                else
+                    for (int s = 0; s < count; s += VECTORS)
+                        byte_tile<BITS, ROWS, VECTORS>(c, x, strip / 2, first + s, row);
             });
-            ++strip;
+            strip += whole ? 2 : 1;
         }
-    });
-}
-
-template <int ROWS>
-void int8_tile(const Call& c, const Activations& a, int64_t strip, int64_t first) {
-    const uint8_t* weight = int8_strip(c, strip);
-    const int8_t* x[2 * ROWS];  // first bytes, then second ones
-    W16 products[2 * ROWS][SIXTEENS];
-#pragma GCC unroll 16
-    for (int r = 0; r < 2 * ROWS; ++r) {
-        x[r] = a.quants + (r < ROWS ? first + r : a.rest + first + r - ROWS) * a.stride;
-#pragma GCC unroll 4
-        for (int s = 0; s < SIXTEENS; ++s) products[r][s] = no_words();
-    }
-    int64_t inputs = c.padded_inputs();
-    for (int64_t k = 0; k < inputs; k += 4, weight += 4 * PANEL) {
-        W16 words[SIXTEENS];
-#pragma GCC unroll 4
-        for (int s = 0; s < SIXTEENS; ++s) {
-            words[s] = load_words(weight + s * 4 * LANES);
-            _mm_prefetch((const char*)weight + 16 * 4 * PANEL + s * 4 * LANES, _MM_HINT_T0);
-        }
-#pragma GCC unroll 16
-        for (int r = 0; r < 2 * ROWS; ++r) {
-            W16 values = broadcast_word(x[r] + k);
-#pragma GCC unroll 4
-            for (int s = 0; s < SIXTEENS; ++s) products[r][s] = add_products(products[r][s], words[s], values);
-        }
-    }
-    const float* scales = int8_scales(c, strip);
-    for (int r = 0; r < ROWS; ++r)
-        for (int s = 0; s < SIXTEENS; ++s) {
-            V16 result = int8_result(a, first + r, products[r][s], products[ROWS + r][s], scales + s * LANES);
-            finish(c, first + r, strip * STRIP + s * LANES, result);
-        }
-}
-
-void int8_by_vectors(const Call& c) {
-    Activations a(c.rows, c.padded_inputs(), 1, false);
-    quantize(c, a, c.rows);
-    for_strips(c, [&](int64_t strip, int64_t end, int) {
-        for (; strip < end; ++strip)
-            for_row_tiles<MOST_ROWS>(c.rows, [&]<int ROWS>(int64_t first) { int8_tile<ROWS>(c, a, strip, first); });
     });
 }
 
@@ -160,26 +129,28 @@ INLINE float half_to_float(const uint8_t* p) {
 
 // A row of the weight in float32.
 void widen_row(const EmbeddingCall& c, int64_t id, float* to) {
-    int64_t panel = id / PANEL, output = id % PANEL;
-    if (c.bits == 8) {
-        int64_t inputs = (c.inputs + BYTE_MULTIPLE - 1) / BYTE_MULTIPLE * BYTE_MULTIPLE;
-        const uint8_t* weight = c.weight + panel * (inputs + 4) * PANEL;
-        float scale = ((const float*)(weight + inputs * PANEL))[output];
-        for (int64_t k = 0; k < c.inputs; ++k)
-            to[k] = float(weight[k / 4 * 4 * PANEL + output * 4 + k % 4] - 128) * scale;
-        return;
-    }
-    for (int64_t g = 0; g < c.inputs / GROUP; ++g, to += GROUP) {
-        const uint8_t* block = c.weight + (panel * (c.inputs / GROUP) + g) * BLOCK;
-        const uint8_t* quants = block + output / LANES * (BLOCK_QUANTS / 4) + output % LANES * 4;
-        float scale = half_to_float(block + BLOCK_QUANTS + 2 * output);
-        float minimum = half_to_float(block + BLOCK_QUANTS + 2 * (PANEL + output));
-        for (int i = 0; i < GROUP / 2; ++i) {
-            uint8_t both = quants[i / 4 * 64 + i % 4];
-            to[i] = float(both & 15) * scale + minimum;
-            to[i + GROUP / 2] = float(both >> 4) * scale + minimum;
+    int64_t panel = id / PANEL, groups = (c.inputs + GROUP - 1) / GROUP;
+    int output = int(id % PANEL), sixteen = output / LANES, lane = output % LANES;
+    auto widen = [&]<int BITS>(Block<BITS> block) {
+        for (int64_t g = 0; g < groups; ++g, to += GROUP, block.at += block.BYTES) {
+            const uint8_t* quants = block.quants(sixteen) + 4 * lane;
+            float scale = half_to_float(block.steps(sixteen) + 2 * lane);
+            float minimum = BITS == 4 ? half_to_float(block.steps(sixteen) + 2 * (PANEL + lane)) : 0;
+            for (int i = 0; i < GROUP * BITS / 8; ++i) {
+                uint8_t byte = quants[i / 4 * 64 + i % 4];
+                if (BITS == 8) {
+                    to[i] = float(byte - 128) * scale;
+                } else {
+                    to[i] = float(byte & 15) * scale + minimum;
+                    to[i + GROUP / 2] = float(byte >> 4) * scale + minimum;
+                }
+            }
         }
-    }
+    };
+    Call of_panel{};
+    of_panel.weight = c.weight;
+    of_panel.inputs = c.inputs;
+    c.bits == 8 ? widen(Block<8>(of_panel, panel, 0)) : widen(Block<4>(of_panel, panel, 0));
 }
 
 }  // namespace
@@ -189,7 +160,7 @@ EXPORT int linear_quantized(const QuantizedCall* call) try {
     if (c.rows == 0) return 0;
 #ifdef __AMX_TILE__
     if ((c.way == BYTE_TILES || c.way == BFLOAT16_TILES) && amx_granted()) {
-        c.bits == 8 ? int8_by_tiles(c) : c.way == BYTE_TILES ? int4_by_tiles(c) : int4_by_bfloat16(c);
+        c.bits == 8 ? by_tiles<8>(c) : by_tiles<4>(c);
         return 0;
     }
 #endif
@@ -199,7 +170,7 @@ EXPORT int linear_quantized(const QuantizedCall* call) try {
         return 0;
     }
 #endif
-    c.bits == 4 ? int4_by_vectors(c) : int8_by_vectors(c);
+    c.bits == 8 ? by_vectors<8>(c) : by_vectors<4>(c);
     return 0;
 } catch (const std::bad_alloc&) {
     return -1;
@@ -210,7 +181,7 @@ EXPORT int embedding_quantized(const EmbeddingCall* call) try {
     const EmbeddingCall& c = *call;
     for (int64_t i = 0; i < c.count; ++i)
         if (c.ids[i] < 0 || c.ids[i] >= c.vocabulary) return -2;
-    float* row = scratch(0).take<float>(padded(c.inputs));
+    float* row = scratch(0).take<float>((c.inputs + GROUP - 1) / GROUP * GROUP);
     for (int64_t i = 0; i < c.count; ++i) {
         widen_row(c, c.ids[i], row);
         for (int64_t k = 0; k < c.inputs; k += LANES) {

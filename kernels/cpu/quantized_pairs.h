@@ -76,8 +76,6 @@ INLINE __m512i whole_numbers(__m512i words) {
 // ROWS rows times VECTORS sixteens of outputs, the first of which is `sixteen` of a panel.
 template <int ROWS, int VECTORS>
 void pair_tile(const Call& c, const PairedRows& x, int64_t panel, int sixteen, int64_t first) {
-    int64_t groups = c.groups();
-    const uint8_t* block = c.weight + panel * groups * BLOCK;
     const uint32_t* words = x.words_from(first);
     const float* sums = x.sums_from(first);
     V16 total[ROWS][VECTORS];
@@ -85,13 +83,9 @@ void pair_tile(const Call& c, const PairedRows& x, int64_t panel, int sixteen, i
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int s = 0; s < VECTORS; ++s) total[r][s] = zeros();
-    for (int64_t g = 0; g < groups; ++g, block += BLOCK, words += ROWS * PAIRS_OF_GROUP, sums += ROWS) {
-        const uint8_t* quants = block + sixteen * (BLOCK_QUANTS / 4);
-        const uint8_t* steps = block + BLOCK_QUANTS + sixteen * 2 * LANES;
-#pragma GCC unroll 8
-        for (int i = 0; i < VECTORS * BLOCK_QUANTS / 4; i += 64) _mm_prefetch((const char*)quants + AHEAD + i, _MM_HINT_T0);
-        _mm_prefetch((const char*)steps + AHEAD, _MM_HINT_T0);
-        _mm_prefetch((const char*)steps + AHEAD + 2 * PANEL, _MM_HINT_T0);
+    Block<4> block(c, panel, 0);
+    for (int64_t g = 0; g < x.groups; ++g, block.at += block.BYTES, words += ROWS * PAIRS_OF_GROUP, sums += ROWS) {
+        block.fetch_ahead<VECTORS>(sixteen);
         V16 products[ROWS][VECTORS];
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; ++r)
@@ -102,7 +96,7 @@ void pair_tile(const Call& c, const PairedRows& x, int64_t panel, int sixteen, i
             const uint32_t* pairs = words + 4 * i * ROWS;
 #pragma GCC unroll 4
             for (int s = 0; s < VECTORS; ++s) {
-                __m512i both = load_words(quants + s * (BLOCK_QUANTS / 4) + i * 64).v;
+                __m512i both = load_words(block.quants(sixteen + s) + i * 64).v;
                 __m512i weights[4] = {whole_numbers(both), whole_numbers(_mm512_srli_epi16(both, 4)),
                                       whole_numbers(_mm512_srli_epi16(both, 8)), whole_numbers(_mm512_srli_epi16(both, 12))};
 #pragma GCC unroll 4
@@ -114,7 +108,7 @@ void pair_tile(const Call& c, const PairedRows& x, int64_t panel, int sixteen, i
         }
 #pragma GCC unroll 4
         for (int s = 0; s < VECTORS; ++s) {
-            V16 scale = load_halves(steps + s * 2 * LANES), minimum = load_halves(steps + 2 * PANEL + s * 2 * LANES);
+            V16 scale = block.scale(sixteen + s), minimum = block.minimum(sixteen + s, scale);
 #pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r)
                 total[r][s] = fma(minimum, broadcast(sums[r]), fma(products[r][s], scale, total[r][s]));
@@ -127,7 +121,7 @@ void pair_tile(const Call& c, const PairedRows& x, int64_t panel, int sixteen, i
 void int4_by_pairs(const Call& c) {
     PairedRows x(c);
     __m512i order = pair_order();
-    parallel(c.rows, c.rows * c.inputs < SERIAL_ELEMENTS ? 1 : int(c.threads), [&](int64_t row, int) {
+    for_rows(c, c.rows, [&](int64_t row) {
         c.narrow ? pair_row<bf16>(c, x, row, order) : pair_row<float>(c, x, row, order);
     });
     for_strips(c, [&](int64_t strip, int64_t end, int) {
@@ -137,8 +131,7 @@ void int4_by_pairs(const Call& c) {
             for_row_tiles<PAIR_REGISTERS>(c.rows, [&]<int ROWS>(int64_t row) {
                 constexpr int VECTORS = ROWS <= 3 ? 4 : ROWS <= 6 ? 2 : 1;
                 if (VECTORS > sixteens)
-                    for (int s = 0; s < sixteens; s += SIXTEENS)
-                        pair_tile<ROWS, std::min(VECTORS, SIXTEENS)>(c, x, strip / 2, first + s, row);
+                    pair_tile<ROWS, std::min(VECTORS, SIXTEENS)>(c, x, strip / 2, first, row);
                 else
                     for (int s = 0; s < sixteens; s += VECTORS)
                         pair_tile<ROWS, VECTORS>(c, x, strip / 2, first + s, row);

@@ -25,7 +25,7 @@ def test_error_is_within_half_a_step(outputs: int, inputs: int, kind: kernels.We
         if squares.numel() >= 64:  # what rounding to that step costs on average: a group may be unlucky
             assert squares.mean() < (plain.square() / 12).mean() * 1.02
     elif kind == "int8":
-        assert (error <= weight.abs().amax(-1, keepdim=True) / 127 * 0.501).all()
+        assert (error.unflatten(-1, (-1, 32)) <= groups.abs().amax(-1, keepdim=True) / 127 * 0.51).all()
     else:
         assert (error <= weight.abs() * (0 if kind == "float32" else 2**-8)).all()
     ids = torch.randint(outputs, (7,))
@@ -62,8 +62,6 @@ def test_what_does_not_fit_is_refused() -> None:
         kernels.pack_weight(torch.randn(4, 48), kind="int4")
     with pytest.raises(ValueError, match="multiple of 32"):
         kernels.packed_bytes("int4", 4, 33)
-    with pytest.raises(ValueError, match="65536"):
-        kernels.packed_bytes("int8", 1, 65537)
     with pytest.raises(ValueError, match="not known"):
         kernels.packed_bytes("int5", 4, 32)  # type: ignore[arg-type]
     good = kernels.pack_weight(torch.randn(70, 64), kind="int4").panels
