@@ -167,6 +167,15 @@ class Hosts:
     def kill(self, host: str, actor: str) -> None:
         command(self.run_dir(host), Kill(actor, signal.SIGKILL))
 
+    def ports(self, host: str, actor: str) -> set[int]:
+        """The TCP ports on which a process listens."""
+        process = Path(f"/proc/{self.actors(host)[actor].pid}")
+        own = {os.readlink(each) for each in (process / "fd").iterdir()}
+        rows = [
+            line.split() for table in ("tcp", "tcp6") for line in (process / "net" / table).read_text().splitlines()[1:]
+        ]
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
     # -- clients ----------------------------------------------------------------------------------------------------
 
     def ask(self, prompt: str, tokens: int, **parameters: float) -> Stream:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from network_hosts import Hosts, Stream, eventually
+from network_hosts import ADDRESSES, HERE, Hosts, Stream, eventually
+
+from runtime.plan import plan_node
+from runtime.ports import listening
+from runtime.topology import load_topology
 
 TOPOLOGY = """\
 [model]
@@ -140,6 +145,22 @@ def test_a_cut_cable_changes_no_answer(hosts: Hosts, unified: Answers, seconds: 
     assert starts(hosts) == before
 
 
+@pytest.mark.slow
+def test_without_the_other_host_prompts_are_computed_here(hosts: Hosts, unified: Answers) -> None:
+    begun = begin(hosts, GREEDY)
+    hosts.cut()
+    try:
+        late = begin(hosts, DRAWN)
+        assert ends(begun, late).items() <= unified.items()
+    finally:
+        hosts.mend()
+    eventually(lambda: released(hosts), "the end of all transfers")
+    eventually(lambda: hosts.metric("decode.scheduler", "prefill_engines") == 1, "the prefill engine")
+    before = hosts.metric("decode.scheduler", "transfers_total")
+    assert ends(begin(hosts, GREEDY)).items() <= unified.items()
+    eventually(lambda: hosts.metric("decode.scheduler", "transfers_total") > before, "a prompt computed there again")
+
+
 @pytest.mark.parametrize("actor", ["prefill.scheduler", "prefill.kv_sender"])
 def test_a_kill_changes_no_answer(hosts: Hosts, unified: Answers, actor: str) -> None:
     before = starts(hosts)[actor]
@@ -149,3 +170,25 @@ def test_a_kill_changes_no_answer(hosts: Hosts, unified: Answers, actor: str) ->
     assert ends(load).items() <= unified.items()
     eventually(lambda: released(hosts), "the end of all transfers")
     assert starts(hosts)[actor] > before
+
+
+def test_strangers_disturb_nobody(hosts: Hosts, unified: Answers) -> None:
+    """Mooncake's own ports know no keys: what comes there must at least not end the processes."""
+    mailboxes = listening(plan_node(load_topology(hosts.file)))
+    before = starts(hosts)
+    attackers = []
+    for host, origin, mover in (("a", "b", "decode.kv_receiver"), ("b", "a", "prefill.kv_sender")):
+        actors = hosts.actors(host)
+        ports = hosts.ports(host, mover) | {port for actor, port in mailboxes.items() if actor in actors}
+        assert len(ports) == 2 + len(mailboxes.keys() & actors.keys())
+        arguments = [str(HERE / "attacker.py"), ADDRESSES[host], "2", *map(str, ports)]
+        attackers.append(hosts.on(origin, arguments, stdout=subprocess.PIPE))
+    assert ends(begin(hosts, [*GREEDY, *DRAWN])).items() <= unified.items()
+    assert min(int(attacker.communicate(timeout=60)[0]) for attacker in attackers) > 10
+    assert starts(hosts) == before
+    for actor in mailboxes:
+        eventually(lambda actor=actor: hosts.metric(actor, "messages_refused") > 10, f"{actor} to refuse")  # type: ignore[misc]
+        assert hosts.metric(actor, "messages_malformed") == 0
+    assert ends(begin(hosts, GREEDY)).items() <= unified.items()
+    eventually(lambda: released(hosts), "the end of all transfers")
+    assert starts(hosts) == before
