@@ -454,9 +454,12 @@ class Texts(Tagged):
 
 TransferId = Annotated[str, Meta(min_length=1, max_length=256)]
 """Names one try to have one request's KV computed elsewhere. A decode scheduler never uses one twice."""
-Epoch = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+_Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Epoch = tuple[_Count, _Count]
 """Counts, at a KV sender, the times that a transfer was offered from the start: what was offered in an earlier epoch is
-void. The epochs of a sender rise, those of a restarted one above those of the former."""
+void. The epochs of a sender rise, those of a restarted one above those of the former: the first number is that by which
+peers know its incarnation."""
+NO_EPOCH = (0, 0)
 
 
 class Prefill(Tagged):
@@ -566,7 +569,7 @@ class Offered(Tagged):
     pages: bytes
     endpoint: bytes
     tp: Index = 1
-    epoch: Epoch = 0
+    epoch: Epoch = NO_EPOCH
 
 
 class Confirm(Tagged):
@@ -574,7 +577,7 @@ class Confirm(Tagged):
     still there? Repeated once a second until answered by `Confirmed`."""
 
     transfer: TransferId
-    epoch: Epoch = 0
+    epoch: Epoch = NO_EPOCH
 
 
 class Confirmed(Tagged):
@@ -582,7 +585,7 @@ class Confirmed(Tagged):
 
     transfer: TransferId
     valid: bool
-    epoch: Epoch = 0
+    epoch: Epoch = NO_EPOCH
 
 
 # -- decode scheduler ↔ KV receiver --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from actors.messages import (
     CancelReceive,
     Confirm,
     Confirmed,
+    Epoch,
     Offered,
     Receive,
     ReceiveCancelled,
@@ -119,7 +120,7 @@ class KvReceiver(Actor):
         for transfer in list(self.transfers.values()):
             if transfer.sender == peer and transfer.end is None:
                 transfer.failures = 0
-                self._begin_anew(transfer, incarnation << 32)
+                self._begin_anew(transfer, (incarnation, 0))
 
     # -- the scheduler ----------------------------------------------------------------------------------------------
 
@@ -197,7 +198,8 @@ class KvReceiver(Actor):
             self._complete(transfer)
             return
         self.refused += 1
-        self._begin_anew(transfer, transfer.epoch + 1)
+        incarnation, count = transfer.epoch
+        self._begin_anew(transfer, (incarnation, count + 1))
         self._count_failure(transfer, "the sender has withdrawn the pages")
 
     # -- the course of a transfer -----------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class KvReceiver(Actor):
             self._begin_anew(transfer, offer.epoch)
         transfer.offer(offer)
 
-    def _begin_anew(self, transfer: Transfer, epoch: int) -> None:
+    def _begin_anew(self, transfer: Transfer, epoch: Epoch) -> None:
         transfer.begin_anew(epoch)
         for handle in transfer.reads:
             self.engine.cancel(handle)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from actors.kv_receiver.route import Route
+from actors.messages import NO_EPOCH, Epoch
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Pages:
     """Offered pages of a sequence, from index `first` on."""
 
     source: Source
-    epoch: int
+    epoch: Epoch
     first: int
     pages: Sequence[int]
 
@@ -74,9 +75,9 @@ class Transfer:
         self.reason = ""
         self.failures = 0
         self.retry_at = 0.0
-        self.begin_anew(0)
+        self.begin_anew(NO_EPOCH)
 
-    def begin_anew(self, epoch: int) -> None:
+    def begin_anew(self, epoch: Epoch) -> None:
         """Forgets what was offered and read in earlier epochs than this."""
         self.epoch = epoch
         self.source: Source | None = None

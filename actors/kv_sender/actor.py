@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from actors.actor import Actor, BadMessage, StartFailure, handles
 from actors.kv_pages import Positive, RankPages, SenderPages, map_arenas, unpack_pages
-from actors.messages import Confirm, Confirmed, Offer, Offered, Withdraw, Withdrawn
+from actors.messages import Confirm, Confirmed, Epoch, Offer, Offered, Withdraw, Withdrawn
 from transport.transfer import TransferSettings, TransferUnavailable, create_engine
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class SenderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 @dataclass
 class _Transfer:
     receiver: str
-    epoch: int
+    epoch: Epoch
     pages: dict[int, int] = field(default_factory=dict)
     """The pages offered in this epoch, by their index in the sequence."""
 
@@ -66,8 +66,7 @@ class KvSender(Actor):
         pages = SenderPages(config.transfer.kind, config.num_pages, config.ranks, self.engine.endpoint())
         self.endpoint = msgspec.msgpack.encode(pages)
         self.transfers: dict[str, _Transfer] = {}
-        # Above all epochs of former incarnations: what they have confirmed is not mixed up with what this one has.
-        self.epochs = itertools.count(self.incarnation << 32)
+        self.epochs = itertools.count()
         self.offers = self.pages_offered = self.confirmed = self.refused = self.evicted = 0
 
     def peer_started(self, peer: str, incarnation: int) -> None:
@@ -150,7 +149,9 @@ class KvSender(Actor):
             logger.warning("transfer %s counts as withdrawn: more than %d are offered", oldest, MAX_TRANSFERS)
             del self.transfers[oldest]
             self.evicted += 1
-        transfer = self.transfers[name] = _Transfer(receiver, next(self.epochs))
+        # Above all epochs of former incarnations: what they have confirmed is not mixed up with what this one has.
+        epoch = (self.mailbox.incarnation, next(self.epochs))
+        transfer = self.transfers[name] = _Transfer(receiver, epoch)
         return transfer
 
     def _offer_again(self, name: str, transfer: _Transfer) -> None:

@@ -23,7 +23,7 @@ class DecodeScheduler(Scheduler):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.transfers = Transfers(self.config, self.name, self.incarnation, self.send, self.pool)
+        self.transfers = Transfers(self.config, self.name, self.mailbox.incarnation, self.send, self.pool)
         self.met: set[str] = set()
         self.transferred = self.transferred_bytes = self.failed_transfers = 0
 

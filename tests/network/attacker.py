@@ -23,9 +23,15 @@ def main() -> None:
     context = zmq.Context()
     codec = Codec(Message)
     frames = [codec.encode("ingress0", 2**62, number, body) for number, body in enumerate((Hello(), Abort("x")))]
-    # Random bytes, a greeting with a command that claims to be long, and nothing at all.
+    # Random bytes, a greeting with a command that claims to be long, nothing at all, and what a transfer engine may
+    # take for the beginning of a very long read.
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE" + bytes(47)
-    junk = (os.urandom(60_000), greeting + b"\x06" + (2**25).to_bytes(8, "big") + bytes(60_000), b"")
+    junk = (
+        os.urandom(60_000),
+        greeting + b"\x06" + (2**25).to_bytes(8, "big") + bytes(60_000),
+        b"",
+        (2**62).to_bytes(8, "little") + bytes(9),
+    )
     kinds = (zmq.PUSH, zmq.DEALER, zmq.REQ)
     raws: list[socket.socket] = []
     plain: list[zmq.Socket[bytes]] = []
@@ -34,11 +40,11 @@ def main() -> None:
         for port in ports:
             raws.append(socket.create_connection((host, int(port)), 10))
             with contextlib.suppress(OSError):
-                raws[-1].sendall(junk[rounds % 3])
-            plain.append(context.socket(kinds[rounds % 3]))
+                raws[-1].sendall(junk[rounds % len(junk)])
+            plain.append(context.socket(kinds[rounds % len(kinds)]))
             plain[-1].setsockopt(zmq.LINGER, 0)
             plain[-1].connect(f"tcp://{host}:{port}")
-            plain[-1].send(frames[rounds % 2])
+            plain[-1].send(frames[rounds % len(frames)])
         rounds += 1
         for crowd in (raws, plain):
             while len(crowd) > OPEN_AT_ONCE:

@@ -76,16 +76,21 @@ def why_not() -> str:
 
 
 class Hosts:
-    """The two hosts. `a` has the ingress, `b` the engine."""
+    """The two hosts. `a` has the ingress.
 
-    def __init__(self, base: Path) -> None:
+    Args:
+        base: a directory for files, run directories and keys.
+        topology: of the nodes `a` and `b`.
+    """
+
+    def __init__(self, base: Path, topology: str = TOPOLOGY) -> None:
         if problem := why_not():
             pytest.skip(problem)
         tag = f"rt{os.getpid()}-{secrets.token_hex(3)}"
         self.namespaces = {host: f"{tag}-{host}" for host in ADDRESSES}
         self.base = base
         self.file = base / "pair.toml"
-        self.file.write_text(TOPOLOGY)
+        self.file.write_text(topology)
         write_keys(base / "keys")
         self.environment = {**os.environ, "RUNTIME_DIR": str(base / "r"), "PYTHONPATH": str(ROOT)}
         self.environment.pop("RUNTIME_API_KEY", None)
@@ -162,10 +167,19 @@ class Hosts:
     def kill(self, host: str, actor: str) -> None:
         command(self.run_dir(host), Kill(actor, signal.SIGKILL))
 
+    def ports(self, host: str, actor: str) -> set[int]:
+        """The TCP ports on which a process listens."""
+        process = Path(f"/proc/{self.actors(host)[actor].pid}")
+        own = {os.readlink(each) for each in (process / "fd").iterdir()}
+        rows = [
+            line.split() for table in ("tcp", "tcp6") for line in (process / "net" / table).read_text().splitlines()[1:]
+        ]
+        return {int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own}
+
     # -- clients ----------------------------------------------------------------------------------------------------
 
-    def ask(self, prompt: str, tokens: int) -> Stream:
-        """Begins a streamed chat, on the ingress's host."""
+    def ask(self, prompt: str, tokens: int, **parameters: float) -> Stream:
+        """Begins a streamed chat, on the ingress's host. It is greedy unless `parameters` say otherwise."""
         body = {
             "model": "smollm2-135m-instruct",
             "messages": [{"role": "user", "content": prompt}],
@@ -173,16 +187,21 @@ class Hosts:
             "temperature": 0,
             "stream": True,
             "ignore_eos": True,
+            **parameters,
         }
         return Stream(self.on("a", [str(HERE / "stream_client.py"), URL, json.dumps(body)], stdout=subprocess.PIPE))
 
     def metric(self, actor: str, name: str) -> float:
         """A figure of an actor, as the ingress knows it."""
+        return self.metrics(name).get(actor, 0.0)
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A figure of all actors that have it, as the ingress knows them."""
         get = [str(HERE / "stream_client.py"), URL + "/metrics"]
         client = self.on("a", get, stdout=subprocess.PIPE)
         text, _ = client.communicate(timeout=DEADLINE_S)
-        lines = [line for line in text.splitlines() if line.startswith(f'runtime:actor_{name}{{actor="{actor}"')]
-        return float(lines[0].rpartition(" ")[2]) if lines else 0.0
+        lines = [line for line in text.splitlines() if line.startswith(f'runtime:actor_{name}{{actor="')]
+        return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
 
 
 class Stream:

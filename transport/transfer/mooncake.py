@@ -1,7 +1,7 @@
 """Reads between machines with the Mooncake transfer engine, over TCP or RDMA.
 
 Peers shake hands with each other (`P2PHANDSHAKE`), so there is no metadata server. Mooncake knows no authentication:
-whoever reaches its ports can read what is registered.
+whoever reaches its ports can read what is registered, and write to it.
 """
 
 from __future__ import annotations
