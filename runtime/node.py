@@ -12,7 +12,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from setproctitle import setproctitle
@@ -24,7 +25,9 @@ from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeSta
 from runtime.errors import UserError
 from runtime.plan import NodePlan
 from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
+from runtime.report import as_json
 from runtime.rundir import NodeInfo, RunDirectory
+from runtime.status_socket import StatusSocket
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
 from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec
 from supervisors.linux import thread_count
@@ -37,7 +40,20 @@ _LISTEN_BACKLOG = 2048
 _PORT_PATIENCE_S = 0.5
 
 
-def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
+@dataclass(frozen=True)
+class Owner:
+    """A program for which alone a node runs.
+
+    Attributes:
+        pidfd: process descriptor of the program; the node stops when it has ended, however that comes.
+        listener: the socket on which the program reaches the node, in place of one of the topology's.
+    """
+
+    pidfd: int
+    listener: socket.socket
+
+
+def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | None = None) -> int:
     """Runs a node until it is stopped or gives up; the exit status of `runtime up`.
 
     Must run in the main thread of a process without other threads.
@@ -45,6 +61,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
     Args:
         tell: told what happens.
         detached: send this process's own output to the node's `logs/root.log`.
+        owner: whose node it is, if it is not to live on its own.
 
     Raises UserError when the run directory or the port cannot be had.
     """
@@ -55,10 +72,9 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
     try:
         if detached:
             _redirect_output(run_dir)
-        ingress = plan.topology.ingress
-        listener = _listen(ingress.host, ingress.port) if plan.placement.is_here("ingress") else None
+        listener = _listener(plan, owner)
         run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
-        result = _Root(plan, run_dir, listener, tell).run()
+        result = _Root(plan, run_dir, listener, tell, owner).run()
         keep_logs = not result.ok or run_dir.has_crash_reports
         if not result.ok:
             stopped = Stopped(result.text, result.culprit.log if result.culprit else str(run_dir.root_log))
@@ -78,13 +94,22 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False) -> int:
 
 
 class _Root:
-    """The root supervisor with what a node adds to it: arenas, the control socket, and word of what happens."""
+    """The root supervisor with what a node adds to it: arenas, the sockets `control` and `status`, and word of what
+    happens."""
 
-    def __init__(self, plan: NodePlan, run_dir: RunDirectory, listener: socket.socket | None, tell: Tell) -> None:
+    def __init__(
+        self,
+        plan: NodePlan,
+        run_dir: RunDirectory,
+        listener: socket.socket | None,
+        tell: Tell,
+        owner: Owner | None,
+    ) -> None:
         self.plan = plan
         self.run_dir = run_dir
         self.tell = tell
         self.listener = listener
+        self.owner = owner
         spec = build_tree(plan, run_dir.path)
         self.roles = {child.id: child.role for child in spec.descendants()}
         self.waiting_for = {child.id for child in spec.descendants()}
@@ -111,10 +136,15 @@ class _Root:
         level = logging.INFO if threads == 1 else logging.WARNING
         logger.log(level, "forked the zygote from a process with %d thread(s)", threads)
         control = ControlServer(self.run_dir.path, self.answer)
+        status = StatusSocket(self.run_dir.path, lambda: as_json(self.report()))
+        extra: dict[int, Callable[[], None]] = {control.fd: control.serve, status.fd: status.serve}
+        if self.owner is not None:
+            extra[self.owner.pidfd] = self.owner_ended
         try:
-            return self.supervisor.run(on_event=self.on_event, extra={control.fd: control.serve})
+            return self.supervisor.run(on_event=self.on_event, extra=extra)
         finally:
             control.close()
+            status.close()
             if self.listener is not None:
                 self.listener.close()
 
@@ -124,6 +154,11 @@ class _Root:
             self.waiting_for.discard(event.id)
             if not self.waiting_for:
                 self.tell(Ready(self.plan.name, self.plan.url, self.plan.served_name))
+
+    def owner_ended(self) -> None:
+        assert self.owner is not None
+        self.supervisor.unwatch(self.owner.pidfd)
+        self.supervisor.shutdown()
 
     def answer(self, question: Question, reply: Reply) -> None:
         """Carries out one command."""
@@ -208,6 +243,14 @@ def _redirect_output(run_dir: RunDirectory) -> None:
         os.set_inheritable(target, True)
     os.close(null)
     os.close(log)
+
+
+def _listener(plan: NodePlan, owner: Owner | None) -> socket.socket | None:
+    """The HTTP listening socket, if this node has the ingress."""
+    if owner is not None:
+        return owner.listener
+    ingress = plan.topology.ingress
+    return _listen(ingress.host, ingress.port) if plan.placement.is_here("ingress") else None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -15,6 +15,7 @@ from runtime.needs import arena_sizes_of
 from runtime.nodes import ip_address, part_of
 from runtime.output_formats import output_formats
 from runtime.plan import NodePlan
+from runtime.status_socket import NAME as STATUS_SOCKET
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
@@ -303,6 +304,7 @@ class _Builder:
                 "max_body_bytes": settings.max_body_bytes,
                 "max_concurrent": settings.max_concurrent,
                 "tokenizer": "tokenizer",
+                "status_socket": str(self.run_dir / STATUS_SOCKET),
                 **output_formats(plan),
             },
         )

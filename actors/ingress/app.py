@@ -21,6 +21,7 @@ from actors.ingress.openai.chat import ChatRequest, chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.service import Service
+from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 T = TypeVar("T")
@@ -84,6 +85,8 @@ def create_app(service: Service) -> Starlette:
     """The application of one ingress worker."""
     return Starlette(
         routes=[
+            Route("/", Get(service, page, public=True), methods=["GET"]),
+            Route("/status", Get(service, NodeStatus()), methods=["GET"]),
             Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),

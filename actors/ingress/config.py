@@ -34,6 +34,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         max_concurrent: requests in progress in this worker; more are refused with status 503.
         journal_bytes: memory that the journal of open connections may take; those beyond it do not survive this worker.
         tokenizer: name of the actor that tokenizes.
+        status_socket: path of a Unix socket at which the node tells its supervision tree; empty if there is none.
         tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
         reasoning_parser: the format of the model's reasoning; None leaves it in the content.
     """
@@ -54,5 +55,6 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_concurrent: Count = 1024
     journal_bytes: Count = 512 * 2**20
     tokenizer: str = "tokenizer"
+    status_socket: str = ""
     tool_call_parser: ToolCallFormat | None = None
     reasoning_parser: ReasoningFormat | None = None

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from runtime.cli.output import complain
+from runtime.environment import prepare
 from runtime.errors import UserError
 
 COMMANDS = {
@@ -25,6 +26,7 @@ COMMANDS = {
     "kill": "send a signal to an actor's process",
     "chaos": "kill processes at random under load and check that nothing is lost",
     "down": "stop a running node",
+    "chat": "chat with a model in the terminal",
     "bench": "measure latency and throughput",
 }
 
@@ -32,10 +34,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. Errors of the user are one sentence on standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # numpy's OpenBLAS would start threads when it is imported, and a process with threads must not be forked.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Threads of torch that spin while they wait would take the cores from the other actors.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare()
     parser, command = _parser(arguments)
     options = parser.parse_args(arguments)
     assert command is not None  # the parser demands one

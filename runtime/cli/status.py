@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from runtime.cli.options import add_node
 from runtime.cli.output import say
 from runtime.control import NodeReport, Status, ask
 from runtime.errors import UserError
+from runtime.report import as_json
 from runtime.rundir import find_node
 from supervisors.status import NodeStatus
 
@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
     if not isinstance(report, NodeReport):
         raise UserError(report.error)
     if options.json:
-        say(json.dumps({"node": report.node, "state": report.state, "url": report.url, "tree": as_json(report.tree)}))
+        say(json.dumps(as_json(report)))
         return 0
     say(f"{report.node}: {report.state}" + (f" at {report.url}" if report.url else ""))
     rows = [_HEADER, *_rows(report.tree)]
@@ -35,23 +35,6 @@ def run(options: argparse.Namespace) -> int:
     for row in rows:
         say("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
     return 0
-
-
-def as_json(status: NodeStatus) -> dict[str, Any]:
-    """A tree in the form that programs rely on. `last_exit` is a clause such as "killed by SIGKILL", or null."""
-    return {
-        "name": status.name,
-        "kind": status.kind,
-        "role": status.role,
-        "pid": status.pid,
-        "state": status.state,
-        "incarnation": status.incarnation,
-        "restarts": status.restarts,
-        "last_exit": status.last_exit.text if status.last_exit else None,
-        "uptime_s": round(status.uptime_s, 3),
-        "rss_bytes": status.rss_bytes,
-        "children": [as_json(child) for child in status.children],
-    }
 
 
 def _rows(status: NodeStatus, indent: str = "") -> list[tuple[str, ...]]:

@@ -1,0 +1,13 @@
+"""What has to stand in the environment before the first import of numpy or torch in a process that forks others."""
+
+from __future__ import annotations
+
+import os
+
+
+def prepare() -> None:
+    """Keeps libraries from starting threads, unless the user has said otherwise."""
+    # numpy's OpenBLAS would start threads when it is imported, and a process with threads must not be forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Threads of torch that spin while they wait would take the cores from the other actors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,67 @@
+"""How a program says what answers it wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+_NATIVE = {
+    "max_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "seed": "sampling_seed",
+    "include_stop_str_in_output": "no_stop_trim",
+}
+"""Fields that POST /generate calls otherwise."""
+_NOT_SAMPLING = ("logprobs",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """What answers to a prompt are wanted. Names and meanings are those of vLLM's and OpenAI's fields; None leaves a
+    field to the server's default.
+
+    Attributes:
+        max_tokens: most tokens of an answer.
+        n: answers to each prompt.
+        seed: answers with a seed are the same each time; without one, it is drawn.
+        stop: strings that end an answer; it does not hold them unless `include_stop_str_in_output`.
+        logprobs: give each token's log probability, and those of so many most probable tokens.
+        json_schema: the answer is a JSON document that fits this schema (a text, or the schema itself). It, `regex`
+            (the answer matches it), `ebnf` and `structural_tag` exclude each other.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int | None = None
+    n: int = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
+
+    def native(self) -> dict[str, Any]:
+        """The fields of a request to POST /generate, but for the prompt."""
+        given = {
+            _NATIVE.get(each.name, each.name): value
+            for each in fields(self)
+            if each.name not in _NOT_SAMPLING and (value := getattr(self, each.name)) is not None
+        }
+        request: dict[str, Any] = {"sampling_params": given}
+        if self.logprobs is not None:
+            request |= {"return_logprob": True, "top_logprobs_num": self.logprobs}
+        return request

@@ -1,0 +1,31 @@
+"""A node and its tree in the form that programs and the status page rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runtime.control import NodeReport
+from supervisors.status import NodeStatus
+
+
+def as_json(report: NodeReport) -> dict[str, Any]:
+    """What `runtime status --json` prints."""
+    return {"node": report.node, "state": report.state, "url": report.url, "tree": _tree(report.tree)}
+
+
+def _tree(status: NodeStatus) -> dict[str, Any]:
+    """`last_exit` is a clause such as "killed by SIGKILL", or null; `cpu_percent` is 100 for one busy core."""
+    return {
+        "name": status.name,
+        "kind": status.kind,
+        "role": status.role,
+        "pid": status.pid,
+        "state": status.state,
+        "incarnation": status.incarnation,
+        "restarts": status.restarts,
+        "last_exit": status.last_exit.text if status.last_exit else None,
+        "uptime_s": round(status.uptime_s, 3),
+        "cpu_percent": round(status.cpu_percent, 1),
+        "rss_bytes": status.rss_bytes,
+        "children": [_tree(child) for child in status.children],
+    }
