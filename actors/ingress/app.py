@@ -17,11 +17,13 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.health import health, health_generate, metrics
 from actors.ingress.native import GenerateRequest, generate
-from actors.ingress.openai.chat import ChatRequest, chat_completions
+from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.models import get_model, list_models
+from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.service import Service
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from actors.ingress.wire import OPENAI, Wire
 
 T = TypeVar("T")
 
@@ -41,13 +43,15 @@ class Post(Generic[T]):
         service: Service,
         decoder: msgspec.json.Decoder[T],
         handle: Callable[[Service, T, Exchange], Awaitable[None]],
+        wire: Wire = OPENAI,
     ) -> None:
         self._service = service
         self._decoder = decoder
         self._handle = handle
+        self._wire = wire
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._wire)
         await exchange.run(self._work)
         self._service.metrics.response(exchange.status)
 
