@@ -25,9 +25,11 @@ from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
+from actors.ingress.openai.responses.endpoint import responses
+from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.service import Service
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, Wire
+from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ _CHAT = msgspec.json.Decoder(ChatRequest)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
 _COUNT = msgspec.json.Decoder(CountRequest)
+_RESPONSES = msgspec.json.Decoder(ResponsesRequest)
 _OLLAMA_CHAT = msgspec.json.Decoder(ChatBody)
 _OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
 _OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
@@ -101,6 +104,7 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),
             Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+            Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),

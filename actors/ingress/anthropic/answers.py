@@ -90,8 +90,11 @@ class Answer:
 
     def _stop(self) -> dict[str, Any]:
         entry = self._output.entry
+        reason: str | None
         sequence = None
-        if entry.finish == "length":
+        if entry.finish == "abort":
+            reason = None
+        elif entry.finish == "length":
             reason = "model_context_window_exceeded" if self._cut else "max_tokens"
         elif self._output.calls:
             reason = "tool_use"
