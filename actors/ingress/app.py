@@ -13,22 +13,36 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from actors.ingress.anthropic.endpoints import count_tokens, messages
+from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.health import health, health_generate, metrics
 from actors.ingress.native import GenerateRequest, generate
-from actors.ingress.openai.chat import ChatRequest, chat_completions
+from actors.ingress.ollama import endpoints as ollama
+from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
+from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.models import get_model, list_models
+from actors.ingress.openai.requests import ChatRequest
+from actors.ingress.openai.responses.endpoint import responses
+from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire
 
 T = TypeVar("T")
 
 # Made before the worker's process is forked, so that it starts at once.
 _CHAT = msgspec.json.Decoder(ChatRequest)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_MESSAGES = msgspec.json.Decoder(MessagesRequest)
+_COUNT = msgspec.json.Decoder(CountRequest)
+_RESPONSES = msgspec.json.Decoder(ResponsesRequest)
+_OLLAMA_CHAT = msgspec.json.Decoder(ChatBody)
+_OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
+_OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
@@ -42,13 +56,15 @@ class Post(Generic[T]):
         service: Service,
         decoder: msgspec.json.Decoder[T],
         handle: Callable[[Service, T, Exchange], Awaitable[None]],
+        wire: Wire = OPENAI,
     ) -> None:
         self._service = service
         self._decoder = decoder
         self._handle = handle
+        self._wire = wire
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self._wire)
         await exchange.run(self._work)
         self._service.metrics.response(exchange.status)
 
@@ -91,6 +107,15 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),
             Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+            Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+            Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
+            Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+            Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
+            Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
+            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
+            Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
+            Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
+            Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
             Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),

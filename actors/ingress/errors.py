@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any, TypeVar
 
 import msgspec
+
+T = TypeVar("T")
 
 _TYPES = {408: "timeout_error", 429: "rate_limit_error"}
 _PATH = re.compile(
@@ -67,8 +70,20 @@ def internal() -> ApiError:
     return ApiError(500, "The server had an error while processing your request.", code="internal_error")
 
 
-def from_decoding(error: Exception) -> ApiError:
-    """What was wrong with a JSON body, from the exception of its decoding."""
+def converted(value: Any, to: type[T], param: str) -> T:
+    """A part of a JSON body as the type that it must have. Raises ApiError.
+
+    Args:
+        param: where in the body it is.
+    """
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise from_decoding(error, param) from None
+
+
+def from_decoding(error: Exception, within: str | None = None) -> ApiError:
+    """What was wrong with a JSON body, or with what is `within` a place in it, from the exception of its decoding."""
     if isinstance(error, RecursionError):
         return invalid("The request body is nested too deeply.")
     if not isinstance(error, msgspec.ValidationError):
@@ -79,6 +94,8 @@ def from_decoding(error: Exception) -> ApiError:
     if match is not None:
         reason = match["reason"]
         param = (match["path"] or match["container"] or "").removeprefix("$").removeprefix(".") or None
+    if within is not None:
+        param = within if param is None else f"{within}.{param}"
     unknown = _UNKNOWN_FIELD.match(reason)
     if unknown is not None:
         field = unknown["field"] if param is None else f"{param}.{unknown['field']}"

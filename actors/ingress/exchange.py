@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, straight on ASGI: a JSON document, or a stream of server-sent events."""
+"""One HTTP request and its answer, straight on ASGI: a JSON document, or a stream of events."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from actors.ingress.errors import ApiError, from_decoding, internal
+from actors.ingress.wire import OPENAI, Wire
 from actors.ingress.work import Work
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,6 @@ BODY_CHUNK_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 64 * 2**20
 
 _JSON = [(b"content-type", b"application/json")]
-_EVENTS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -44,8 +40,9 @@ class Exchange:
         status: of the answer, once it has begun.
     """
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, wire: Wire = OPENAI) -> None:
         self.scope = scope
+        self._wire = wire
         self.work: Work = scope["state"]["work"]
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
@@ -65,7 +62,8 @@ class Exchange:
 
     async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
         """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants."""
-        if self.header(b"content-type").partition(b";")[0].strip().lower() != b"application/json":
+        kind = self.header(b"content-type").partition(b";")[0].strip().lower()
+        if kind != b"application/json" and not self._wire.any_type:
             raise ApiError(415, "The Content-Type header must be application/json.")
         data = await self._read(max_bytes)
         try:
@@ -110,7 +108,7 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
-        """Sends one or more complete server-sent events; waits while the client reads slowly.
+        """Sends one or more complete events; waits while the client reads slowly.
 
         The first ones of a stream that an earlier incarnation has begun are those that it has sent.
         """
@@ -119,7 +117,7 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            await self._send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._wire.stream_headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     @property
@@ -134,13 +132,14 @@ class Exchange:
 
     async def fail(self, error: ApiError) -> None:
         """Answers with an error: as the response, or as the last event of a stream that has begun."""
+        body = self._wire.error(error)
         if not self.status:
             headers = _JSON + error.headers
             if error.status in (408, 413):
                 headers = [*headers, (b"connection", b"close")]
-            await self.answer(error.body, error.status, headers)
+            await self.answer(body, error.status, headers)
         else:
-            await self.end(b"data: " + error.body + b"\n\n")
+            await self.end(self._wire.last(body))
 
     # -- life -----------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,9 @@ class Service:
         if self._key is None:
             return
         scheme, _, key = exchange.header(b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._key):
+        if scheme.lower() != b"bearer":
+            key = exchange.header(b"x-api-key")  # Anthropic's
+        if not hmac.compare_digest(key.strip(), self._key):
             raise ApiError(
                 401, "Incorrect API key provided: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
             )

@@ -8,43 +8,35 @@ from typing import Any
 import msgspec
 
 from actors.ingress.generation import Generation
-from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.protocol import ChunkFrame
+from actors.ingress.openai.turn import Output
 from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
-from actors.ingress.parsers.output import OutputParser
 from actors.messages import TextLogprob
 
 _encode = msgspec.json.encode
-
-NameCall = Callable[[int, int], str]
-"""The identity of a call, from the indices of its choice and of the call."""
 
 
 class ChatChoice:
     """One choice of an answer.
 
     Args:
-        parser: None if the output is the content.
         top: how many of the most probable tokens are reported; -1 for no logprobs.
-        name_call: for calls to which the model itself gives no identity.
     """
 
-    def __init__(self, entry: Entry, parser: OutputParser | None, top: int, name_call: NameCall) -> None:
-        self._entry = entry
-        self._parser = parser
+    def __init__(self, output: Output, top: int) -> None:
+        self._output = output
+        self._entry = output.entry
         self._top = top
-        self._name_call = name_call
         self._begun = False
-        self._calls = False
 
     def document(self) -> dict[str, Any]:
         """The whole choice, once all of it has arrived."""
-        text, events, logprobs = self._take()
+        text, events, logprobs = self._output.take()
         if events is None:
             message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         else:
-            message = _message(events, self._call_id)
+            message = _message(events, self._output.call_id)
         return {
             "index": self._entry.index,
             "message": message,
@@ -55,7 +47,7 @@ class ChatChoice:
 
     def add_chunks(self, chunks: list[bytes], frame: ChunkFrame, generation: Generation) -> None:
         """Adds the events of a stream for what has arrived since the last call."""
-        text, events, logprobs = self._take()
+        text, events, logprobs = self._output.take()
         index = self._entry.index
         if not self._begun:
             self._begun = True
@@ -77,23 +69,9 @@ class ChatChoice:
             )
             chunks.append(frame.chunk(index, end, generation))
 
-    def _take(self) -> tuple[str, list[Event] | None, list[TextLogprob]]:
-        """Text and logprobs that are new, and what the parser makes of the text; None if there is no parser."""
-        text, _, logprobs = self._entry.take()
-        if self._parser is None:
-            return text, None, logprobs
-        events = self._parser.feed(text)
-        if self._entry.finish is not None:
-            events += self._parser.finish()
-        self._calls = self._calls or any(isinstance(event, CallStart) for event in events)
-        return text, events, logprobs
-
     @property
     def _finish_reason(self) -> str | None:
-        return "tool_calls" if self._calls and self._entry.finish == "stop" else self._entry.finish
-
-    def _call_id(self, call: CallStart) -> str:
-        return call.id or self._name_call(self._entry.index, call.index)
+        return "tool_calls" if self._output.calls and self._entry.finish == "stop" else self._entry.finish
 
     def _delta(self, delta: bytes, logprobs: list[TextLogprob]) -> bytes:
         if self._top < 0 or not logprobs:
@@ -109,7 +87,7 @@ class ChatChoice:
                 return {"content": text}
             case CallStart(index, name):
                 function = {"name": name, "arguments": ""}
-                call = {"index": index, "id": self._call_id(event), "type": "function", "function": function}
+                call = {"index": index, "id": self._output.call_id(event), "type": "function", "function": function}
                 return {"tool_calls": [call]}
             case CallArguments(index, text):
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}

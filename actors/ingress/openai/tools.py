@@ -49,6 +49,11 @@ class NamedTool(Struct, forbid_unknown_fields=True):
 ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 
+def named_tool(name: str) -> NamedTool:
+    """A `tool_choice` that asks for a call of this function."""
+    return NamedTool("function", _Name(name))
+
+
 def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
     """The tools that the model is shown. Raises ApiError where these and `tool_choice` contradict each other."""
     tools = tools or ()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
+
+import msgspec
 
 MAX_DEPTH = 128
 
@@ -164,3 +167,11 @@ def string_value(text: str) -> str | None:
 def quoted(text: str) -> str:
     """A JSON string."""
     return json.dumps(text, ensure_ascii=False)
+
+
+def object_of(text: str) -> dict[str, Any]:
+    """A call's arguments; empty if the output has ended before they were an object."""
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError):
+        return {}

@@ -1,0 +1,97 @@
+"""Answers as Ollama's clients know them: JSON lines, or one document that they add up to.
+
+Durations are left out: an answer that is made anew must be the same, and they would not be.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from actors.ingress.ollama.times import timestamp
+from actors.ingress.openai.turn import Turn
+from actors.ingress.parsers.events import CallArguments, CallStart, Content, Reasoning
+from actors.ingress.parsers.json_text import object_of
+from actors.ingress.pieces import Identity
+
+_encode = msgspec.json.encode
+
+
+class Answer:
+    """The answer to a request.
+
+    Args:
+        chat: of /api/chat, whose answers are messages; else of /api/generate.
+        model: under the client's name for it.
+    """
+
+    def __init__(self, turn: Turn, chat: bool, model: str, drawn: Identity) -> None:
+        (self._output,) = turn.outputs
+        self._turn = turn
+        self._chat = chat
+        self._head: dict[str, Any] = {"model": model, "created_at": timestamp(drawn.created)}
+        self._call: dict[str, Any] | None = None
+        self._arguments = ""
+
+    def document(self) -> bytes:
+        """The whole answer, once all of it has arrived."""
+        text, thinking = "", ""
+        calls: list[dict[str, Any]] = []
+        for part in self._news():
+            text += part.get("content", "")
+            thinking += part.get("thinking", "")
+            calls += part.get("tool_calls", ())
+        whole: dict[str, Any] = {"content": text}
+        if thinking:
+            whole["thinking"] = thinking
+        if calls:
+            whole["tool_calls"] = calls
+        return _encode({**self._part(whole), **self._end()})
+
+    def lines(self) -> bytes:
+        """The lines of a stream for what has arrived since the last call."""
+        lines = [_encode({**self._part(part), "done": False}) for part in self._news()]
+        if self._output.entry.finish is not None:
+            lines.append(_encode({**self._part({}), **self._end()}))
+        return b"".join(line + b"\n" for line in lines)
+
+    def _news(self) -> list[dict[str, Any]]:
+        """Parts of the message. Calls come whole."""
+        parts: list[dict[str, Any]] = []
+        for event in self._output.events():
+            if not isinstance(event, CallArguments):
+                self._end_call(parts)
+            match event:
+                case Reasoning(text):
+                    parts.append({"thinking": text})
+                case Content(text):
+                    parts.append({"content": text})
+                case CallStart(index, name):
+                    self._call = {"id": self._output.call_id(event), "function": {"index": index, "name": name}}
+                case CallArguments(text=text):
+                    self._arguments += text
+        if self._output.entry.finish is not None:
+            self._end_call(parts)
+        return parts
+
+    def _end_call(self, parts: list[dict[str, Any]]) -> None:
+        if self._call is not None:
+            self._call["function"]["arguments"] = object_of(self._arguments)
+            parts.append({"tool_calls": [self._call]})
+            self._call, self._arguments = None, ""
+
+    def _part(self, part: dict[str, Any]) -> dict[str, Any]:
+        if self._chat:
+            return {**self._head, "message": {"role": "assistant", "content": "", **part}}
+        text = {"response": part.get("content", "")}
+        return {**self._head, **text, **({"thinking": part["thinking"]} if "thinking" in part else {})}
+
+    def _end(self) -> dict[str, Any]:
+        generation = self._turn.generation
+        return {
+            "done": True,
+            "done_reason": self._output.entry.finish,
+            "prompt_eval_count": generation.prompt_tokens,
+            "eval_count": generation.completion_tokens,
+        }

@@ -1,0 +1,112 @@
+"""Ollama's requests as chat requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from actors.ingress.errors import ApiError, invalid, unsupported
+from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
+from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
+from actors.ingress.openai.requests import ChatRequest
+from actors.ingress.service import Service
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "embedding_only": (False,),
+    "logits_all": (False,),
+    "mirostat": (0,),
+    "mirostat_eta": (0.1,),
+    "mirostat_tau": (5.0,),
+    "penalize_newline": (False,),
+    "tfs_z": (1.0,),
+    "typical_p": (1.0,),
+    "vocab_only": (False,),
+}
+"""Options that are not supported, and the values with which they do nothing."""
+
+LATEST = ":latest"
+
+
+def served_name(service: Service, name: str) -> str:
+    """A model's name without Ollama's tag for the newest. Raises ApiError for a model that is not served here."""
+    try:
+        return service.check_model(name)
+    except ApiError:
+        return service.check_model(name.removesuffix(LATEST))
+
+
+def of_chat(service: Service, body: ChatBody) -> ChatRequest:
+    """Raises ApiError for what is not supported."""
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())]
+    chat = _request(service, body, messages)
+    chat.tools = body.tools or None
+    if messages and messages[-1].role == "assistant" and not messages[-1].tool_calls:
+        chat.continue_final_message = True
+    return chat
+
+
+def of_generate(service: Service, body: GenerateBody) -> ChatRequest:
+    """The prompt as a conversation, to which a template is applied. Raises ApiError for what is not supported."""
+    for name in ("context", "images", "suffix", "template"):
+        if getattr(body, name) not in (None, [], ""):
+            raise unsupported(name)
+    if body.raw and body.system:
+        raise invalid("With raw = true the prompt is all that the model sees: 'system' is not allowed.", "system")
+    messages = [ChatMessage("system", body.system)] if body.system else []
+    return _request(service, body, [*messages, ChatMessage("user", body.prompt or "")])
+
+
+def _request(service: Service, body: Request, messages: list[ChatMessage]) -> ChatRequest:
+    if body.logprobs or body.top_logprobs:
+        raise unsupported("logprobs")
+    options = body.options or Options()
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(options, name)
+        if value is not None and value not in neutral:
+            raise unsupported(f"options.{name}")
+    penalty = options.repeat_penalty
+    if options.repeat_last_n == 0:
+        penalty = 1.0
+    elif penalty != 1.0 and options.repeat_last_n not in (None, -1):
+        raise unsupported("options.repeat_last_n", "A repeat_penalty for a part of the text (repeat_last_n)")
+    thinks = body.think is not False
+    chat = ChatRequest(
+        model=served_name(service, body.model),
+        messages=messages,
+        stream=body.stream is not False,
+        chat_template_kwargs=None if body.think is None else {"enable_thinking": thinks, "thinking": thinks},
+        reasoning_effort=body.think if isinstance(body.think, str) else None,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=None if options.seed == -1 else options.seed,
+        stop=options.stop,
+        max_tokens=options.num_predict if options.num_predict > 0 else None,
+        repetition_penalty=penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+    )
+    if body.format == "json":
+        chat.response_format = {"type": "json_object"}
+    elif isinstance(body.format, dict):
+        chat.response_format = {"type": "json_schema", "json_schema": {"name": "answer", "schema": body.format}}
+    elif body.format:
+        raise invalid("Invalid value for 'format': it must be 'json' or a JSON schema.", "format", "invalid_value")
+    return chat
+
+
+def _message(message: Message, param: str) -> ChatMessage:
+    if message.images not in (None, []):
+        raise unsupported(f"{param}.images")
+    calls = [
+        ToolCall(CalledFunction(call.function.name, call.function.arguments), call.id)
+        for call in message.tool_calls or ()
+    ]
+    return ChatMessage(
+        message.role,
+        message.content or "",
+        name=message.tool_name,
+        reasoning_content=message.thinking or None,
+        tool_call_id=message.tool_call_id,
+        tool_calls=calls or None,
+    )

@@ -1,0 +1,194 @@
+"""A chat request, by whatever protocol it came: what the engine is asked, and how its output is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from msgspec import structs
+
+from actors.ingress.config import IngressConfig
+from actors.ingress.errors import invalid
+from actors.ingress.exchange import Exchange
+from actors.ingress.generation import Generation
+from actors.ingress.ledger import Entry
+from actors.ingress.openai.messages import chat_prompt
+from actors.ingress.openai.requests import ChatRequest
+from actors.ingress.openai.tools import (
+    Tool,
+    call_id,
+    callable_tools,
+    constrained,
+    forced_calls,
+    parameters_of,
+    rendered,
+)
+from actors.ingress.parsers.events import CallStart, Content, Event
+from actors.ingress.parsers.output import OutputParser
+from actors.ingress.parsers.reasoning import reasoning_parser
+from actors.ingress.parsers.tool_calls import tool_call_parser
+from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
+from actors.ingress.service import Prompt, Service
+from actors.messages import ChatPrompt, TextLogprob
+
+_ONE_TURN = ("deepseekv3", "deepseekv31")
+"""Formats of DeepSeek's whose templates take the arguments of calls as text, and let the model go on with its turn
+after the tools' results, without a new beginning."""
+
+
+class Output:
+    """What has arrived of a choice, as events.
+
+    Args:
+        parser: None if the output is the content.
+        name_call: the identity of a call by its index, for calls to which the model itself gives none.
+
+    Attributes:
+        calls: whether tools have been called.
+    """
+
+    def __init__(self, entry: Entry, parser: OutputParser | None, name_call: Callable[[int], str]) -> None:
+        self.entry = entry
+        self.calls = False
+        self._parser = parser
+        self._name_call = name_call
+
+    def take(self) -> tuple[str, list[Event] | None, list[TextLogprob]]:
+        """Text and logprobs that are new, and what the parser makes of the text; None if there is no parser."""
+        text, _, logprobs = self.entry.take()
+        if self._parser is None:
+            return text, None, logprobs
+        events = self._parser.feed(text)
+        if self.entry.finish is not None:
+            events += self._parser.finish()
+        self.calls = self.calls or any(isinstance(event, CallStart) for event in events)
+        return text, events, logprobs
+
+    def events(self) -> list[Event]:
+        """What is new."""
+        text, events, _ = self.take()
+        if events is None:
+            return [Content(text)] if text else []
+        return events
+
+    def call_id(self, call: CallStart) -> str:
+        """The identity of a call."""
+        return call.id or self._name_call(call.index)
+
+
+class Turn(NamedTuple):
+    """A request that is ready to go to an engine, when the `with` block of its generation is entered.
+
+    Attributes:
+        model: the name to answer with.
+        max_tokens: how many tokens the answer may have.
+        top: how many of the most probable tokens are reported; -1 for no logprobs.
+        outputs: of the choices.
+    """
+
+    model: str
+    max_tokens: int
+    top: int
+    generation: Generation
+    outputs: list[Output]
+
+
+async def open_turn(
+    service: Service,
+    request: ChatRequest,
+    exchange: Exchange,
+    *,
+    limit_name: str | None = None,
+    cut_limit: bool = False,
+    prompt: Prompt | None = None,
+) -> Turn:
+    """Checks a request and renders its prompt. Raises ApiError.
+
+    Args:
+        limit_name: the protocol's name for `max_tokens`.
+        cut_limit: a limit beyond the model's context is lowered to what fits, not refused.
+        prompt: in place of the conversation.
+    """
+    request.check()
+    model = service.check_model(request.model)
+    n = request.n or 1
+    service.check_choices(1, n)
+    asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
+    if asked is None:
+        asked, asked_param = request.max_tokens, limit_name or "max_tokens"
+    if asked == 0:
+        raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
+    top = (request.top_logprobs or 0) if request.logprobs else -1
+    sampling = request.sampling(service.config, exchange.work.identity.seed, asked, logprobs=top)
+    text = request.text_params(service.config)
+    tools = callable_tools(request.tools, request.tool_choice)
+    forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
+    sampling = constrained(sampling, forced)
+    if tools and service.config.tool_call_parser is not None and request.skip_special_tokens is None:
+        text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
+
+    (tokens,) = await service.tokenize(exchange, [prompt or conversation(service.config, request, tools)])
+    limit, default = (None, asked) if cut_limit else (asked, None)
+    max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
+    generation = service.generate(
+        exchange,
+        [(tokens, max_tokens)],
+        sampling,
+        text,
+        n=n,
+        priority=request.priority or 0,
+        extra_key=request.prefix_key,
+        eager=bool(request.stream),
+    )
+    rid, short_ids = exchange.work.identity.rid, service.config.tool_call_parser == "mistral"
+
+    def named(choice: int) -> Callable[[int], str]:
+        return lambda call: call_id(rid, choice, call, short_ids)
+
+    parser = _parsers(service.config, request, tools, forced is not None, prompt is not None)
+    outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
+    return Turn(model, max_tokens, top, generation, outputs)
+
+
+def conversation(config: IngressConfig, request: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
+    """What the tokenizer renders. Raises ApiError for what makes no conversation."""
+    return chat_prompt(
+        request.messages,
+        request.template_arguments,
+        request.add_generation_prompt,
+        request.continue_final_message,
+        rendered(tools),
+        config.tool_call_parser in _ONE_TURN,
+    )
+
+
+def _parsers(
+    config: IngressConfig, request: ChatRequest, tools: Sequence[Tool], forced: bool, plain: bool
+) -> Callable[[], OutputParser | None]:
+    """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces,
+    `plain` for prompts that no template has made."""
+    if plain:
+        return lambda: None
+    reasoning_format = config.reasoning_parser if request.separate_reasoning else None
+    calls_format = config.tool_call_parser if tools else None
+    parameters = parameters_of(tools)
+    last = request.messages[-1]
+    continued = last.text if request.continue_final_message else None
+    if last.role == "tool" and config.tool_call_parser in _ONE_TURN:
+        continued = ""
+
+    def make() -> OutputParser | None:
+        reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
+        calls = JSONListCalls(parameters) if forced else calls_format and tool_call_parser(calls_format, parameters)
+        if reasoning is None and calls is None:
+            return None
+        return OutputParser(
+            reasoning,
+            calls,
+            stream_reasoning=request.stream_reasoning,
+            parallel_calls=request.parallel_tool_calls is not False,
+        )
+
+    return make
