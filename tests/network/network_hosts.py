@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -193,15 +194,15 @@ class Hosts:
 
     def metric(self, actor: str, name: str) -> float:
         """A figure of an actor, as the ingress knows it."""
-        return self.metrics(name).get(actor, 0.0)
+        return self.metrics().get((name, actor), 0.0)
 
-    def metrics(self, name: str) -> dict[str, float]:
-        """A figure of all actors that have it, as the ingress knows them."""
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """All figures of all actors, by name and actor."""
         get = [str(HERE / "stream_client.py"), URL + "/metrics"]
         client = self.on("a", get, stdout=subprocess.PIPE)
         text, _ = client.communicate(timeout=DEADLINE_S)
-        lines = [line for line in text.splitlines() if line.startswith(f'runtime:actor_{name}{{actor="')]
-        return {line.split('"')[1]: float(line.rpartition(" ")[2]) for line in lines}
+        figures = re.findall(r'^runtime:actor_(\w+)\{actor="([^"]+)".*\} (\S+)$', text, re.MULTILINE)
+        return {(name, actor): float(value) for name, actor, value in figures}
 
 
 class Stream:

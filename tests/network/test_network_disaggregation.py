@@ -15,7 +15,7 @@ from runtime.plan import plan_node
 from runtime.ports import listening
 from runtime.topology import load_topology
 
-TOPOLOGY = """\
+HOSTS = """\
 [model]
 path = "smollm2-135m-instruct"
 dtype = "float32"
@@ -26,6 +26,10 @@ address = "10.77.0.1"
 address = "10.77.0.2"
 [ingress]
 node = "a"
+[transport]
+keys = "keys"
+"""
+TOPOLOGY = f"""{HOSTS}
 [transfer]
 engine = "mooncake"
 [engine.decode]
@@ -40,9 +44,8 @@ role = "prefill"
 kv_tokens = 8192
 chunk_tokens = 128
 prefix_cache = false
-[transport]
-keys = "keys"
 """
+UNIFIED = f'{HOSTS}[engine.main]\nnode = "a"\n'
 PAGES = 8192 // 16
 CUT_S = 4.0
 """Longer than it takes to notice."""
@@ -61,7 +64,7 @@ LONG = "Count these. " + "".join(f"The quick brown fox jumps over the lazy dog, 
 """About 500 tokens, in four chunks."""
 GREEDY = [Ask(SHORT, 8), Ask(LONG, 8)]
 DRAWN = [Ask(SHORT, 8, seed=7), Ask(LONG, 8, seed=7)]
-STORY = Ask("Tell me a long story about a lighthouse.", 64)
+STORY = Ask("Tell me a long story about a lighthouse.", 48)
 ALL = [*GREEDY, *DRAWN, STORY]
 
 Answers = dict[Ask, str]
@@ -79,19 +82,22 @@ def ends(*streams: dict[Ask, Stream]) -> Answers:
 @pytest.fixture(scope="module")
 def unified(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     """What one engine answers that does both, to all requests."""
-    hosts = Hosts(tmp_path_factory.mktemp("u"))
+    hosts = Hosts(tmp_path_factory.mktemp("u"), UNIFIED)
     try:
-        hosts.start("a", "b")
+        hosts.start("a")
         return ends(begin(hosts, ALL))
     finally:
         hosts.close()
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory, unified: Answers) -> Iterator[Hosts]:
-    if importlib.util.find_spec("mooncake") is None:
-        pytest.skip("the package mooncake is not installed")
-    hosts = Hosts(tmp_path_factory.mktemp("d"), TOPOLOGY)
+@pytest.fixture(scope="module", params=["mooncake", pytest.param("nixl", marks=pytest.mark.slow)])
+def hosts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, unified: Answers
+) -> Iterator[Hosts]:
+    module = {"mooncake": "mooncake", "nixl": "nixl_cu12"}[request.param]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"the package {module} is not installed")
+    hosts = Hosts(tmp_path_factory.mktemp("d"), TOPOLOGY.replace("mooncake", request.param))
     try:
         hosts.start("a", "b")
         yield hosts
@@ -105,11 +111,10 @@ def starts(hosts: Hosts) -> dict[str, int]:
 
 def released(hosts: Hosts) -> bool:
     """Whether no transfer is under way or ending, on either host, and no page is lent or lost."""
-    engines = {"decode.scheduler", "prefill.scheduler"}
-    return (
-        hosts.metrics("transfers") == dict.fromkeys(engines, 0.0)
-        and hosts.metric("decode.scheduler", "transfers_ending") == 0
-        and hosts.metrics("available_pages") == dict.fromkeys(engines, float(PAGES))
+    figures = hosts.metrics()
+    return figures["transfers_ending", "decode.scheduler"] == 0 and all(
+        (figures["transfers", engine], figures["available_pages", engine]) == (0, PAGES)
+        for engine in ("decode.scheduler", "prefill.scheduler")
     )
 
 
@@ -118,9 +123,9 @@ def test_answers_are_those_of_one_engine(hosts: Hosts, unified: Answers) -> None
     assert not [name for name in hosts.actors("b") if name.startswith("decode")]
     assert ends(begin(hosts, ALL)) == unified
     eventually(lambda: released(hosts), "the end of all transfers")
-    assert hosts.metric("prefill.scheduler", "prefills") == len(ALL)
-    assert hosts.metric("decode.scheduler", "transfers_total") == len(ALL)
-    assert hosts.metric("decode.kv_receiver", "kv_received_bytes") > 10**6
+    figures = hosts.metrics()
+    assert figures["prefills", "prefill.scheduler"] == figures["transfers_total", "decode.scheduler"] == len(ALL)
+    assert figures["kv_received_bytes", "decode.kv_receiver"] > 10**6
 
 
 @pytest.mark.parametrize("seconds", [CUT_S, pytest.param(10.0, marks=pytest.mark.slow)])
@@ -164,7 +169,7 @@ def test_without_the_other_host_prompts_are_computed_here(hosts: Hosts, unified:
 @pytest.mark.parametrize("actor", ["prefill.scheduler", "prefill.kv_sender"])
 def test_a_kill_changes_no_answer(hosts: Hosts, unified: Answers, actor: str) -> None:
     before = starts(hosts)[actor]
-    load = begin(hosts, [*GREEDY, *DRAWN])
+    load = begin(hosts, GREEDY)
     eventually(lambda: hosts.metric("decode.scheduler", "transfers") > 0, "prompts under way")
     hosts.kill("b", actor)
     assert ends(load).items() <= unified.items()
@@ -173,22 +178,26 @@ def test_a_kill_changes_no_answer(hosts: Hosts, unified: Answers, actor: str) ->
 
 
 def test_strangers_disturb_nobody(hosts: Hosts, unified: Answers) -> None:
-    """Mooncake's own ports know no keys: what comes there must at least not end the processes."""
+    """The ports of the library that moves pages know no keys: what comes there must at least not end the processes."""
     mailboxes = listening(plan_node(load_topology(hosts.file)))
     before = starts(hosts)
     attackers = []
     for host, origin, mover in (("a", "b", "decode.kv_receiver"), ("b", "a", "prefill.kv_sender")):
         actors = hosts.actors(host)
         ports = hosts.ports(host, mover) | {port for actor, port in mailboxes.items() if actor in actors}
-        assert len(ports) == 2 + len(mailboxes.keys() & actors.keys())
+        assert len(ports) > len(mailboxes.keys() & actors.keys())
         arguments = [str(HERE / "attacker.py"), ADDRESSES[host], "2", *map(str, ports)]
         attackers.append(hosts.on(origin, arguments, stdout=subprocess.PIPE))
-    assert ends(begin(hosts, [*GREEDY, *DRAWN])).items() <= unified.items()
+    assert ends(begin(hosts, DRAWN)).items() <= unified.items()
     assert min(int(attacker.communicate(timeout=60)[0]) for attacker in attackers) > 10
     assert starts(hosts) == before
-    for actor in mailboxes:
-        eventually(lambda actor=actor: hosts.metric(actor, "messages_refused") > 10, f"{actor} to refuse")  # type: ignore[misc]
-        assert hosts.metric(actor, "messages_malformed") == 0
-    assert ends(begin(hosts, GREEDY)).items() <= unified.items()
+
+    def refused() -> bool:
+        figures = hosts.metrics()
+        assert not any(figures["messages_malformed", actor] for actor in mailboxes)
+        return all(figures["messages_refused", actor] > 10 for actor in mailboxes)
+
+    eventually(refused, "all actors to refuse")
+    assert ends(begin(hosts, [ALL[0]])).items() <= unified.items()
     eventually(lambda: released(hosts), "the end of all transfers")
     assert starts(hosts) == before

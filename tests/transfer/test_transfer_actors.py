@@ -384,7 +384,7 @@ def test_nonsense_is_dropped(stage: Stage) -> None:
     stage.receive("t", [-1])
     stage.receive("t", [1, 1])
     stage.tell(D, Receive("t", SENDER, 0, b"123"))
-    stage.tell(P, Confirm("t", 1))  # only answered
+    stage.tell(P, Confirm("t", (1, 0)))  # only answered
     stage.sender.send(RECEIVER, Offered("t", 0, packed([0]), b"nonsense"))
     stage.sender.send(RECEIVER, Receive("t", SENDER, 0, packed([0])))
     stage.until(lambda: stage.receiver.bad_messages == 5)
