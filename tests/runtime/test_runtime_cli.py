@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
-    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "uptime_s", "cpu_percent",
+    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "uptime_s", "cpu_percent",
     "rss_bytes", "children"
 }  # fmt: skip
 
