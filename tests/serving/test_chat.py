@@ -9,11 +9,10 @@ import subprocess
 import sys
 import time
 
-from conftest import ROOT, wait_until
+from llm_tools import DEADLINE_S, ROOT, wait_until
 
 from runtime import LLM
 
-DEADLINE_S = 60.0
 QUESTION = "Name the capital of France."
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import MODEL, ROOT, private_tree, wait_until
+from llm_tools import MODEL, ROOT, private_tree, wait_until
 
 from runtime import LLM, SamplingParams, UserError
 

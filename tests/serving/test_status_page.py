@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import PROGRAM, browser
-from conftest import private_tree
+from llm_tools import private_tree
 
 from runtime import LLM
 
