@@ -14,7 +14,8 @@ def as_json(report: NodeReport) -> dict[str, Any]:
 
 
 def _tree(status: NodeStatus) -> dict[str, Any]:
-    """`last_exit` is a clause such as "killed by SIGKILL", or null; `cpu_percent` is 100 for one busy core."""
+    """`last_exit` is a clause such as "killed by SIGKILL", or null; `doing` what its main loop last said, empty when
+    idle; `cpu_percent` is 100 for one busy core."""
     return {
         "name": status.name,
         "kind": status.kind,
@@ -24,6 +25,7 @@ def _tree(status: NodeStatus) -> dict[str, Any]:
         "incarnation": status.incarnation,
         "restarts": status.restarts,
         "last_exit": status.last_exit.text if status.last_exit else None,
+        "doing": status.doing,
         "uptime_s": round(status.uptime_s, 3),
         "cpu_percent": round(status.cpu_percent, 1),
         "rss_bytes": status.rss_bytes,

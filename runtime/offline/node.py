@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ class PrivateNode:
             self.url = f"http://{_HOST}:{listener.getsockname()[1]}"
             self._process, progress = self._start(file, [*settings, *own], listener)
         self._progress = open(progress, "rb")  # noqa: SIM115
+        self._reading = threading.Lock()
+        self._problem = ""
         self._close = weakref.finalize(self, _stop, self._process, self.directory, os.getpid())
         try:
             self.model = self._await_ready(note)
@@ -90,15 +93,16 @@ class PrivateNode:
         return not self._close.alive
 
     def problem(self) -> str:
-        """Why the node has ended by itself; empty if it runs. For when it has broken off a connection."""
+        """Why the node has ended; empty if it runs. For when it has broken off a connection."""
         try:
             self._process.wait(END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return ""
-        for progress in read_progress(self._progress):
-            if isinstance(progress, Stopped) and progress.error:
-                return progress.error
-        return "the node was stopped or killed"
+        with self._reading:
+            if not self._problem:
+                told = [each.error for each in read_progress(self._progress) if isinstance(each, Stopped)]
+                self._problem = next(filter(None, told), "the node was stopped or killed")
+        return self._problem
 
     def _start(self, file: Path, settings: list[str], listener: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
         read, write = os.pipe()

@@ -14,7 +14,9 @@ from msgspec import Struct
 
 from runtime.environment import prepare
 from runtime.errors import UserError
+from runtime.nodes import node_to_start
 from runtime.progress import Note, Progress, Ready, Stopped, pipe_writer
+from runtime.topology import load_topology
 
 
 class Order(Struct, frozen=True):
@@ -65,16 +67,13 @@ def _run(order: Order) -> int:
         if isinstance(progress, Note | Ready | Stopped):  # few: nobody may be reading
             tell(progress)
 
-    tell(Note("loading libraries"))
-    from runtime.node import Owner, run_node
-    from runtime.nodes import node_to_start
-    from runtime.plan import plan_node
-    from runtime.topology import load_topology
-
     listener = socket.socket(fileno=order.listener)
     try:
         loaded = load_topology(Path(order.file), order.settings, listener.getsockname()[1])
         node = node_to_start(loaded.topology, None)
+        from runtime.node import Owner, run_node  # torch and all: only when the topology is right
+        from runtime.plan import plan_node
+
         plan = replace(
             plan_node(loaded, note=lambda text: tell(Note(text)), node=node),
             api_key=order.api_key,

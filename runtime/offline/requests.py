@@ -75,7 +75,7 @@ class _Batch:
                 if self._given_up.is_set():
                     raise UserError("the request was given up") from None
                 if problem := self._node.problem():
-                    raise UserError(f"the node has ended: {problem}") from None
+                    raise UserError(f"the node has ended, so make another LLM: {problem}") from None
                 if attempts == ATTEMPTS:
                     raise UserError(f"the node breaks connections off ({error or type(error).__name__})") from None
                 continue

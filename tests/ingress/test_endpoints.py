@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import socket
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -70,6 +74,58 @@ def test_api_key(serve: Serve) -> None:
     assert served.client.get("/v1/models").status_code == 401
     assert served.client.get("/health").status_code == 200
     assert served.client.get("/metrics").status_code == 200
+
+
+def test_status_page(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "status"
+    served = serve(api_key="secret", status_socket=str(path))
+    page = served.client.get("/")
+    assert page.status_code == 200
+    policy = dict(each.split(" ", 1) for each in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == "'none'"
+    for tag in ("script", "style"):
+        content = page.text.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+
+    key = {"authorization": "Bearer secret"}
+    assert served.client.get("/status").status_code == 401
+    refused = served.client.get("/status", headers=key)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    with StatusSocket(path, b'{"node"') as cut:
+        assert served.client.get("/status", headers=key).status_code == 503
+    with StatusSocket(path, b'{"node": "n"}') as whole:
+        assert served.client.get("/status", headers=key).json() == {"node": "n"}
+    assert (cut.asked, whole.asked) == (1, 1)
+
+
+class StatusSocket:
+    """A node that tells something to one that connects."""
+
+    def __init__(self, path: Path, text: bytes) -> None:
+        path.unlink(missing_ok=True)
+        self.asked = 0
+        self._text = text
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._listener.settimeout(30)
+        self._thread = threading.Thread(target=self._tell)
+
+    def __enter__(self) -> StatusSocket:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.join()
+        self._listener.close()
+
+    def _tell(self) -> None:
+        reader, _ = self._listener.accept()
+        with reader:
+            self.asked += 1
+            reader.sendall(self._text)
 
 
 def test_body_limit(serve: Serve) -> None:

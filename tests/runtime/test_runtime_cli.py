@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
-    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "uptime_s", "cpu_percent",
+    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "uptime_s", "cpu_percent",
     "rss_bytes", "children"
 }  # fmt: skip
 
@@ -116,7 +116,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
 
 
 def test_usage(cli: Cli) -> None:
-    for command in ("up", "check", "status", "top", "logs", "restart", "kill", "chaos", "down", "bench"):
+    for command in ("up", "check", "status", "top", "logs", "restart", "kill", "chaos", "down", "chat", "bench"):
         answer = cli(command, "--help")
         assert answer.returncode == 0
         assert "example" in answer.stdout
@@ -130,7 +130,7 @@ def test_errors_are_one_line_each(cli: Cli, tmp_path: Path) -> None:
         answer = cli(command, str(tmp_path / "bad.toml"))
         assert answer.returncode == 1
         assert answer.stderr == f"{tmp_path}/bad.toml:4: engine.main.tpp: unknown key; did you mean engine.main.tp?\n"
-    for command in (["status"], ["down"], ["logs"], ["restart", "x"], ["kill", "x"]):
+    for command in (["status"], ["down"], ["logs"], ["restart", "x"], ["kill", "x"], ["chat"]):
         answer = cli(*command)
         assert answer.returncode == 1
         assert answer.stderr == "runtime: no node is running: start one with `runtime up topology/smollm2.toml`\n"

