@@ -35,7 +35,7 @@ def aborted(served: Served, path: str, body: dict[str, Any], **how: Any) -> list
             answer = client.post("/abort_request", json=how or {"rid": document["id"]})
         assert answer.status_code == 200
         documents = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    assert len(served.fakes.seen.aborts) == before + 1
+    wait_for(lambda: len(served.fakes.seen.aborts) == before + 1, "the end of the request in the engine")
     return [json.loads(document) for document in documents if document != "[DONE]"]
 
 
