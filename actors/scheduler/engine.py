@@ -232,7 +232,8 @@ class EngineScheduler(Actor):
         if busy:
             refusal = f"{self.name} has {busy} requests in progress: wait for them, or abort them."
         else:
-            logger.info("the cache is flushed: %d pages are free again", self.pool.flush())
+            freed = self.pool.flush()
+            logger.info("the cache is flushed: %d pages are free again", freed)
         self.send(sender, CacheFlushed(message.rid, refusal))
 
     # -- constraints ------------------------------------------------------------------------------------
