@@ -230,6 +230,27 @@ class Unknown(Tagged):
     attempt: Index
 
 
+class FlushCache(Tagged):
+    """Ingress → scheduler: forget the cached prefixes that no request uses. Answered by `CacheFlushed`; may be sent
+    again."""
+
+    rid: Rid
+
+
+class CacheFlushed(Tagged):
+    """Scheduler → ingress: done, or one sentence that says why not."""
+
+    rid: Rid
+    refusal: str = ""
+
+
+class EndRequests(Tagged):
+    """Ingress → ingress: a client of one worker wants requests to end that another may have; all of them if `name` is
+    empty. No answer."""
+
+    name: Annotated[str, Meta(max_length=4096)] = ""
+
+
 # -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
 
 
@@ -688,6 +709,9 @@ Message = (
     | Resend
     | Refused
     | Unknown
+    | FlushCache
+    | CacheFlushed
+    | EndRequests
     | Compile
     | Compiled
     | Attach

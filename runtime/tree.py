@@ -287,7 +287,7 @@ class _Builder:
                 "tokenizer",
                 "bootstrap",
                 "detokenizer",
-                *self.serving,
+                *self.schedulers,
                 *(peer for peer in self.ingresses if peer != name),
             ],
             descriptors=[LISTENER, _journal(name)],

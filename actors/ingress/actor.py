@@ -12,9 +12,10 @@ import uvicorn
 import uvloop
 import zmq
 
-from actors.actor import Actor, Context, StartFailure, handles
+from actors.actor import Actor, Context, StartFailure, handles, role_of
 from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
+from actors.ingress.control import Control
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
@@ -25,7 +26,9 @@ from actors.ingress.service import Service
 from actors.ingress.tokenization import Tokenization
 from actors.messages import (
     ActorStats,
+    CacheFlushed,
     Detokenized,
+    EndRequests,
     Refused,
     Registry,
     Texts,
@@ -60,8 +63,16 @@ class Ingress(Actor):
         self.engines = Engines(self.config.model, self.mailbox.add_peer)
         self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
+        self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
-            self.config, self.name, self.ledger, self.tokenization, self.metrics, self.actors, self.all_stats
+            self.config,
+            self.name,
+            self.ledger,
+            self.tokenization,
+            self.metrics,
+            self.actors,
+            self.all_stats,
+            self.control,
         )
         self._server: Server
         self._crash: asyncio.Future[None]
@@ -199,6 +210,14 @@ class Ingress(Actor):
     @handles(Registry)
     def registry(self, message: Registry, sender: str) -> None:
         self.ledger.registry(message.engines)
+
+    @handles(CacheFlushed)
+    def cache_flushed(self, message: CacheFlushed, sender: str) -> None:
+        self.control.flushed(message, sender)
+
+    @handles(EndRequests)
+    def end_requests(self, message: EndRequests, sender: str) -> None:
+        self.service.end(message.name)
 
     @handles(Tokenized)
     def tokenized(self, message: Tokenized, sender: str) -> None:

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from actors.ingress import administration as admin
 from actors.ingress.anthropic.endpoints import count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
@@ -37,6 +38,7 @@ T = TypeVar("T")
 # Made before the worker's process is forked, so that it starts at once.
 _CHAT = msgspec.json.Decoder(ChatRequest)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_ABORT = msgspec.json.Decoder(admin.AbortBody)
 _MESSAGES = msgspec.json.Decoder(MessagesRequest)
 _COUNT = msgspec.json.Decoder(CountRequest)
 _RESPONSES = msgspec.json.Decoder(ResponsesRequest)
@@ -121,6 +123,12 @@ def create_app(service: Service) -> Starlette:
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
             Route("/health", Get(service, health, public=True), methods=["GET"]),
             Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+            Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
+            Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+            Route("/load", Get(service, admin.load), methods=["GET"]),
+            Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
+            Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
+            Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_error},

@@ -42,6 +42,7 @@ class Engines:
         self._model = model
         self._add_peer = add_peer
         self._engines: dict[str, _Engine] = {}
+        self._prefills: dict[str, _Engine] = {}
         self._foreign: set[str] = set()
 
     def __len__(self) -> int:
@@ -53,19 +54,27 @@ class Engines:
     def update(self, infos: list[EngineInfo], now: float) -> None:
         """Takes in a registry. An engine is gone when registries have not listed it for a while."""
         for info in infos:
-            if info.role == "prefill" or not self._serves_model(info):
+            if not self._serves_model(info):
                 continue
-            known = self._engines.get(info.scheduler)
+            engines = self._prefills if info.role == "prefill" else self._engines
+            known = engines.get(info.scheduler)
             if known is None or known.info.address != info.address:
                 try:
                     self._add_peer(info.scheduler, info.address)
                 except ValueError as error:
                     logger.warning("engine %s is not usable: %s", info.engine, error)
                     continue
-            self._engines[info.scheduler] = _Engine(info, now)
-        gone = [name for name, engine in self._engines.items() if now - engine.listed_at > GRACE_S]
-        for name in gone:
-            logger.warning("engine %s is no longer registered", self._engines.pop(name).info.engine)
+            engines[info.scheduler] = _Engine(info, now)
+        for engines in (self._engines, self._prefills):
+            gone = [name for name, engine in engines.items() if now - engine.listed_at > GRACE_S]
+            for name in gone:
+                logger.warning("engine %s is no longer registered", engines.pop(name).info.engine)
+
+    @property
+    def infos(self) -> list[EngineInfo]:
+        """All engines, by name, those that only fill KV pages for others among them."""
+        engines = [engine.info for engine in (*self._engines.values(), *self._prefills.values())]
+        return sorted(engines, key=lambda info: info.engine)
 
     def choose(self) -> str | None:
         """The scheduler of the engine with the least waiting and running requests, None while no engine is known."""

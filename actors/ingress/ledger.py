@@ -167,7 +167,7 @@ class Entry:
 
 
 class Ledger:
-    """All live requests of one ingress worker.
+    """All live requests of one ingress worker, in `live` by their rid.
 
     Args:
         send: puts a message into the mailbox of an actor, by name.
@@ -186,7 +186,7 @@ class Ledger:
     ) -> None:
         self.live: dict[str, Entry] = {}
         self._send = send
-        self._engines = engines
+        self.engines = engines
         self._counters = metrics.counters
         self._metrics = metrics
         self._stall_s = stall_s
@@ -208,6 +208,14 @@ class Ledger:
         self._counters["num_aborted_requests"] += 1
         if entry.scheduler is not None:
             self._send(entry.scheduler, Abort(entry.rid))
+
+    def end(self, entry: Entry) -> None:
+        """Ends a request early, as somebody has asked: what has arrived is its answer."""
+        piece = Piece([], "", None, "abort", None, entry.cached_tokens, None)
+        entry.listener.received(entry, piece)
+        entry.append(piece)
+        self.abort(entry)
+        entry.listener.progressed(entry)
 
     # -- from other actors ----------------------------------------------------------------------------------------
 
@@ -253,13 +261,13 @@ class Ledger:
 
     def registry(self, infos: list[EngineInfo]) -> None:
         """The engines that there are: requests that wait for one go out, those of a vanished one go to another."""
-        self._engines.update(infos, self._clock())
-        if not len(self._engines):
+        self.engines.update(infos, self._clock())
+        if not len(self.engines):
             return
         for entry in list(self.live.values()):
             if entry.scheduler is None:
                 self._place(entry)
-            elif entry.scheduler not in self._engines:
+            elif entry.scheduler not in self.engines:
                 self._send(entry.scheduler, Abort(entry.rid))
                 self._again(entry, elsewhere=True)
 
@@ -354,7 +362,7 @@ class Ledger:
 
     def _place(self, entry: Entry) -> None:
         if entry.scheduler is None:
-            entry.scheduler = self._engines.choose()
+            entry.scheduler = self.engines.choose()
             if entry.scheduler is None:
                 return
         now = self._clock()

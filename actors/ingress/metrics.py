@@ -109,6 +109,10 @@ class ActorFigures:
         """Replaces the figures of one actor."""
         self._figures[actor] = (now, figures)
 
+    def of(self, actor: str) -> dict[str, float]:
+        """The last figures of one actor, empty if it has not reported."""
+        return self._figures.get(actor, (0.0, {}))[1]
+
     def render(self, model: str, now: float) -> bytes:
         """All figures in Prometheus' text format."""
         current = {

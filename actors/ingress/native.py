@@ -190,16 +190,19 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where, "max_new_tokens")
         for each in tokens
     ]
-    with service.generate(
-        exchange,
-        list(zip(tokens, limits, strict=True)),
-        sampling,
-        text,
-        n=n,
-        priority=request.priority or 0,
-        extra_key=request.extra_key or "",
-        eager=request.stream,
-    ) as generation:
+    with (
+        service.generate(
+            exchange,
+            list(zip(tokens, limits, strict=True)),
+            sampling,
+            text,
+            n=n,
+            priority=request.priority or 0,
+            extra_key=request.extra_key or "",
+            eager=request.stream,
+        ) as generation,
+        service.known_as(zip(identities, generation.entries, strict=True)),
+    ):
         single = not batch and n == 1
         answers = [
             _Answer(request, entry, identity, drawn.arrived_at)
@@ -284,4 +287,6 @@ def _finish_reason(entry: Entry) -> dict[str, Any] | None:
         return None
     if entry.finish == "length":
         return {"type": "length", "length": len(entry.output)}
+    if entry.finish == "abort":
+        return {"type": "abort", "message": "The request was aborted."}
     return {"type": entry.finish, "matched": entry.stop_reason}

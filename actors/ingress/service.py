@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from actors.ingress.config import IngressConfig
+from actors.ingress.control import Control
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import ClientGone, Exchange
 from actors.ingress.generation import Generation
-from actors.ingress.ledger import Ledger
+from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.pieces import new_rid
 from actors.ingress.tokenization import Tokenization
@@ -30,6 +32,7 @@ class Service:
 
     Attributes:
         metrics: what this worker counts; `figures` gives all of its figures.
+        control: what other actors are asked to do beside generating.
         actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -44,6 +47,7 @@ class Service:
         metrics: IngressMetrics,
         actors: ActorFigures,
         figures: Callable[[], dict[str, float]],
+        control: Control,
     ) -> None:
         self.config = config
         self.name = name
@@ -52,8 +56,10 @@ class Service:
         self.metrics = metrics
         self.actors = actors
         self.figures = figures
+        self.control = control
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
+        self._names: dict[str, list[Entry]] = {}
         self._key = config.api_key.encode() if config.api_key is not None else None
 
     # -- who may ask ----------------------------------------------------------------------------------------------
@@ -187,6 +193,29 @@ class Service:
             raise invalid(
                 f"The prompts ask for {prompts * n} answers together; at most {MAX_CHOICES} are allowed.", "n"
             )
+
+    @contextmanager
+    def known_as(self, names: Iterable[tuple[str, Entry]]) -> Iterator[None]:
+        """For as long as it lasts, `end` finds choices by the client's own names for them."""
+        pairs = list(names)
+        for name, entry in pairs:
+            self._names.setdefault(name, []).append(entry)
+        try:
+            yield
+        finally:
+            for name, entry in pairs:
+                self._names[name].remove(entry)
+                if not self._names[name]:
+                    del self._names[name]
+
+    def end(self, name: str) -> None:
+        """Ends requests early by the identity of their answer, or a name that the client has given; all of them if it
+        is empty."""
+        named = self._names.get(name, ())
+        for entry in list(self.ledger.live.values()):
+            rid = entry.rid.partition("/")[0]
+            if not name or entry in named or re.split("[-_]", name, maxsplit=1)[-1] == rid:
+                self.ledger.end(entry)
 
     async def _tokenize(self, prompt: Prompt) -> bytes:
         if isinstance(prompt, list):

@@ -23,7 +23,7 @@ class Wire(NamedTuple):
         error: the document of an error.
         last: an error as the last part of a stream that has begun, made of its document.
         stream_headers: of a streamed answer.
-        any_type: requests need not say that they are JSON: the protocol's clients do not.
+        any_type: requests need not say that they are JSON, for the protocol's clients do not; but browsers' must.
     """
 
     error: Callable[[ApiError], bytes]

@@ -18,8 +18,10 @@ from actors.messages import (
     SAMPLE,
     Attach,
     Attached,
+    CacheFlushed,
     Compiled,
     EngineInfo,
+    FlushCache,
     Hello,
     Register,
     RegisterRefused,
@@ -221,6 +223,18 @@ class EngineScheduler(Actor):
         `Attach` that was sent to it."""
         if sender == self.config.leader and self.attached is None and not self.leader_restarts:
             self._attach()
+
+    @handles(FlushCache)
+    def flush_cache(self, message: FlushCache, sender: str) -> None:
+        """Cached prefixes are forgotten, unless requests run, as in SGLang."""
+        busy = sum(request.finish is None for request in self.requests.values())
+        refusal = ""
+        if busy:
+            refusal = f"{self.name} has {busy} requests in progress: wait for them, or abort them."
+        else:
+            freed = self.pool.flush()
+            logger.info("the cache is flushed: %d pages are free again", freed)
+        self.send(sender, CacheFlushed(message.rid, refusal))
 
     # -- constraints ------------------------------------------------------------------------------------
 

@@ -171,6 +171,13 @@ class PagePool:
         self.ledger.clear(pages)
         self._free += pages
 
+    def flush(self) -> int:
+        """Forgets all prefixes that no request uses; how many pages that has freed."""
+        before = len(self._free)
+        self.drop_partial()
+        self.give_back(self.tree.evict(self.tree.evictable_pages))
+        return len(self._free) - before
+
     def lend(self, pages: list[int]) -> None:
         """Others than this engine's ranks may write into pages from now on, whatever becomes of this process."""
         self.ledger.clear(pages)

@@ -21,10 +21,12 @@ from actors.messages import (
     Abort,
     Acknowledge,
     ActorStats,
+    CacheFlushed,
     ChatPrompt,
     Detokenize,
     Detokenized,
     EngineInfo,
+    FlushCache,
     Generate,
     Hello,
     Message,
@@ -198,6 +200,7 @@ class Seen:
     aborts: list[str] = field(default_factory=list)
     acknowledged: list[str] = field(default_factory=list)
     resends: list[Resend] = field(default_factory=list)
+    flushes: list[str] = field(default_factory=list)
     tokenizes: list[Tokenize] = field(default_factory=list)
     stats: list[tuple[str, ActorStats]] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -214,6 +217,7 @@ class Fakes:
         refuse: given each `Generate`; gives the refusal, or None to serve.
         frozen: no steps are made.
         silent_tokenizer: the tokenizer answers nothing.
+        silent_flush: the scheduler does not say that it has flushed its cache.
         registered: the bootstrap lists the engine.
         eos_at: answers end there.
         script: given a `Generate`; gives the whole text of its answer.
@@ -229,6 +233,7 @@ class Fakes:
         self.refuse: Callable[[Generate], Refused | None] = lambda generate: None
         self.frozen = False
         self.silent_tokenizer = False
+        self.silent_flush = False
         self.registered = True
         self.forgetful = False
         self.eos_at: int | None = None
@@ -377,6 +382,10 @@ class Fakes:
                     self._mailboxes["detokenizer"].send(
                         request.sender, Texts([request.event(request.base, request.sent)])
                     )
+            case FlushCache():
+                self.seen.flushes.append(message.rid)
+                if not self.silent_flush:
+                    reply(sender, CacheFlushed(message.rid, "Requests run." if self._running else ""))
             case ActorStats():
                 self.seen.stats.append((sender, message))
             case Hello() | Register():

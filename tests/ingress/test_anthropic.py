@@ -265,8 +265,8 @@ def test_refused_by_the_engine(shared: Served) -> None:
 
 
 def test_keys_and_an_error_in_a_stream(serve: Serve) -> None:
-    served = serve(api_key="secret", request_timeout_s=1)
-    served.fakes.step_s = 0.1
+    served = serve(api_key="secret", request_timeout_s=0.5)
+    served.fakes.step_s = 0.05
     refused = served.client.post(URL, json=body())
     assert refused.status_code == 401
     assert refused.json()["error"]["type"] == "authentication_error"

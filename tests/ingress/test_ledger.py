@@ -361,3 +361,18 @@ def test_an_aborted_request_is_forgotten() -> None:
     bench.ledger.scheduler_started("main.scheduler")
     assert bench.take() == []
     assert client.tokens == []
+
+
+def test_a_request_that_is_ended_early_has_an_end_that_lasts() -> None:
+    """Its end is a piece like those that engines send: what is made of the pieces alone ends as well."""
+    bench = Bench()
+    entry, client = bench.submit()
+    bench.take()
+    bench.ledger.texts([TextEvent("r", 0, 0, [5], 0, "a", None)])
+    bench.ledger.end(entry)
+    assert bench.take() == [("main.scheduler", Abort("r"))]
+    assert not bench.ledger.live
+    assert (client.text, entry.finish) == ("a", "abort")
+    bench.ledger.texts([TextEvent("r", 0, 1, [6], 1, "b", None)])
+    assert (client.text, client.errors) == ("a", [])
+    assert client.pieces[-1].finish == "abort"

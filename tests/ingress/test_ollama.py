@@ -147,8 +147,11 @@ def test_models(shared: Served) -> None:
 def test_nothing_asked_is_answered_at_once(shared: Served, path: str) -> None:
     before = len(shared.fakes.seen.generates)
     # as curl sends it
-    response = shared.client.post(path, content=b'{"model":"fake"}', headers={"content-type": "text/plain"})
+    plain = {"content-type": "text/plain"}
+    response = shared.client.post(path, content=b'{"model":"fake"}', headers=plain)
     assert response.json()["done_reason"] == "load"
+    from_a_page = shared.client.post(path, content=b'{"model":"fake"}', headers={**plain, "origin": "http://x"})
+    assert from_a_page.status_code == 415
     assert len(shared.fakes.seen.generates) == before
 
 
@@ -177,8 +180,8 @@ def test_errors(shared: Served, path: str, fields: dict[str, Any], status: int, 
 
 
 def test_an_error_in_a_stream(serve: Serve) -> None:
-    served = serve(request_timeout_s=1)
-    served.fakes.step_s = 0.1
+    served = serve(request_timeout_s=0.5)
+    served.fakes.step_s = 0.05
     *lines, last = served.client.post("/api/chat", json=body()).text.splitlines()
-    assert "longer than 1 seconds" in json.loads(last)["error"]
+    assert "longer than 0.5 seconds" in json.loads(last)["error"]
     assert lines

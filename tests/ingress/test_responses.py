@@ -192,8 +192,8 @@ def test_errors(shared: Served, fields: dict[str, Any], param: str, message: str
 
 
 def test_an_error_in_a_stream(serve: Serve) -> None:
-    served = serve(request_timeout_s=1)
-    served.fakes.step_s = 0.1
+    served = serve(request_timeout_s=0.5)
+    served.fakes.step_s = 0.05
     *events, last = events_of(served.client.post(URL, json=body(stream=True)).text)
     assert last["type"] == "error"
     assert last["code"] == "timeout"

@@ -15,6 +15,8 @@ from actors.messages import (
     Abort,
     Acknowledge,
     Attach,
+    CacheFlushed,
+    FlushCache,
     Hello,
     Refused,
     Register,
@@ -53,6 +55,30 @@ def test_a_request_becomes_steps_and_tokens_and_is_kept_until_acknowledged(stage
     stage.send("ingress0", Acknowledge(["r"]))
     stage.until(lambda: "r" not in stage.scheduler.requests)
     stage.until(lambda: any(m.closes == ["r"] for m in stage.received["detokenizer"] if isinstance(m, Tokens)))
+
+
+def test_a_flushed_cache_is_empty_and_stays_so(stage: Stage) -> None:
+    def answers() -> list[CacheFlushed]:
+        return [message for message in stage.received["ingress0"] if isinstance(message, CacheFlushed)]
+
+    stage.send("ingress0", generate("a", prompt=12, max_tokens=50))
+    stage.expect("main.rank0", Step)
+    stage.send("ingress0", FlushCache("f"))
+    (refused,) = stage.until(answers)
+    assert "1 requests in progress" in refused.refusal
+    stage.send("ingress0", Abort("a"))
+    stage.generate_all()
+    stage.send("ingress0", generate("b", prompt=12))
+    stage.generate_all()
+    assert stage.scheduler.pool.tree.total_pages > 0
+    stage.send("ingress0", FlushCache("g"))
+    assert stage.until(lambda: answers()[1:]) == [CacheFlushed("g")]
+    pool = stage.scheduler.pool
+    assert (pool.tree.total_pages, pool.free) == (0, NUM_PAGES)
+    assert not pool.ledger.count.any(), "a restarted scheduler must not find the prefixes again"
+    stage.send("ingress0", generate("c", prompt=12))
+    stage.generate_all()
+    assert stage.scheduler.requests["c"].cached_tokens == 0
 
 
 def test_a_stop_token_ends_a_request_and_the_step_sent_ahead_is_ignored(stage: Stage) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 
+from actors.ingress.administration import VERSION
 from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.ollama.answers import Answer
@@ -17,8 +17,6 @@ from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.turn import open_turn
 from actors.ingress.service import Prompt, Service
 from actors.messages import TextPrompt
-
-VERSION = version("llm-runtime")
 
 _encode = msgspec.json.encode
 

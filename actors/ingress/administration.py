@@ -1,0 +1,108 @@
+"""What operators ask: SGLang's /get_load, /get_model_info, /get_server_info, /flush_cache and /abort_request, and /load
+of vLLM."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from actors.ingress.errors import ApiError, invalid
+from actors.ingress.exchange import Exchange
+from actors.ingress.service import Service
+from actors.messages import EngineInfo
+
+VERSION = version("llm-runtime")
+
+_encode = msgspec.json.encode
+
+
+class AbortBody(Struct, forbid_unknown_fields=True):
+    """Body of POST /abort_request."""
+
+    rid: str = ""
+    abort_all: bool = False
+
+
+async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -> None:
+    """Ends requests, whichever worker has them; answers without waiting for that. Their clients get what there is."""
+    if bool(body.rid) == body.abort_all:
+        raise invalid("Send either 'rid' or abort_all = true.", "rid")
+    service.end(body.rid)
+    service.control.end_elsewhere(body.rid)
+    await exchange.answer(b"{}")
+
+
+async def flush_cache(service: Service, exchange: Exchange) -> None:
+    """Answers when all engines have forgotten what they had cached. Raises ApiError where requests are running."""
+    schedulers = [info.scheduler for info in service.ledger.engines.infos]
+    if not schedulers:
+        raise ApiError(503, "No engine is known.", retry_after_s=1.0)
+    refusals = await service.control.flush(schedulers)
+    if refusals:
+        raise invalid(f"The cache is not flushed: {' '.join(refusals)}")
+    await exchange.answer(b"Cache flushed.\n", headers=[(b"content-type", b"text/plain; charset=utf-8")])
+
+
+async def load(service: Service, exchange: Exchange) -> None:
+    """Requests in progress in this worker."""
+    await exchange.answer(_encode({"server_load": len(service.in_progress)}))
+
+
+async def get_load(service: Service, exchange: Exchange) -> None:
+    """Each engine's load."""
+    infos = service.ledger.engines.infos
+    await exchange.answer(_encode([_load(service, rank, info) for rank, info in enumerate(infos)]))
+
+
+async def get_model_info(service: Service, exchange: Exchange) -> None:
+    """What is served."""
+    model = service.config.model or service.config.served_model_names[0]
+    document = {
+        "model_path": model,
+        "tokenizer_path": model,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": "default",
+        "max_model_len": service.config.max_model_len,
+    }
+    await exchange.answer(_encode(document))
+
+
+async def get_server_info(service: Service, exchange: Exchange) -> None:
+    """How it is served: settings that are no secret, and each engine with its figures."""
+    config = service.config
+    document = {
+        "model_path": config.model or config.served_model_names[0],
+        "served_model_name": config.served_model_names[0],
+        "context_length": config.max_model_len,
+        "tool_call_parser": config.tool_call_parser,
+        "reasoning_parser": config.reasoning_parser,
+        "version": VERSION,
+        "internal_states": [_engine(service, info) for info in service.ledger.engines.infos],
+    }
+    await exchange.answer(_encode(document))
+
+
+def _load(service: Service, rank: int, info: EngineInfo) -> dict[str, Any]:
+    usage = service.actors.of(info.scheduler).get("token_usage", 0.0)
+    return {
+        "dp_rank": rank,
+        "engine": info.engine,
+        "num_reqs": info.waiting + info.running,
+        "num_waiting_reqs": info.waiting,
+        "num_tokens": round(usage * info.num_pages) * info.page_size,
+    }
+
+
+def _engine(service: Service, info: EngineInfo) -> dict[str, Any]:
+    return {
+        "engine": info.engine,
+        "role": info.role,
+        "tp_size": info.tp,
+        "page_size": info.page_size,
+        "max_total_num_tokens": info.num_pages * info.page_size,
+        "figures": service.actors.of(info.scheduler),
+    }
