@@ -10,6 +10,7 @@ from runtime.engine_plan import EnginePlan
 from runtime.topology import LoadedTopology
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
+_RDMA = Path("/sys/class/infiniband")
 
 
 def arena_sizes_of(engines: Sequence[EnginePlan]) -> dict[str, int]:
@@ -34,6 +35,7 @@ def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
                 f"engine.{engine.name}.tp",
                 f"is {engine.settings.tp}, and this machine has {gpus} GPUs; give at most that",
             )
+    _check_rdma(loaded)
     on_cpu = [engine for engine in engines if engine.settings.device == "cpu"]
     memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values())
     if needed <= memory:
@@ -52,6 +54,18 @@ def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
         )
     key = f"engine.{largest.name}.kv_tokens"
     raise loaded.error(key, f"is {largest.settings.kv_tokens}, which {problem}; give at most {left}")
+
+
+def _check_rdma(loaded: LoadedTopology) -> None:
+    """Mooncake takes TCP without a word where there is no RDMA: somebody would believe to have it."""
+    transfer = loaded.topology.transfer
+    if transfer.protocol != "rdma":
+        return
+    devices = sorted(each.name for each in _RDMA.iterdir()) if _RDMA.is_dir() else []
+    if not devices:
+        raise loaded.error("transfer.protocol", 'is "rdma", and this machine has no RDMA device; give "tcp"')
+    if transfer.device and transfer.device not in devices:
+        raise loaded.error("transfer.device", f'is "{transfer.device}"; this machine has {", ".join(devices)}')
 
 
 def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan]) -> list[str]:

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+
 from actors.checkpoint import CheckpointError, ModelConfig, read_config
+from actors.tokenizer.chat_template import ChatTemplate
 from runtime.engine_plan import EnginePlan, plan_engine, share_arenas
 from runtime.errors import UserError
 from runtime.models import NotLocal, ResolvedModel, resolve_model
@@ -119,6 +122,11 @@ def _chat_template(loaded: LoadedTopology) -> Path | None:
     path = Path(os.path.abspath(loaded.base_of("model.chat_template") / Path(given).expanduser()))
     if not path.is_file():
         raise loaded.error("model.chat_template", f"there is no file {path}; give a Jinja file or remove the key")
+    try:
+        ChatTemplate({"default": path.read_text("utf-8")}, {})
+    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        problem = f"{path} is no Jinja template ({error}); mend it or remove the key"
+        raise loaded.error("model.chat_template", problem) from None
     return path
 
 

@@ -34,7 +34,7 @@ class GrammarConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model: str
     vocab_size: Annotated[int, Meta(ge=1, lt=2**31)]
-    limit_s: Annotated[float, Meta(gt=0, le=3600)] = 10.0
+    limit_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
     limit_bytes: Annotated[int, Meta(ge=2**26)] = 2**30
 
 

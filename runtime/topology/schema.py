@@ -299,7 +299,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
             "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
             '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
             "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
-            "is reading, so the network has to be private. `fake` moves nothing: for benchmarks, its answers are "
+            "is reading, so the network has to be private. (Mooncake binds to all addresses; what comes for others is "
+            "dropped.) `fake` moves nothing: for benchmarks, its answers are "
             "nonsense."
         ),
     ] = "shm"

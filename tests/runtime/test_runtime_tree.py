@@ -272,6 +272,25 @@ def test_what_does_not_fit_the_model(plan_of: Any, setting: str, expected: str) 
         plan_of(setting)
 
 
+def test_a_broken_chat_template_is_found_early(plan_of: Any, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jinja"
+    for content in (b"{% if %}", bytes(range(128, 200))):
+        file.write_bytes(content)
+        with pytest.raises(TopologyError, match=r"model.chat_template: .* is no Jinja template"):
+            plan_of(f"model.chat_template={file}")
+
+
+def test_rdma_needs_a_device(plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "_RDMA", tmp_path / "infiniband")
+    rdma = ("transfer.engine=mooncake", "transfer.protocol=rdma")
+    with pytest.raises(TopologyError, match=r'transfer.protocol: is "rdma", and this machine has no RDMA device'):
+        plan_of(*rdma, text=APART)
+    (tmp_path / "infiniband" / "mlx5_0").mkdir(parents=True)
+    plan_of(*rdma, text=APART)
+    with pytest.raises(TopologyError, match=r'transfer.device: is "mlx5_9"; this machine has mlx5_0'):
+        plan_of(*rdma, "transfer.device=mlx5_9", text=APART)
+
+
 def test_a_model_that_does_not_fit_into_memory(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "memory_bytes", lambda: 100_000)
     figures = r"needs [0-9.]+ GiB of memory, [0-9.]+ GiB for weights \(main [0-9.]+ GiB a rank\) and [0-9.]+ GiB for KV"
