@@ -70,7 +70,8 @@ class PrivateNode:
         self._progress = open(progress, "rb")  # noqa: SIM115
         self._reading = threading.Lock()
         self._problem = ""
-        self._close = weakref.finalize(self, _stop, self._process, self.directory, os.getpid())
+        self._kept: list[str] = []
+        self._close = weakref.finalize(self, _stop, self._process, self.directory, self._kept, os.getpid())
         try:
             self.model = self._await_ready(note)
         except BaseException:
@@ -100,9 +101,16 @@ class PrivateNode:
             return ""
         with self._reading:
             if not self._problem:
-                told = [each.error for each in read_progress(self._progress) if isinstance(each, Stopped)]
-                self._problem = next(filter(None, told), "the node was stopped or killed")
+                told = [self._reason(each) for each in read_progress(self._progress) if isinstance(each, Stopped)]
+                self._problem = next(filter(None, told), "it was stopped or killed")
         return self._problem
+
+    def _reason(self, stopped: Stopped) -> str:
+        """Why the node has ended. The log that tells more, if there is one, is kept with its directory."""
+        if stopped.log:
+            self._kept.append(stopped.log)
+        hint = f" (log: {stopped.log})" if stopped.log else ""
+        return _ARGUMENT.sub("", stopped.error) + hint
 
     def _start(self, file: Path, settings: list[str], listener: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
         read, write = os.pipe()
@@ -141,15 +149,16 @@ class PrivateNode:
                     note(text)
                 case Ready(model=model):
                     return model
-                case Stopped(error=error):
-                    raise UserError(_ARGUMENT.sub("", error) or "the node was stopped while it was starting")
+                case Stopped():
+                    raise UserError(self._reason(progress) or "the node was stopped while it was starting")
         log = (self.directory / "start.log").read_text(errors="replace").strip()
         last = log.rpartition("\n")[2]
         raise UserError("the node ended while it was starting" + (f": {last}" if last else ""))
 
 
-def _stop(process: subprocess.Popen[bytes], directory: Path, owner: int) -> None:
-    """Stops the node, unless this is a fork of the process that has started it."""
+def _stop(process: subprocess.Popen[bytes], directory: Path, kept: list[str], owner: int) -> None:
+    """Stops the node, unless this is a fork of the process that has started it. Its directory goes, but for logs that
+    an error has named."""
     if os.getpid() != owner:
         return
     process.terminate()
@@ -158,7 +167,8 @@ def _stop(process: subprocess.Popen[bytes], directory: Path, owner: int) -> None
     except subprocess.TimeoutExpired:
         process.kill()  # and everything below dies with it
         process.wait()
-    shutil.rmtree(directory, ignore_errors=True)
+    if not kept:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _temporary() -> str:

@@ -70,21 +70,26 @@ async def browser(profile: Path) -> AsyncIterator[Browser]:
             [PROGRAM, *options, f"--user-data-dir={profile}", "about:blank"], stdout=log, stderr=log
         )
     try:
-        port_file = profile / "DevToolsActivePort"
-        async with asyncio.timeout(DEADLINE_S), aiohttp.ClientSession() as session:
-            while not (port_file.exists() and port_file.read_text().count("\n")):
-                assert process.poll() is None, (profile / "log").read_text()
-                await asyncio.sleep(0.02)
-            port = port_file.read_text().split("\n")[0]
-            while not (pages := await _pages(session, port)):
-                await asyncio.sleep(0.02)
-            async with session.ws_connect(pages[0], max_msg_size=0) as socket:
+        async with aiohttp.ClientSession() as session:
+            async with asyncio.timeout(DEADLINE_S):
+                address = await _first_page(session, process, profile)
+            async with session.ws_connect(address, max_msg_size=0) as socket:
                 yield Browser(socket)
     finally:
         process.terminate()
         process.wait(10)
 
 
-async def _pages(session: aiohttp.ClientSession, port: str) -> list[str]:
-    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-        return [each["webSocketDebuggerUrl"] for each in await answer.json() if each["type"] == "page"]
+async def _first_page(session: aiohttp.ClientSession, process: subprocess.Popen[bytes], profile: Path) -> str:
+    """The address at which the page of a browser that has just been started is driven."""
+    port_file = profile / "DevToolsActivePort"
+    while not (port_file.exists() and port_file.read_text().count("\n")):
+        assert process.poll() is None, (profile / "log").read_text()
+        await asyncio.sleep(0.02)
+    port = port_file.read_text().split("\n")[0]
+    while True:
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            pages = [each["webSocketDebuggerUrl"] for each in await answer.json() if each["type"] == "page"]
+        if pages:
+            return str(pages[0])
+        await asyncio.sleep(0.02)
