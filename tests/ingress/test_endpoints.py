@@ -45,7 +45,7 @@ def test_tokenize_and_detokenize(shared: Served) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("POST", "/", 404)],
+    [("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("POST", "/", 405)],
 )
 def test_unknown_routes_and_methods(shared: Served, method: str, path: str, status: int) -> None:
     response = shared.client.request(method, path)
