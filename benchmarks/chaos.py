@@ -97,6 +97,18 @@ def tp2(options: argparse.Namespace) -> bool:
         return disturb("ranks of tp 2", run_dir, options, plan)
 
 
+def apart(options: argparse.Namespace) -> bool:
+    """Prefill and decode apart, with each way to move the pages; the actors that do so, and whole engines, among the
+    killed. Prompts are computed by the prefill engine however short they are."""
+    plan = Plan(duration_s=0.0, kills=options.kills // 3, signals=FATAL, seed=options.seed)
+    ok = True
+    for transfer in ("shm", "mooncake", "nixl"):
+        settings = (DETERMINISTIC, f"transfer.engine={transfer}", "engine.decode.local_prefill_tokens=0")
+        with node(options, *settings, topology="pd-smollm2.toml") as run_dir:
+            ok &= disturb(f"prefill and decode apart, {transfer}", run_dir, options, plan)
+    return ok
+
+
 def ingress(options: argparse.Namespace) -> bool:
     """HTTP workers: the only one, then one of two at a time."""
     plan = Plan(every_s=2.0, duration_s=0.0, kills=options.kills // 10, actors=["ingress[0-9]*"], seed=options.seed)
@@ -162,7 +174,7 @@ def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
-    each.__name__: each for each in (kills, plain, doubles, stops, tp2, ingress, rolling, leaks)
+    each.__name__: each for each in (kills, plain, doubles, stops, tp2, apart, ingress, rolling, leaks)
 }
 
 
