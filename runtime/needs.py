@@ -68,8 +68,13 @@ def _check_rdma(loaded: LoadedTopology) -> None:
         raise loaded.error("transfer.device", f'is "{transfer.device}"; this machine has {", ".join(devices)}')
 
 
-def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan]) -> list[str]:
-    """Lines for `runtime check`: each engine's needs, and those of the engines of this machine together."""
+def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan], wanted: str) -> list[str]:
+    """Lines for `runtime check`: each engine's needs, and those of the engines of this machine together.
+
+    Args:
+        wanted: `model.dtype` of the topology.
+    """
+    auto = " (auto)" if wanted == "auto" else ""
     lines = []
     for engine in engines:
         settings = engine.settings
@@ -78,8 +83,8 @@ def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan]) ->
         pool = "" if engine.shared_kv and engine.role == "prefill" else f" with {engine.num_pages} pages of its own"
         lines.append(
             f"engine  {engine.name}: {engine.role}, {settings.tp} rank(s) on {settings.device}; a rank maps "
-            f"{mib(max(engine.weight_bytes))} of {engine.dtype} weights{weights}, and {mib(max(engine.kv_bytes))} of "
-            f"{engine.kv_dtype} KV{kv}{pool}"
+            f"{mib(max(engine.weight_bytes))} of {engine.dtype}{auto} weights{weights}, and "
+            f"{mib(max(engine.kv_bytes))} of {engine.kv_dtype} KV{kv}{pool}"
         )
     on_cpu = [engine for engine in here if engine.settings.device == "cpu"]
     if on_cpu:

@@ -33,7 +33,8 @@ def run(options: argparse.Namespace) -> int:
         say(f"  node    {plan.name}, {plan.url}")
     say(f"  model   {plan.served_name}, {plan.model.path}, requests of up to {plan.max_model_len} tokens")
     here = plan.engines if not plan.placement.machines or plan.placement.here else []
-    for line in describe_needs(plan.engines, [engine for engine in here if plan.placement.is_here(engine.name)]):
+    here = [engine for engine in here if plan.placement.is_here(engine.name)]
+    for line in describe_needs(plan.engines, here, plan.topology.model.dtype):
         say(f"  {line}")
     return 0
 

@@ -140,7 +140,8 @@ def test_errors_are_one_line_each(cli: Cli, tmp_path: Path) -> None:
 def test_check(cli: Cli) -> None:
     answer = cli("check", "topology/smollm2.toml", "--set", "engine.main.tp=2")
     assert answer.returncode == 0
-    assert "main: 2 rank(s) on cpu, int4 (auto) weights" in answer.stdout
+    assert "main: unified, 2 rank(s) on cpu; a rank maps" in answer.stdout
+    assert "of int4 (auto) weights" in answer.stdout
     assert "bfloat16 KV" in answer.stdout
     answer = cli("check", "topology/smollm2.toml", "--set", "engine.main.tp=4")
     assert answer.returncode == 1
