@@ -14,6 +14,7 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
 PRODUCT_DEPTH = 256
+OUTPUT_MULTIPLE = 16
 
 WEIGHT_BITS = 40  # sampling weights are integers, 2**40 for the most likely token
 LOWEST = torch.finfo(torch.float32).min
@@ -175,7 +176,11 @@ def linear(
     if not deterministic:
         return F.linear(x, weight, bias)
     # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep
-    # float32 product among its threads: it gets shallow ones.
+    # float32 product among its threads, and columns that fill no vector fall to other kernels where threads divide them
+    # otherwise: it gets shallow ones of whole vectors.
+    if missing := -weight.shape[0] % OUTPUT_MULTIPLE:
+        bias = None if bias is None else F.pad(bias, (0, missing))
+        return linear(x, F.pad(weight, (0, 0, 0, missing)), bias, True)[:, :-missing].contiguous()
     depth = PRODUCT_DEPTH if x.device.type == "cpu" and x.dtype == torch.float32 else x.shape[1]
     strips = list(zip(torch.split(x, depth, dim=1), torch.split(weight, depth, dim=1), strict=True))
     out = x.new_empty(x.shape[0], weight.shape[0])
