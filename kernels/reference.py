@@ -14,7 +14,7 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
 PRODUCT_DEPTH = 256
-OUTPUTS = 16  # of which a product has a multiple
+OUTPUT_MULTIPLE = 16
 
 WEIGHT_BITS = 40  # sampling weights are integers, 2**40 for the most likely token
 LOWEST = torch.finfo(torch.float32).min
@@ -176,11 +176,11 @@ def linear(
     if not deterministic:
         return F.linear(x, weight, bias)
     # Products of one shape, so that the library below takes one path; rows of zeros fill the last. MKL shares a deep
-    # float32 product among its threads: it gets shallow ones. Nor does a thread get a part of a vector of outputs.
-    outputs = weight.shape[0]
-    if outputs % OUTPUTS:
-        weight = F.pad(weight, (0, 0, 0, -outputs % OUTPUTS))
-        bias = None if bias is None else F.pad(bias, (0, -outputs % OUTPUTS))
+    # float32 product among its threads, and columns that fill no vector fall to other kernels where threads divide them
+    # otherwise: it gets shallow ones of whole vectors.
+    if missing := -weight.shape[0] % OUTPUT_MULTIPLE:
+        bias = None if bias is None else F.pad(bias, (0, missing))
+        return linear(x, F.pad(weight, (0, 0, 0, missing)), bias, True)[:, :-missing].contiguous()
     depth = PRODUCT_DEPTH if x.device.type == "cpu" and x.dtype == torch.float32 else x.shape[1]
     strips = list(zip(torch.split(x, depth, dim=1), torch.split(weight, depth, dim=1), strict=True))
     out = x.new_empty(x.shape[0], weight.shape[0])
@@ -192,7 +192,7 @@ def linear(
             for i, (tile, (_, columns)) in enumerate(zip(tiles, strips, strict=True))
         ]
         out[start:end] = sum(products[1:], products[0])[: end - start]
-    return out[:, :outputs].contiguous()
+    return out
 
 
 def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
