@@ -69,6 +69,7 @@ def test_a_flushed_cache_is_empty_and_stays_so(stage: Stage) -> None:
     stage.send("ingress0", Abort("a"))
     stage.generate_all()
     stage.send("ingress0", generate("b", prompt=12))
+    stage.until(lambda: "b" in stage.scheduler.requests)
     stage.generate_all()
     assert stage.scheduler.pool.tree.total_pages > 0
     stage.send("ingress0", FlushCache("g"))
@@ -77,6 +78,7 @@ def test_a_flushed_cache_is_empty_and_stays_so(stage: Stage) -> None:
     assert (pool.tree.total_pages, pool.free) == (0, NUM_PAGES)
     assert not pool.ledger.count.any(), "a restarted scheduler must not find the prefixes again"
     stage.send("ingress0", generate("c", prompt=12))
+    stage.until(lambda: "c" in stage.scheduler.requests)
     stage.generate_all()
     assert stage.scheduler.requests["c"].cached_tokens == 0
 

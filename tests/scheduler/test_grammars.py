@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from msgspec import structs
-from test_actor import Stage, generate
+from stage import PEERS, Stage, generate
 
 from actors.messages import Compile, Compiled, Constraint, Hello, Refused
 from actors.scheduler import grammars
@@ -168,7 +168,7 @@ def test_a_new_rank_is_asked_for_what_requests_wait_for(peers: Peers) -> None:
 
 @pytest.fixture
 def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    monkeypatch.setattr("test_actor.PEERS", (*("ingress0", "main.rank0", "detokenizer", "bootstrap"), GRAMMAR))
+    monkeypatch.setattr(Stage, "peers", (*PEERS, GRAMMAR))
     made = Stage(tmp_path, grammar=GRAMMAR)
     yield made
     made.scheduler.mailbox.close()

@@ -92,8 +92,10 @@ def test_pages_are_offered_as_they_are_finished_and_held_until_released(stage: P
 def test_held_pages_are_not_offered_and_cached_ones_not_computed(stage: PrefillStage) -> None:
     stage.send(DECODE, wanted("t"))
     stage.answer(stage.expect("main.rank0", Step))
+    stage.expect(DECODE, Prefilled)
     stage.send(DECODE, Release("t"))
     stage.expect(DECODE, Released)
+    stage.until(lambda: Withdraw(["t"]) in stage.received[SENDER])
     stage.received[SENDER].clear()
     stage.send(DECODE, wanted("u", tokens=12, held=4))
     step: Step = stage.expect("main.rank0", Step, skip=1)
