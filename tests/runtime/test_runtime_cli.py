@@ -334,7 +334,7 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
 def test_a_start_that_fails_says_why(cli: Cli) -> None:
     answer = cli.up("--set", "engine.main.device=cuda", "--set", "node.name=broken")
     assert answer.returncode == 1
-    assert "runtime: main.rank0 could not start: " in answer.stderr
+    assert "main.rank0 could not start: device is cuda" in answer.stderr
     assert f"(log: {cli.run_dir}/broken/logs/main.rank0.log)" in answer.stderr
     assert cli("status").returncode == 1
     assert not (cli.run_dir / "broken" / "control").exists()
