@@ -166,7 +166,7 @@ def test_without_the_other_host_prompts_are_computed_here(hosts: Hosts, unified:
     eventually(lambda: hosts.metric("decode.scheduler", "transfers_total") > before, "a prompt computed there again")
 
 
-@pytest.mark.parametrize("actor", ["prefill.scheduler", "prefill.kv_sender"])
+@pytest.mark.parametrize("actor", ["prefill.kv_sender", pytest.param("prefill.scheduler", marks=pytest.mark.slow)])
 def test_a_kill_changes_no_answer(hosts: Hosts, unified: Answers, actor: str) -> None:
     before = starts(hosts)[actor]
     load = begin(hosts, GREEDY)

@@ -78,23 +78,30 @@ def wheel(module: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"the package {module} is not installed")
 
 
-MOONCAKE = pytest.param("transfer.engine=mooncake", id="mooncake", marks=wheel("mooncake"))
-NIXL = pytest.param("transfer.engine=nixl", id="nixl", marks=wheel("nixl_cu12"))
-WAYS = [
-    pytest.param("transfer.engine=shm", id="one memory"),
-    pytest.param("engine.decode.tp=2", id="tp 1 to 2"),
-    pytest.param("engine.prefill.tp=2", id="tp 2 to 1"),
-    MOONCAKE,
-    NIXL,
+SMOLLM2, DEEPSEEK = "pd-smollm2.toml", "pd-deepseek.toml"
+SHM, MOONCAKE, NIXL = (f"transfer.engine={engine}" for engine in ("shm", "mooncake", "nixl"))
+ONE_TO_TWO, TWO_TO_ONE = "engine.decode.tp=2", "engine.prefill.tp=2"
+MARKS = {MOONCAKE: wheel("mooncake"), NIXL: wheel("nixl_cu12")}
+SHORT = [
+    (SMOLLM2, SHM),
+    (SMOLLM2, ONE_TO_TWO),
+    (SMOLLM2, MOONCAKE),
+    (DEEPSEEK, SHM),
+    (DEEPSEEK, TWO_TO_ONE),
+    (DEEPSEEK, NIXL),
 ]
+LONG = [(SMOLLM2, TWO_TO_ONE), (SMOLLM2, NIXL), (DEEPSEEK, ONE_TO_TWO), (DEEPSEEK, MOONCAKE)]
 
 
-@pytest.mark.parametrize("setting", WAYS)
-@pytest.mark.parametrize("topology", ["pd-smollm2.toml", "pd-deepseek.toml"])
+@pytest.mark.parametrize(
+    ("topology", "setting"),
+    [pytest.param(*way, marks=MARKS.get(way[1], ())) for way in SHORT]
+    + [pytest.param(*way, marks=(pytest.mark.slow, *([MARKS[way[1]]] if way[1] in MARKS else []))) for way in LONG],
+)
 def test_answers_are_those_of_one_engine(
     tmp_path: Path, unified: Callable[[str], list[Any]], topology: str, setting: str
 ) -> None:
-    model = MODEL if topology == "pd-smollm2.toml" else "deepseek-v3-tiny"
+    model = MODEL if topology == SMOLLM2 else "deepseek-v3-tiny"
     for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
         assert answers(node) == unified(model)
         assert node.metric("runtime:actor_prefills") >= len(PROMPTS)
@@ -125,10 +132,11 @@ def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[s
     assert all(totals[f"decode{number}.scheduler"] for number in (0, 1)), totals
 
 
-VICTIMS = [f"{role}0{part}" for role in ("prefill", "decode") for part in ("", ".rank0", ".scheduler")]
+VICTIMS = ["prefill0", "prefill0.kv_sender", "decode0.rank0", "decode0.scheduler"]
+OTHERS = ["prefill0.rank0", "prefill0.scheduler", "decode0", "decode0.kv_receiver"]
 
 
-@pytest.mark.parametrize("victim", [*VICTIMS, "prefill0.kv_sender", "decode0.kv_receiver"])
+@pytest.mark.parametrize("victim", VICTIMS + [pytest.param(other, marks=pytest.mark.slow) for other in OTHERS])
 def test_a_kill_changes_no_answer(four: Node, unified: Callable[[str], list[Any]], victim: str) -> None:
     before = next(each for each in four.tree() if each["name"] == victim)
     with ThreadPoolExecutor(1) as pool:
