@@ -177,10 +177,6 @@ class Scheduler(EngineScheduler):
         row.length = len(tokens)
         return tokens
 
-    def give_up(self, request: Request) -> None:
-        text = "The engine crashed each time it computed this request, so the request was given up."
-        self.refuse(request, 500, text)
-
     # -- text -------------------------------------------------------------------------------------------
 
     def _finish_reason(self, request: Request) -> FinishReason | None:

@@ -132,10 +132,6 @@ class EngineScheduler(Actor):
         """Books what an answered row has brought. Rows of requests that are gone are among them."""
 
     @abstractmethod
-    def give_up(self, request: Request) -> None:
-        """The ranks die whenever they compute this request: tells its owner and forgets it."""
-
-    @abstractmethod
     def refuse(self, request: Request, status: int, message: str) -> None:
         """Tells a request's owner that it is not served, and forgets it."""
 
@@ -299,7 +295,8 @@ class EngineScheduler(Actor):
         self._start_slowly()
         if culprit is not None:
             logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
-            self.give_up(culprit)
+            text = "The engine crashed each time it computed this request, so the request was given up."
+            self.refuse(culprit, 500, text)
 
     def _start_slowly(self) -> None:
         """Short steps until some have been answered: where processes die often, long ones would never be."""

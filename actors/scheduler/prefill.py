@@ -269,9 +269,6 @@ class PrefillScheduler(EngineScheduler):
         job.answer = Prefilled(request.rid, token, request.cached_tokens, logprobs, prompt)
         self.send(request.owner, job.answer)
 
-    def give_up(self, request: Request) -> None:
-        self.refuse(request, 500, "The engine crashed each time it computed this request, so the request was given up.")
-
     def refuse(self, request: Request, status: int, message: str) -> None:
         self.send(request.owner, PrefillRefused(request.rid, status, message))
         self._end(self.jobs[request.rid])
