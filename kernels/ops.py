@@ -233,7 +233,7 @@ def linear(
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
     (processors with matrix instructions), for int8 and int4 to two bytes with a scale for 32 features each, or without
-    `deterministic` to bfloat16, as it is faster.
+    `deterministic` to bfloat16 or one byte, as it is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
         out = F.linear(x, weight, bias)

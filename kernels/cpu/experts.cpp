@@ -24,7 +24,7 @@ struct Stack {
     int64_t kind, narrow;           // narrow: rows or panels are bfloat16, else float32
     int64_t outputs, inputs;        // of each
     int64_t panel_bytes;            // of 64 outputs
-    int64_t few_way, byte_tiles, bfloat16_tiles;  // the way of a quantized layer, and rows from which on it is another
+    int64_t few_way, byte_tiles, many, many_way;  // the way of a quantized layer, and rows from which on it is another
 
     int64_t panels() const { return (outputs + PANEL - 1) / PANEL; }
 
@@ -41,7 +41,7 @@ struct Stack {
         }
         int64_t way = few_way;
         if (rows >= byte_tiles) way = BYTE_TILES;
-        if (rows >= bfloat16_tiles) way = BFLOAT16_TILES;
+        if (rows >= many) way = many_way;
         QuantizedCall call{x, (const uint8_t*)weight, nullptr, out + first, x_stride, out_stride, rows, inputs,
                            count, 1, 0, kind == INT8 ? 8 : 4, way, 0};
         return linear_quantized(&call);

@@ -17,9 +17,9 @@ _QUANTIZED = {"int8": 2, "int4": 3}
 _ATTENTION = struct.Struct("@12P 19q f")
 _HEADS = struct.Struct("@3P 8q")
 _ROUTE = struct.Struct("@4P 8q f")
-_EXPERTS = struct.Struct("@5P P8q P8q 6q")
+_EXPERTS = struct.Struct("@5P P9q P9q 6q")
 
-_Stack = tuple[int, int, int, int, int, int, int, int, int]
+_Stack = tuple[int, int, int, int, int, int, int, int, int, int]
 
 
 def mla_attention(
@@ -181,9 +181,9 @@ def _stack(matrix: Tensor | PackedWeight, count: int, deterministic: bool) -> _S
         rows, inputs = matrix.shape
         narrow = matrix.dtype == torch.bfloat16
         size = PANEL * inputs * matrix.element_size()
-        return matrix.data_ptr(), _ROWS, narrow, rows // count, inputs, size, VECTORS, NEVER, NEVER
+        return matrix.data_ptr(), _ROWS, narrow, rows // count, inputs, size, VECTORS, NEVER, NEVER, VECTORS
     panels, outputs, inputs = matrix.panels, matrix.out_features, matrix.in_features
-    kind, ways = _PANELS, (VECTORS, NEVER, NEVER)
+    kind, ways = _PANELS, (VECTORS, NEVER, NEVER, VECTORS)
     if matrix.kind in _QUANTIZED:
         kind, ways = _QUANTIZED[matrix.kind], limits(matrix.kind, outputs // count, inputs, deterministic)
     size = panels.nbytes * PANEL // outputs

@@ -30,7 +30,7 @@ struct QuantizedCall {
     int64_t wide;      // out is float32 whatever x is
 };
 
-enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS };  // as in paths.py
+enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE };  // as in paths.py
 
 // Both return 0, or -1 without memory.
 EXPORT int linear(const LinearCall* call);

@@ -1,6 +1,7 @@
 """Which of its ways a quantized linear layer takes, by the number of rows: a table measured on this machine.
 
-Products of vectors of bytes are best for few rows, matrix instructions for many; from how many on depends on the
+Products of vectors are best for few rows. For many, where there are matrix instructions, they are; elsewhere products
+of one byte an activation, half as exact as those of two and twice as fast. From how many rows on depends on the
 processor, its memory, the threads and the shape. `tune` measures it once and stores it beside the compiled library,
 under the names of library and processor, so that later processes, and a restarted one among them, choose the same.
 Shapes that were never measured take DEFAULT_ROWS.
@@ -27,14 +28,17 @@ from kernels.cpu.load import library
 from kernels.packing import packed_bytes
 from kernels.types import PackedWeight
 
-VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS = 0, 1, 2, 3
+VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE = 0, 1, 2, 3, 4
 # The ways that each kind has. The first two give the same bits. A library without instructions for tiles takes vectors
 # for them, in int4 PAIRS for BFLOAT16_TILES, and VECTORS for PAIRS without those that multiply pairs of bfloat16.
-WAYS = {"int8": (VECTORS, BYTE_TILES, BFLOAT16_TILES), "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS)}
+WAYS = {
+    "int8": (VECTORS, BYTE_TILES, BFLOAT16_TILES, ONE_BYTE),
+    "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE),
+}
 # Without `deterministic`, few rows take these.
 FEW = {"int8": VECTORS, "int4": PAIRS}
-# Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and BFLOAT16_TILES instead, if nothing
-# was measured.
+# Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and `_many()` instead, if nothing was
+# measured.
 DEFAULT_ROWS = (12, 12, 32)
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
@@ -47,17 +51,18 @@ Table = dict[str, list[int]]
 
 def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
     """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
-    first, second, third = limits(kind, outputs, inputs, deterministic)
-    return BFLOAT16_TILES if rows >= third else BYTE_TILES if rows >= second else first
+    few, byte_tiles, many, way_of_many = limits(kind, outputs, inputs, deterministic)
+    return way_of_many if rows >= many else BYTE_TILES if rows >= byte_tiles else few
 
 
-def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int]:
-    """The way of a layer for few rows, and the rows from which on it takes BYTE_TILES and BFLOAT16_TILES."""
+def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int, int]:
+    """The way of a layer for few rows, the rows from which on it takes BYTE_TILES, those from which on it takes a third
+    way, and that way."""
     few = VECTORS if deterministic else FEW[kind]
-    if not _has_tiles():
-        return few, NEVER, NEVER
     exact, some, many = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS)
-    return (few, exact, NEVER) if deterministic else (few, some, many)
+    if not _has_tiles():
+        exact = some = NEVER
+    return (few, exact, NEVER, few) if deterministic else (few, some, many, _many())
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:
@@ -65,13 +70,12 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
 
     Give all layers of a model, so that they come from memory as they do in use; other weights than int8 and int4 are
     passed over. Takes a few tenths of a second, and nothing if the table has them; processes that ask at the same
-    time measure once. Returns the table: rows from which on the second way of WAYS is taken, and the third, by
-    "kind outputs inputs threads". Without the C++ library or matrix instructions, or a place to store it, it stays
-    as it is.
+    time measure once. Returns the table: rows as in DEFAULT_ROWS, by "kind outputs inputs threads". Without the C++
+    library, or a place to store it, it stays as it is.
     """
     native = library()
     path = _path()
-    if native is None or path is None or not _has_tiles():
+    if native is None or path is None:
         return dict(_table())
     shapes: dict[str, list[PackedWeight]] = {}
     for weight in weights:
@@ -100,6 +104,11 @@ def _key(kind: str, outputs: int, inputs: int) -> str:
 @cache
 def _has_tiles() -> bool:
     return processor_flags().issuperset(EXTENSIONS[-1])
+
+
+def _many() -> int:
+    """The way of many rows."""
+    return BFLOAT16_TILES if _has_tiles() else ONE_BYTE
 
 
 @cache
@@ -154,6 +163,8 @@ def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     """An entry of the table."""
     weights = [part for weight in weights for part in _parts(weight)]
     few = FEW[weights[0].kind]
+    if not _has_tiles():
+        return [NEVER, NEVER, _first_faster(native, weights, lambda _: few, ONE_BYTE)]
     exact = _first_faster(native, weights, lambda _: VECTORS, BYTE_TILES)
     some = exact if few == VECTORS else _first_faster(native, weights, lambda _: few, BYTE_TILES)
     many = _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= some else few, BFLOAT16_TILES)

@@ -4,7 +4,8 @@
 // 32 with a scale each, and multiplied as integers. Those sums are exact, and the float32 sums over the groups go in
 // order, so a row's result depends on that row alone, and is the same in every instruction set, in vectors and in tiles.
 // bfloat16: activations keep their bits, or are rounded to bfloat16, and weights are multiplied as the whole numbers that
-// they are (int4 in pairs) or put together again (in tiles). Results are others, though still of that row alone.
+// they are (int4 in pairs) or put together again (in tiles). One byte an activation is the fastest for many rows where
+// there are no tiles. Results of these are others, though still of that row alone.
 
 #include "quantized.h"
 #include "quantized_pairs.h"
@@ -13,35 +14,38 @@
 namespace {
 
 #ifdef __AVX512F__
-constexpr int BYTE_REGISTERS = 8;  // rows times vectors of outputs in a tile
+constexpr int BYTE_REGISTERS = 12;  // rows times vectors of outputs in a tile
 #else
 constexpr int BYTE_REGISTERS = 2;
 #endif
 
-// Activations in two bytes, in tiles of BYTE_REGISTERS rows and one of what is left; of a tile, group by group the words
-// of first bytes [8][rows] and of second ones, scales [rows] and sums [rows].
+// Activations in one byte or two, in tiles of BYTE_REGISTERS rows and one of what is left; of a tile, group by group the
+// words [rows][first bytes, second bytes][8], scales [rows] and sums [rows].
+template <int BYTES>
 struct ByteRows {
+    static constexpr int WORDS = BYTES * GROUP_WORDS;
+
     int32_t* words;
     float* steps;
     int64_t groups;
 
     explicit ByteRows(const Call& c) : groups(c.groups()) {
-        size_t count = c.rows * groups * 2 * GROUP_WORDS;
+        size_t count = c.rows * groups * WORDS;
         words = scratch(0).take<int32_t>(count + c.rows * groups * 2);
         steps = (float*)(words + count);
     }
     void put(const Call& c, int64_t row) const {
         int64_t first = row / BYTE_REGISTERS * BYTE_REGISTERS, rows = std::min<int64_t>(BYTE_REGISTERS, c.rows - first);
-        int32_t* to = words_from(first) + row - first;
+        int32_t* to = words_from(first) + (row - first) * WORDS;
         float* steps_to = steps_from(first) + row - first;
-        for (int64_t g = 0; g < groups; ++g, steps_to += 2 * rows) {
-            Rounded group = round_to_bytes(c, row, g);
-            for (int i = 0; i < 2 * GROUP_WORDS; ++i, to += rows) std::memcpy(to, (const char*)group.bytes + 4 * i, 4);
+        for (int64_t g = 0; g < groups; ++g, to += rows * WORDS, steps_to += 2 * rows) {
+            Rounded<BYTES> group = round_to_bytes<BYTES>(c, row, g);
+            std::memcpy(to, group.bytes, BYTES * GROUP);
             steps_to[0] = group.scale;
             steps_to[rows] = group.sum;
         }
     }
-    int32_t* words_from(int64_t first) const { return words + first * groups * 2 * GROUP_WORDS; }
+    int32_t* words_from(int64_t first) const { return words + first * groups * WORDS; }
     float* steps_from(int64_t first) const { return steps + first * groups * 2; }
 };
 
@@ -51,38 +55,38 @@ INLINE W16 add(W16 sums, W16 weights, int32_t x) {
 }
 
 // ROWS rows times VECTORS sixteens of outputs, the first of which is `sixteen` of a panel.
-template <int BITS, int ROWS, int VECTORS>
-void byte_tile(const Call& c, const ByteRows& x, int64_t panel, int sixteen, int64_t first) {
+template <int BITS, int BYTES, int ROWS, int VECTORS>
+void byte_tile(const Call& c, const ByteRows<BYTES>& x, int64_t panel, int sixteen, int64_t first) {
     const int32_t* words = x.words_from(first);
     const float* steps = x.steps_from(first);
     V16 total[ROWS][VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
         for (int s = 0; s < VECTORS; ++s) total[r][s] = zeros();
     Block<BITS> block(c, panel, 0);
-    for (int64_t g = 0; g < x.groups; ++g, block.at += block.BYTES, words += 2 * GROUP_WORDS * ROWS, steps += 2 * ROWS) {
+    for (int64_t g = 0; g < x.groups; ++g, block.at += block.BYTES, words += x.WORDS * ROWS, steps += 2 * ROWS) {
         block.template fetch_ahead<VECTORS>(sixteen);
 #pragma GCC unroll 4
         for (int s = 0; s < VECTORS; ++s) {
             W16 weights[GROUP_WORDS], sums[ROWS];
             block.words(sixteen + s, weights);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) sums[r] = no_words();
-            // First bytes, times the steps of the second in one of theirs, and second bytes.
+            // First bytes, times the steps of the second in one of theirs if there are second ones, and these.
 #pragma GCC unroll 2
-            for (int part = 0; part < 2; ++part) {
-#pragma GCC unroll 8
+            for (int part = 0; part < BYTES; ++part) {
+#pragma GCC unroll 16
                 for (int i = 0; i < GROUP_WORDS; ++i)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
                     for (int r = 0; r < ROWS; ++r)
-                        sums[r] = add<BITS>(sums[r], weights[i], words[(part * GROUP_WORDS + i) * ROWS + r]);
-                if (part == 0)
-#pragma GCC unroll 8
+                        sums[r] = add<BITS>(sums[r], weights[i], words[r * x.WORDS + part * GROUP_WORDS + i]);
+                if (part + 1 < BYTES)
+#pragma GCC unroll 16
                     for (int r = 0; r < ROWS; ++r) sums[r] = shift_left<REST_BITS>(sums[r]);
             }
             V16 scale = block.scale(sixteen + s), minimum = block.minimum(sixteen + s, scale);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int r = 0; r < ROWS; ++r) {
                 total[r][s] = fma(to_floats(sums[r]) * scale, broadcast(steps[r]), total[r][s]);
                 total[r][s] = fma(minimum, broadcast(steps[ROWS + r]), total[r][s]);
@@ -93,9 +97,9 @@ void byte_tile(const Call& c, const ByteRows& x, int64_t panel, int sixteen, int
         for (int s = 0; s < VECTORS; ++s) finish(c, first + r, panel * PANEL + (sixteen + s) * LANES, total[r][s]);
 }
 
-template <int BITS>
+template <int BITS, int BYTES>
 void by_vectors(const Call& c) {
-    ByteRows x(c);
+    ByteRows<BYTES> x(c);
     for_rows(c, c.rows, [&](int64_t row) { x.put(c, row); });
     for_strips(c, [&](int64_t strip, int64_t end, int) {
         while (strip < end) {
@@ -104,10 +108,10 @@ void by_vectors(const Call& c) {
             for_row_tiles<BYTE_REGISTERS>(c.rows, [&]<int ROWS>(int64_t row) {
                 constexpr int VECTORS = ROWS * 4 <= BYTE_REGISTERS ? 4 : ROWS * 2 <= BYTE_REGISTERS ? 2 : 1;
                 if (VECTORS > count)
-                    byte_tile<BITS, ROWS, std::min(VECTORS, SIXTEENS)>(c, x, strip / 2, first, row);
+                    byte_tile<BITS, BYTES, ROWS, std::min(VECTORS, SIXTEENS)>(c, x, strip / 2, first, row);
                 else
                     for (int s = 0; s < count; s += VECTORS)
-                        byte_tile<BITS, ROWS, VECTORS>(c, x, strip / 2, first + s, row);
+                        byte_tile<BITS, BYTES, ROWS, VECTORS>(c, x, strip / 2, first + s, row);
             });
             strip += whole ? 2 : 1;
         }
@@ -170,7 +174,8 @@ EXPORT int linear_quantized(const QuantizedCall* call) try {
         return 0;
     }
 #endif
-    c.bits == 8 ? by_vectors<8>(c) : by_vectors<4>(c);
+    if (c.way == ONE_BYTE) c.bits == 8 ? by_vectors<8, 1>(c) : by_vectors<4, 1>(c);
+    else c.bits == 8 ? by_vectors<8, 2>(c) : by_vectors<4, 2>(c);
     return 0;
 } catch (const std::bad_alloc&) {
     return -1;

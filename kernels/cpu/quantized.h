@@ -16,7 +16,7 @@ constexpr int STRIP = 32;  // output features of a piece of work: half a panel
 constexpr int SIXTEENS = STRIP / LANES;
 constexpr int PIECES = 8;  // of the work of a thread, so that none waits long for another
 constexpr int REST_BITS = 8;  // of the second byte of an activation: its steps in one of the first
-constexpr float REST = 1 << REST_BITS, MOST_QUANT = 127 * REST;
+constexpr float REST = 1 << REST_BITS;
 constexpr float SMALLEST = 1e-33f;  // groups with nothing above it are zeros: its inverse is a number still
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
 
@@ -100,15 +100,17 @@ INLINE void for_row_tiles(int64_t rows, F f) {
     }(std::make_integer_sequence<int, MOST - 1>());
 }
 
-// A group of a row's activations in two signed bytes each: x = scale * (REST * first + second).
+// A group of a row's activations in signed bytes: x = scale * first, or x = scale * (REST * first + second).
+template <int BYTES>
 struct Rounded {
-    int8_t bytes[2][GROUP];
+    int8_t bytes[BYTES][GROUP];
     float scale, sum;  // sum: of what they stand for
 };
 
-template <class T>
-INLINE Rounded round_to_bytes(const T* x, int count) {
-    Rounded to;
+template <int BYTES, class T>
+INLINE Rounded<BYTES> round_to_bytes(const T* x, int count) {
+    constexpr float MOST = BYTES == 2 ? 127 * REST : 127;
+    Rounded<BYTES> to;
     V16 values[2], most = zeros(), sums = zeros();
     for (int i = 0; i < 2; ++i) {
         values[i] = load_part(x + i * LANES, std::clamp(count - i * LANES, 0, LANES));
@@ -116,26 +118,32 @@ INLINE Rounded round_to_bytes(const T* x, int count) {
     }
     float largest_size = largest(most);
     bool none = largest_size <= SMALLEST;
-    V16 inverse = broadcast(none ? 0 : MOST_QUANT / largest_size);
+    V16 inverse = broadcast(none ? 0 : MOST / largest_size);
     for (int i = 0; i < 2; ++i) {
         V16 steps = nearest(values[i] * inverse);
-        V16 first = nearest(steps * broadcast(1 / REST)), second = steps - first * broadcast(REST);
-        // Halfway the even one is taken, which may leave 128: a byte holds -128 .. 127.
-        V16 over = where_at_least(second, broadcast(REST / 2), broadcast(1.0f));
-        store_bytes(to.bytes[0] + i * LANES, first + over);
-        store_bytes(to.bytes[1] + i * LANES, second - over * broadcast(REST));
+        if constexpr (BYTES == 1) {
+            store_bytes(to.bytes[0] + i * LANES, steps);
+        } else {
+            V16 first = nearest(steps * broadcast(1 / REST)), second = steps - first * broadcast(REST);
+            // Halfway the even one is taken, which may leave 128: a byte holds -128 .. 127.
+            V16 over = where_at_least(second, broadcast(REST / 2), broadcast(1.0f));
+            store_bytes(to.bytes[0] + i * LANES, first + over);
+            store_bytes(to.bytes[1] + i * LANES, second - over * broadcast(REST));
+        }
         sums = sums + steps;  // exact
     }
     float steps = sum(sums);
     bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
-    to.scale = !numbers ? steps : none ? 0 : largest_size / MOST_QUANT;
+    to.scale = !numbers ? steps : none ? 0 : largest_size / MOST;
     to.sum = numbers ? to.scale * steps : 0;
     return to;
 }
-INLINE Rounded round_to_bytes(const Call& c, int64_t row, int64_t group) {
+template <int BYTES>
+INLINE Rounded<BYTES> round_to_bytes(const Call& c, int64_t row, int64_t group) {
     int64_t at = row * c.x_stride + group * GROUP;
     int count = row < c.rows ? c.group_inputs(group) : 0;  // rows behind the last fill a tile
-    return c.narrow ? round_to_bytes((const bf16*)c.x + at, count) : round_to_bytes((const float*)c.x + at, count);
+    return c.narrow ? round_to_bytes<BYTES>((const bf16*)c.x + at, count)
+                    : round_to_bytes<BYTES>((const float*)c.x + at, count);
 }
 
 template <class T>
