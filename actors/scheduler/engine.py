@@ -180,7 +180,7 @@ class EngineScheduler(Actor):
         """Whether another step may be sent now."""
         if len(self.in_flight) >= self.depth:
             return False
-        if not self.in_flight or self.speculation is None:
+        if not self.in_flight or self.speculation is None or self.batch.filled:
             return True
         return not self.in_flight[-1].speculative and not self.speculation.worth_waiting(self.batch.running)
 
