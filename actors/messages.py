@@ -17,6 +17,10 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Rid = Annotated[str, Meta(min_length=1, max_length=128)]
 FinishReason = Literal["stop", "length", "abort"]
+Trace = Annotated[bytes, Meta(max_length=24)]
+"""Trace id (16 bytes) and span id (8) of the span below which the receiver's spans belong; empty for a request that is
+not traced. See `actors.spans`."""
+SpanId = Annotated[bytes, Meta(max_length=8)]
 
 
 class Tagged(Struct, tag=True, array_like=True, gc=False):
@@ -35,6 +39,25 @@ class ActorStats(Tagged):
 
     incarnation: int
     figures: dict[str, float]
+
+
+class SpanEnded(Tagged):
+    """An actor → the ingress worker that exports it: what it did for a traced request, once that is over.
+
+    Attributes:
+        parent: span below which it belongs. start_ns, end_ns: since 1970. events: (nanoseconds since 1970, name).
+        error: why it failed; empty if it did not.
+    """
+
+    trace: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    span: SpanId
+    parent: SpanId
+    name: Annotated[str, Meta(max_length=256)]
+    start_ns: int
+    end_ns: int
+    attributes: dict[str, str | int | float | bool] = {}
+    events: list[tuple[int, str]] = []
+    error: str = ""
 
 
 # -- ingress ↔ tokenizer -------------------------------------------------------------------------------------------
@@ -62,6 +85,7 @@ class Tokenize(Tagged):
 
     rid: Rid
     prompt: ChatPrompt | TextPrompt
+    trace: Trace = b""
 
 
 class Tokenized(Tagged):
@@ -191,6 +215,7 @@ class Generate(Tagged):
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
     timeout_s: Annotated[float, Meta(ge=0)] = 0.0
+    trace: Trace = b""
 
 
 class Abort(Tagged):
@@ -308,6 +333,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
     prompt_len: Index
     sampling: SamplingParams
     history: bytes = b""
+    trace: Trace = b""
 
 
 SAMPLE = 1
@@ -400,6 +426,7 @@ class OpenText(Struct, array_like=True, frozen=True, gc=False):
     stop_token_ids: list[TokenId] = []
     base: bytes = b""
     characters: Index = 0
+    trace: Trace = b""
 
 
 class TokenEvent(Struct, array_like=True, frozen=True, gc=False):
@@ -505,6 +532,7 @@ class Prefill(Tagged):
     pages: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
+    trace: Trace = b""
 
 
 class Prefilled(Tagged):
@@ -559,6 +587,7 @@ class Offer(Tagged):
     receiver: str
     first: Index
     pages: bytes
+    trace: Trace = b""
 
 
 class Withdraw(Tagged):
@@ -626,6 +655,7 @@ class Receive(Tagged):
     sender: str
     first: Index
     pages: bytes
+    trace: Trace = b""
 
 
 class Received(Tagged):
@@ -698,6 +728,7 @@ class Registry(Tagged):
 Message = (
     Hello
     | ActorStats
+    | SpanEnded
     | Tokenize
     | Tokenized
     | TokenizeFailed

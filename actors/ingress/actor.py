@@ -24,6 +24,7 @@ from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.server import Server
 from actors.ingress.service import Service
 from actors.ingress.tokenization import Tokenization
+from actors.ingress.tracing import Tracing
 from actors.messages import (
     ActorStats,
     CacheFlushed,
@@ -31,6 +32,7 @@ from actors.messages import (
     EndRequests,
     Refused,
     Registry,
+    SpanEnded,
     Texts,
     Tokenized,
     TokenizeFailed,
@@ -61,7 +63,8 @@ class Ingress(Actor):
         self.metrics = IngressMetrics()
         self.actors = ActorFigures()
         self.engines = Engines(self.config.model, self.mailbox.add_peer)
-        self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
+        self.tracing = self._tracing()
+        self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic, self.tracing)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
         self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
@@ -73,6 +76,7 @@ class Ingress(Actor):
             self.actors,
             self.all_stats,
             self.control,
+            self.tracing,
         )
         self._server: Server
         self._crash: asyncio.Future[None]
@@ -100,6 +104,13 @@ class Ingress(Actor):
         )
         self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
 
+    def _tracing(self) -> Tracing | None:
+        if self.config.tracing is None:
+            return None
+        from actors.ingress.span_export import OtlpExporter  # its library is an extra
+
+        return Tracing(self.config.tracing, OtlpExporter(self.config.tracing), self.name, self.incarnation)
+
     def _journal(self) -> Journal | None:
         """The memory file in which open connections are journalled, if there is one."""
         descriptor = self.context.descriptors.get(f"{self.name}.{JOURNAL}")
@@ -116,6 +127,8 @@ class Ingress(Actor):
         finally:
             asyncio.set_event_loop(None)
             loop.close()
+            if self.tracing is not None:
+                self.tracing.close()
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -186,6 +199,11 @@ class Ingress(Actor):
     @handles(ActorStats)
     def actor_stats(self, message: ActorStats, sender: str) -> None:
         self.actors.update(sender, message.figures, time.monotonic())
+
+    @handles(SpanEnded)
+    def span_ended(self, message: SpanEnded, sender: str) -> None:
+        if self.tracing is not None:
+            self.tracing.received(sender, message)
 
     # -- messages -------------------------------------------------------------------------------------------------
 

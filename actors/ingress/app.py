@@ -20,6 +20,7 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.health import health, health_generate, metrics
 from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
@@ -67,8 +68,8 @@ class Post(Generic[T]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._wire)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
@@ -90,8 +91,8 @@ class Get:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange, self._public):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         if not self._public:

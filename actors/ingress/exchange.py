@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 BODY_CHUNK_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 64 * 2**20
 
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+"""What is taken over of a client's `X-Request-Id`; others are as if they had not been sent."""
 _JSON = [(b"content-type", b"application/json")]
 DONE = b"data: [DONE]\n\n"
 
@@ -38,12 +41,15 @@ class Exchange:
     Attributes:
         work: what is journalled of the request.
         status: of the answer, once it has begun.
+        request_id: the client's own name for the request (`X-Request-Id`), else its identity; the answer repeats it.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, wire: Wire = OPENAI) -> None:
         self.scope = scope
         self._wire = wire
         self.work: Work = scope["state"]["work"]
+        given = self.header(b"x-request-id")
+        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else self.work.identity.rid
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
         self._receive = receive
@@ -104,8 +110,8 @@ class Exchange:
     async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """The whole answer, a JSON document unless `headers` name another type."""
         self.status = status
-        length = [(b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + length})
+        own = [(b"content-length", str(len(body)).encode()), (b"x-request-id", self.request_id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + own})
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
@@ -118,7 +124,8 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            await self._send({"type": "http.response.start", "status": 200, "headers": self._wire.stream_headers})
+            headers = [*self._wire.stream_headers, (b"x-request-id", self.request_id.encode())]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     @property
@@ -169,7 +176,8 @@ class Exchange:
         except ApiError as error:
             await self.fail(error)
         except Exception:
-            logger.exception("an error in %s", self.scope["path"])
+            about = {"request": self.work.identity.rid, "request_id": self.request_id}
+            logger.exception("an error in %s", self.scope["path"], extra=about)
             await self.fail(internal())
 
     async def disconnected(self) -> None:

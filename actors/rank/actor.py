@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections import deque
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from actors.messages import Attach, Attached, Compile, Step
 from actors.rank.config import RankConfig
 from actors.rank.executor import Executor, build_executor
 from actors.rank.group import JOIN_TIMEOUT_S, Group
+from actors.rank.traces import SlotTraces
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Rank(Actor):
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
         self.watched.append(self.executor.grammars.fd)
+        self.traces = SlotTraces(self.spans, self.after)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.source:
@@ -140,6 +143,7 @@ class Rank(Actor):
         self.link.doing(f"step {step.number}", self.args.busy_limit_s + SECONDS_PER_TOKEN * tokens)
         for follower in self.followers:
             self.send(follower, step)
+        began_ns = time.time_ns()
         try:
             result = self.executor.execute(step)
         except BadMessage as error:  # on every rank alike, before the first collective
@@ -149,12 +153,15 @@ class Rank(Actor):
         self.steps_run += 1
         self.tokens_run += tokens
         self.busy_s += result.duration_s
+        if step.opens or self.traces:
+            self.traces.ran(step, began_ns)
         if self.config.rank == 0 and self.source is not None:
             self.send(self.source, result)
 
     def _forget_steps(self) -> None:
         self.steps_ignored += len(self.steps)
         self.steps.clear()
+        self.traces.end_all()
 
 
 def _keep_freed_memory() -> None:

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from actors.actor import Actor, BadMessage, Context, StartFailure, handles
+from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 from actors.messages import (
     PROMPT_LOGPROBS,
     SAMPLE,
@@ -32,6 +33,7 @@ from actors.scheduler.batch import Batch, Row
 from actors.scheduler.config import Config
 from actors.scheduler.grammars import Grammars, Refusals
 from actors.scheduler.pages import PageLedger, PagePool
+from actors.scheduler.phases import Phases
 from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
 from actors.scheduler.speculation import Speculation
@@ -111,6 +113,7 @@ class EngineScheduler(Actor):
         if self.incarnation > 1:
             self._start_slowly()
         self.steps = 0
+        self.queue_time = Histogram(QUEUE_TIME_BOUNDS)
         self.arrivals = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -168,8 +171,25 @@ class EngineScheduler(Actor):
             if not self.in_flight:
                 self.heard_of_ranks = step.sent = time.monotonic()
             self.in_flight.append(step)
+            for row in rows:
+                if not row.lease.opened:
+                    self.admitted(row)
             self.send(self.config.leader, encode_step(self.steps, rows, self.config.first_page))
         self.planned()
+
+    def trace(self, request: Request) -> None:
+        """Follows a request that has just arrived, if it is traced."""
+        if request.trace:
+            request.phases = Phases(self.spans, request.trace, self.config.role != "prefill")
+
+    def admitted(self, row: Row) -> None:
+        """A request has got a slot, or the ranks have to be told of it again."""
+        request = row.request
+        if not request.admitted:
+            request.admitted = True
+            self.queue_time.observe(time.monotonic() - request.arrived)
+        if request.phases is not None:
+            request.phases.opened(row.lease)
 
     def sweep(self) -> None:
         """Runs once a second."""
@@ -210,6 +230,7 @@ class EngineScheduler(Actor):
             "restored_pages": self.pool.restored_pages,
             "steps": self.steps,
             "retractions": self.batch.retractions,
+            **self.queue_time.figures("queue_time_seconds"),
             **(self.speculation.stats() if self.speculation else {}),
         }
 
@@ -396,6 +417,8 @@ class EngineScheduler(Actor):
         self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
+            if row.request.phases is not None and drawn[index]:
+                row.request.phases.drawn()
             prompt = prompts.get(index) if row.flags & PROMPT_LOGPROBS else None
             self.advance(row, drawn[index], logprobs.get(index), prompt)
 
