@@ -269,6 +269,39 @@ class CacheFlushed(Tagged):
     refusal: str = ""
 
 
+Activity = Literal["CPU", "GPU"]
+
+
+class Profile(Tagged):
+    """Ingress → scheduler → rank 0 → the other ranks: begin a profile of the steps, or end it. Each rank answers the
+    ingress with `Profiled`; may be sent again.
+
+    Attributes:
+        reply_to: the ingress that asks.
+        name: begins the names of the files. output_dir: where they go; empty for the node's run directory.
+        num_steps: after so many the profile ends by itself; 0 for when it is told to.
+    """
+
+    rid: Rid
+    reply_to: str
+    start: bool
+    name: Annotated[str, Meta(pattern=r"^[0-9a-f-]*$", max_length=64)] = ""
+    output_dir: Annotated[str, Meta(max_length=4096)] = ""
+    num_steps: Index = 0
+    activities: list[Activity] = []
+    record_shapes: bool = False
+    with_stack: bool = False
+
+
+class Profiled(Tagged):
+    """Rank → ingress: the file in which the profile is, or will be once it has ended; or a sentence that says why there
+    is none."""
+
+    rid: Rid
+    path: str = ""
+    error: str = ""
+
+
 class EndRequests(Tagged):
     """Ingress → ingress: a client of one worker wants requests to end that another may have; all of them if `name` is
     empty. No answer."""
@@ -742,6 +775,8 @@ Message = (
     | Unknown
     | FlushCache
     | CacheFlushed
+    | Profile
+    | Profiled
     | EndRequests
     | Compile
     | Compiled

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -16,11 +17,13 @@ from actors.actor import Actor, Context, StartFailure, handles, role_of
 from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
 from actors.ingress.control import Control
+from actors.ingress.crash_dumps import CrashDumps
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Service
 from actors.ingress.tokenization import Tokenization
@@ -30,6 +33,7 @@ from actors.messages import (
     CacheFlushed,
     Detokenized,
     EndRequests,
+    Profiled,
     Refused,
     Registry,
     SpanEnded,
@@ -77,7 +81,9 @@ class Ingress(Actor):
             self.all_stats,
             self.control,
             self.tracing,
+            self._recent(),
         )
+        self.crash_dumps = None if self.service.recent is None else CrashDumps(self.service.recent)
         self._server: Server
         self._crash: asyncio.Future[None]
 
@@ -103,6 +109,12 @@ class Ingress(Actor):
             timeout_graceful_shutdown=int(self.config.drain_s) + END_S,
         )
         self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
+
+    def _recent(self) -> RecentRequests | None:
+        if not self.config.crash_dump_dir:
+            return None
+        crashes = self.context.run_dir / "crashes"
+        return RecentRequests(Path(self.config.crash_dump_dir), crashes, self.name, self.args.peers)
 
     def _tracing(self) -> Tracing | None:
         if self.config.tracing is None:
@@ -139,6 +151,8 @@ class Ingress(Actor):
         loop.add_reader(self.link.shutdown_fd, self._shut_down)
         ticker = loop.create_task(self._tick())
         server = loop.create_task(self._server.serve())
+        if self.crash_dumps is not None and self.incarnation > 1:
+            self.crash_dumps.suspect(self.name, self.incarnation - 1)
         try:
             done, _ = await asyncio.wait({server, ticker, self._crash}, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
@@ -208,6 +222,8 @@ class Ingress(Actor):
     # -- messages -------------------------------------------------------------------------------------------------
 
     def peer_started(self, peer: str, incarnation: int) -> None:
+        if self.crash_dumps is not None:
+            self.crash_dumps.peer_started(peer, incarnation)
         if peer == self.config.tokenizer:
             self.tokenization.tokenizer_started()
         else:
@@ -231,7 +247,11 @@ class Ingress(Actor):
 
     @handles(CacheFlushed)
     def cache_flushed(self, message: CacheFlushed, sender: str) -> None:
-        self.control.flushed(message, sender)
+        self.control.answered(message, sender)
+
+    @handles(Profiled)
+    def profiled(self, message: Profiled, sender: str) -> None:
+        self.control.answered(message, sender)
 
     @handles(EndRequests)
     def end_requests(self, message: EndRequests, sender: str) -> None:

@@ -41,6 +41,7 @@ class Exchange:
     Attributes:
         work: what is journalled of the request.
         status: of the answer, once it has begun.
+        on_body: told the request's body, if it is a right one.
         request_id: the client's own name for the request (`X-Request-Id`), else its identity; the answer repeats it.
     """
 
@@ -52,6 +53,7 @@ class Exchange:
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else self.work.identity.rid
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
+        self.on_body: Callable[[bytes], None] | None = None
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -66,17 +68,31 @@ class Exchange:
                 return bytes(value)
         return b""
 
-    async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
-        """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants."""
+    async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int, default: bytes = b"") -> T:
+        """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants.
+
+        Args:
+            default: stands for a body that is not there; not for browsers, which name an origin.
+        """
+        if default and not self._has_body and not self.header(b"origin"):
+            await self._read(max_bytes)
+            return decoder.decode(default)
         kind = self.header(b"content-type").partition(b";")[0].strip().lower()
         # Browsers name an origin, and let any page send what does not say that it is JSON.
         if kind != b"application/json" and (not self._wire.any_type or self.header(b"origin")):
             raise ApiError(415, "The Content-Type header must be application/json.")
         data = await self._read(max_bytes)
         try:
-            return decoder.decode(data)
+            document = decoder.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
             raise from_decoding(error) from None
+        if self.on_body is not None:
+            self.on_body(data)
+        return document
+
+    @property
+    def _has_body(self) -> bool:
+        return self.header(b"content-length") not in (b"", b"0") or bool(self.header(b"transfer-encoding"))
 
     async def _read(self, max_bytes: int) -> bytes:
         too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
@@ -25,9 +26,13 @@ def observed(service: Service, exchange: Exchange, public: bool = False) -> Iter
         trace = service.tracing.begin(work.identity, exchange.header(b"traceparent"), exchange.header(b"tracestate"))
         if trace is not None:
             work.trace = trace.context
+    if service.recent is not None:
+        exchange.on_body = partial(service.recent.begin, exchange)
     try:
         yield
     finally:
+        if service.recent is not None:
+            service.recent.end(exchange)
         service.metrics.response(exchange.status)
         status = exchange.status or CLIENT_GONE
         method, path, identity = exchange.scope["method"], exchange.scope["path"], work.identity

@@ -18,6 +18,7 @@ from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.pieces import new_rid
+from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
 from actors.messages import ChatPrompt, Detokenize, Detokenized, SamplingParams, TextParams, TextPrompt, Tokenize
@@ -35,6 +36,7 @@ class Service:
         metrics: what this worker counts; `figures` gives all of its figures.
         control: what other actors are asked to do beside generating.
         tracing: None if nothing is traced.
+        recent: None if no requests are kept for the case of a crash.
         actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -51,6 +53,7 @@ class Service:
         figures: Callable[[], dict[str, float]],
         control: Control,
         tracing: Tracing | None = None,
+        recent: RecentRequests | None = None,
     ) -> None:
         self.config = config
         self.name = name
@@ -61,6 +64,7 @@ class Service:
         self.figures = figures
         self.control = control
         self.tracing = tracing
+        self.recent = recent
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._names: dict[str, list[Entry]] = {}

@@ -24,6 +24,7 @@ from actors.messages import (
     EngineInfo,
     FlushCache,
     Hello,
+    Profile,
     Register,
     RegisterRefused,
     StepResult,
@@ -252,6 +253,11 @@ class EngineScheduler(Actor):
             freed = self.pool.flush()
             logger.info("the cache is flushed: %d pages are free again", freed)
         self.send(sender, CacheFlushed(message.rid, refusal))
+
+    @handles(Profile)
+    def profile(self, message: Profile, sender: str) -> None:
+        """The ranks answer it themselves."""
+        self.send(self.config.leader, message)
 
     # -- constraints ------------------------------------------------------------------------------------
 
