@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-# Bucket bounds in seconds, those of SGLang.
+# Bucket bounds in seconds: those of SGLang, and some below its first one.
 QUEUE_TIME_BOUNDS: tuple[float, ...] = (
     *(0.000, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90),
     *(100, 200, 300, 400, 500, 600, 700, 800, 900, 1000),

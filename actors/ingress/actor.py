@@ -22,7 +22,7 @@ from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
-from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
 from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Service
@@ -204,6 +204,7 @@ class Ingress(Actor):
 
     def stats(self) -> dict[str, float]:
         figures = self.metrics.figures()
+        figures[INCARNATION] = float(self.incarnation)
         figures["requests_in_progress"] = float(len(self.service.in_progress))
         figures["requests_live"] = float(len(self.ledger.live))
         figures["connections_open"] = float(len(self._server.server_state.connections))
@@ -212,7 +213,7 @@ class Ingress(Actor):
 
     @handles(ActorStats)
     def actor_stats(self, message: ActorStats, sender: str) -> None:
-        self.actors.update(sender, message.figures, time.monotonic())
+        self.actors.update(sender, {**message.figures, INCARNATION: message.incarnation}, time.monotonic())
 
     @handles(SpanEnded)
     def span_ended(self, message: SpanEnded, sender: str) -> None:

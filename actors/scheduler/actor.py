@@ -46,6 +46,8 @@ class Scheduler(EngineScheduler):
         self.finished: deque[tuple[float, str]] = deque()
         self.outbox = Outbox()
         self.generated = 0
+        self.throughput = 0.0
+        self.measured = (time.monotonic(), 0)
 
     def planned(self) -> None:
         self._flush()
@@ -60,7 +62,7 @@ class Scheduler(EngineScheduler):
                 self.forget(request)
 
     def stats(self) -> dict[str, float]:
-        return {**super().stats(), "generation_tokens": self.generated}
+        return {**super().stats(), "generation_tokens": self.generated, "gen_throughput": self.throughput}
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -270,6 +272,8 @@ class Scheduler(EngineScheduler):
         """Gives up requests whose time is over, and finished ones that nobody has acknowledged."""
         super().sweep()
         now = time.monotonic()
+        (then, generated), self.measured = self.measured, (now, self.generated)
+        self.throughput = (self.generated - generated) / (now - then) if now > then else self.throughput
         for request in list(self.requests.values()):
             if request.deadline is not None and now > request.deadline and request.finish is None:
                 message = "The request took longer than its time limit."

@@ -63,6 +63,7 @@ class DecodeScheduler(Scheduler):
             **super().stats(),
             "prefill_engines": len(self.transfers.engines),
             "transfers": len(self.transfers.active),
+            "num_decode_transfer_queue_reqs": len(self.transfers.active),
             "transfers_ending": len(self.transfers.settling),
             "transfers_total": self.transferred,
             "transfers_failed": self.failed_transfers,

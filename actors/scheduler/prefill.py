@@ -127,7 +127,13 @@ class PrefillScheduler(EngineScheduler):
                 self.send(self.config.transfer, Withdraw([job.request.rid]))
 
     def stats(self) -> dict[str, float]:
-        return {**super().stats(), "prefills": self.prefilled, "transfers": len(self.jobs)}
+        waiting = sum(job.answer is not None for job in list(self.jobs.values()))
+        return {
+            **super().stats(),
+            "prefills": self.prefilled,
+            "transfers": len(self.jobs),
+            "num_prefill_inflight_queue_reqs": waiting,
+        }
 
     # -- transfers --------------------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class Collector:
     """A server that takes OTLP over HTTP."""
 
     def __init__(self) -> None:
-        self._spans: list[Span] = []
+        self.spans: list[Span] = []
         self.content_types: set[str] = set()
         collector = self
 
@@ -89,7 +89,7 @@ class Collector:
                 for span in scope.spans:
                     values = {each.key: each.value for each in span.attributes}
                     attributes = {key: getattr(value, value.WhichOneof("value")) for key, value in values.items()}
-                    self._spans.append(
+                    self.spans.append(
                         Span(
                             span.trace_id.hex(),
                             span.span_id.hex(),
@@ -107,7 +107,7 @@ class Collector:
 
     def trace(self, trace: str) -> list[Span]:
         """What has arrived of a trace, by time."""
-        return sorted((span for span in self._spans if span.trace == trace), key=lambda span: span.start)
+        return sorted((span for span in self.spans if span.trace == trace), key=lambda span: span.start)
 
     def close(self) -> None:
         self._server.shutdown()
