@@ -145,7 +145,8 @@ class Detokenizer(Actor):
             base = [-1]
         if any(token < 0 for token in base):
             self.bad_messages += 1
-            logger.warning("request %s is not opened: its base is not packed token ids", opening.rid)
+            about = {"request": opening.rid}
+            logger.warning("request %s is not opened: its base is not packed token ids", opening.rid, extra=about)
             return
         stream = TextStream(self.pieces[opening.text.skip_special_tokens], opening.text, base, opening.characters)
         request = self.requests[opening.rid] = _Request(

@@ -324,7 +324,8 @@ class EngineScheduler(Actor):
         self._undo_steps_ahead()
         self._start_slowly()
         if culprit is not None:
-            logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
+            about = {"request": culprit.rid}
+            logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid, extra=about)
             text = "The engine crashed each time it computed this request, so the request was given up."
             self.refuse(culprit, 500, text)
 
