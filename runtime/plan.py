@@ -102,10 +102,13 @@ def plan_node(
 
 
 def _can_trace() -> bool:
-    return importlib.util.find_spec("opentelemetry") is not None and all(
-        importlib.util.find_spec(each) is not None
-        for each in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
-    )
+    """Whether the libraries of the extra `otel` are there. Others may have installed a part of them."""
+    try:
+        return all(
+            importlib.util.find_spec(each) for each in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+        )
+    except ModuleNotFoundError:
+        return False
 
 
 def _crash_dump_dir(loaded: LoadedTopology) -> Path | None:

@@ -153,7 +153,7 @@ class _Exposition(Collector):
         schedulers = {
             actor: ([self._model, actor, _engine_type(figures)], figures)
             for actor, figures in self._figures.items()
-            if "num_queue_reqs" in figures
+            if not figures.keys().isdisjoint(SCHEDULER_GAUGES)
         }
         for name in SCHEDULER_GAUGES:
             gauge = GaugeMetricFamily(f"sglang:{name}", f"{name} of an engine.", labels=labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from array import array
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from actors.rank.traces import SlotTraces
 from actors.scheduler.phases import Phases
 from actors.scheduler.request import Lease
 from actors.spans import Spans
-from runtime import plan
+from runtime.plan import plan_node
 from runtime.topology import TopologyError, load_topology
 
 TRACE = bytes(range(16))
@@ -147,15 +148,22 @@ def test_a_rank_makes_two_spans_of_any_number_of_steps() -> None:
     assert len(timers) == 1
 
 
-def test_tracing_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("missing", ["opentelemetry.sdk", "opentelemetry.exporter"])
+def test_tracing_without_its_library_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     file = tmp_path / "x.toml"
     text = (
         '[model]\npath = "deepseek-v3-tiny"\n[engine.main]\n[tracing]\nendpoint = "http://127.0.0.1:4318/v1/traces"\n'
     )
     file.write_text(text)
-    find: Any = plan.importlib.util.find_spec
-    monkeypatch.setattr(
-        plan.importlib.util, "find_spec", lambda name: None if name.startswith("opentelemetry") else find(name)
-    )
+    find: Any = importlib.util.find_spec
+
+    def find_spec(name: str) -> Any:
+        if name == missing:
+            return None
+        if name.startswith(missing):  # as it is where the parent is not there
+            raise ModuleNotFoundError(missing)
+        return find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
     with pytest.raises(TopologyError, match=r'x\.toml:5: tracing\.endpoint: .*pip install "llm-runtime\[otel\]"'):
-        plan.plan_node(load_topology(file), download=False)
+        plan_node(load_topology(file), download=False)
