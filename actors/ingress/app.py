@@ -20,6 +20,7 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.health import health, health_generate, metrics
 from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
@@ -28,6 +29,7 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -47,11 +49,13 @@ _OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
 _OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_START_PROFILE = msgspec.json.Decoder(StartProfileBody)
+_STOP_PROFILE = msgspec.json.Decoder(StopProfileBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 class Post(Generic[T]):
-    """An endpoint that takes a JSON document."""
+    """An endpoint that takes a JSON document. `default`: the one that a request without a body means."""
 
     def __init__(
         self,
@@ -59,21 +63,23 @@ class Post(Generic[T]):
         decoder: msgspec.json.Decoder[T],
         handle: Callable[[Service, T, Exchange], Awaitable[None]],
         wire: Wire = OPENAI,
+        default: bytes = b"",
     ) -> None:
         self._service = service
         self._decoder = decoder
         self._handle = handle
         self._wire = wire
+        self._default = default
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._wire)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
         service.authorize(exchange)
-        request = await exchange.body(self._decoder, service.config.max_body_bytes)
+        request = await exchange.body(self._decoder, service.config.max_body_bytes, self._default)
         with service.admitted(exchange):
             await self._handle(service, request, exchange)
 
@@ -90,8 +96,8 @@ class Get:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange, self._public):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         if not self._public:
@@ -125,6 +131,8 @@ def create_app(service: Service) -> Starlette:
             Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
             Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+            Route("/start_profile", Post(service, _START_PROFILE, start_profile, default=b"{}"), methods=["POST"]),
+            Route("/stop_profile", Post(service, _STOP_PROFILE, stop_profile, default=b"{}"), methods=["POST"]),
             Route("/load", Get(service, admin.load), methods=["GET"]),
             Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
             Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
