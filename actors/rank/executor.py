@@ -19,13 +19,14 @@ from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
+from actors.rank.decode_cuda import PaddedDecode
 from actors.rank.group import Group
 from actors.rank.models import Model, model_class
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
 from actors.rank.weights_arena import contents_of
-from kernels import AttentionMeta, KVCache
+from kernels import AttentionMeta, KVCache, SamplingTensors
 from transport import Arena
 
 REMEMBERED = 4
@@ -90,8 +91,7 @@ class Executor:
         # On the device: what the model reads. The host keeps a copy of the page table, to check steps without asking.
         self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32, device=self.device)
         self._host_table = self._page_table.numpy() if self.device.type == "cpu" else self._page_table.cpu().numpy()
-        self._drawn = torch.zeros(slots, REMEMBERED, dtype=torch.int64, device=self.device)
-        self._host_drawn = self._drawn.numpy() if self.device.type == "cpu" else np.zeros(0, np.int64)
+        self._drawn = np.zeros((slots, REMEMBERED), np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
         self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
@@ -101,9 +101,9 @@ class Executor:
         self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
         grammars = self.grammars if group.rank == 0 else None
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars)
-        # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
-        # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
-        self.graphs: DecodeGraphs | None = None
+        # One replayed call instead of a few hundred made from Python; on CUDA devices `warm_up` makes them. Collectives
+        # stand between the kernels of a group: there decode steps go the way of all others.
+        self.graphs: DecodeGraphs | PaddedDecode | None = None
         if self.device.type == "cpu" and group.tp == 1:
             self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len, config.max_step_tokens)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
@@ -123,13 +123,31 @@ class Executor:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs one token through the model, on a page of its own: touches the weights, starts torch's threads."""
+        """Runs one token through the model, on a page of its own: touches the weights, starts torch's threads. On CUDA
+        devices kernels are compiled and decode steps recorded, over the first page."""
+        if self.device.type == "cuda":
+            self._warm_up_cuda()
+            return
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         meta = AttentionMeta.build([0], [1], table)
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
         vectors, scales = self.cache.vectors, self.cache.scales
         page = KVCache(torch.zeros_like(vectors[:1]), None if scales is None else torch.zeros_like(scales[:1]))
         self.model.logits(self.model.hidden(ids, meta, page))
+
+    def _warm_up_cuda(self) -> None:
+        table, config = self._page_table, self.config
+        table[:, 0] = 0
+        lengths = [min(config.page_size, config.max_model_len), 1][: len(table)]
+        meta = AttentionMeta.build([0] * len(lengths), lengths, table)
+        ids = torch.zeros(meta.num_tokens, dtype=torch.int64, device=self.device)
+        logits = self.model.logits(self.model.hidden(ids, meta, self.cache))
+        kernels.sample(logits, SamplingTensors.build([1.0] * len(ids), device=self.device), ids, ids)
+        table[:, 0] = -1
+        own = self.model.config.foreign is None  # transformers' code may do what a graph cannot hold
+        if self.group.tp == 1 and own and kernels.triton.library():
+            self.graphs = PaddedDecode(self.model, self.cache, table, config.max_model_len)
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -155,7 +173,7 @@ class Executor:
 
     # -- decode steps ---------------------------------------------------------------------------------------------
 
-    def _decode(self, step: Step, graphs: DecodeGraphs) -> tuple[Int32s, list[TopLogprobs]] | None:
+    def _decode(self, step: Step, graphs: DecodeGraphs | PaddedDecode) -> tuple[Int32s, list[TopLogprobs]] | None:
         """Runs a step in which every row has one new token and draws the next, as a kernel graph.
 
         None if the step is none of that kind or in any way doubtful, or if there is no graph for it: nothing but
@@ -181,7 +199,7 @@ class Executor:
             return None
         places = batch.places + starts % REMEMBERED
         ids = graphs.ids[:n]
-        self._host_drawn.take(places, out=ids, mode="clip")
+        self._drawn.take(places, out=ids, mode="clip")
         unknown = self._drawn_at.take(places) != starts
         if step.tokens != _UNKNOWN * n:
             given = np.frombuffer(step.tokens, "<i4")
@@ -202,9 +220,9 @@ class Executor:
         computed = time.perf_counter()
         positions = starts + 1
         if batch.plain and tokens is not None:
-            drawn: Int32s = tokens.numpy()
+            drawn: Int32s = tokens.cpu().numpy()
             places = batch.places + positions % REMEMBERED
-            self._host_drawn.put(places, drawn)
+            self._drawn.put(places, drawn)
             self._drawn_at.put(places, positions)
             logprobs: list[TopLogprobs] = []
         else:
@@ -296,8 +314,9 @@ class Executor:
         slots, indices, pages = triples.T
         self._host_table[slots, indices] = pages
         if self.device.type != "cpu":
-            entries = torch.from_numpy(triples.copy()).to(self.device).long()
-            self._page_table[entries[:, 0], entries[:, 1]] = entries[:, 2].int()
+            places = slots.astype(np.int64) * self._host_table.shape[1] + indices
+            entries = torch.from_numpy(np.stack([places, pages])).to(self.device)
+            self._page_table.view(-1).index_copy_(0, entries[0], entries[1].int())
         touched = np.unique(slots)
         unset = self._host_table[touched] < 0
         set_pages = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
@@ -327,14 +346,11 @@ class Executor:
 
     def _ids(self, rows: Rows) -> Tensor:
         """The new tokens, int64 [T], those that were drawn here filled in."""
-        ids = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.device)
+        ids = rows.tokens.astype(np.int64)
         if len(rows.unknown):
             slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
-            drawn = self._drawn[self._index(slots), self._index(starts % REMEMBERED)]
-            if len(rows.unknown) == len(ids):
-                return drawn
-            ids[self._index(rows.offsets[rows.unknown])] = drawn
-        return ids
+            ids[rows.offsets[rows.unknown]] = self._drawn[slots, starts % REMEMBERED]
+        return torch.from_numpy(ids).to(self.device)
 
     def _meta(self, rows: Rows) -> AttentionMeta:
         n = len(rows.slots)
@@ -391,10 +407,7 @@ class Executor:
         tokens = self.group.broadcast(tokens)
         drawn: Int32s = tokens.cpu().numpy()
         columns = positions % REMEMBERED
-        if self.device.type == "cpu":
-            self._host_drawn[slots, columns] = drawn
-        else:
-            self._drawn[self._index(slots), self._index(columns)] = tokens.long()
+        self._drawn[slots, columns] = drawn
         self._drawn_at[slots, columns] = positions
         history = self._sampler.with_history
         for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True) if history else ():

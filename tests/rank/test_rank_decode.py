@@ -1,0 +1,53 @@
+"""Decode steps that are padded to a few sizes, as on CUDA devices, with a recording that just runs the function."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rank_tools import Driver, rank_config, save_model
+
+from actors.messages import SamplingParams
+from actors.rank import build_executor
+from actors.rank.decode_cuda import PaddedDecode, padded_sizes
+
+
+@pytest.mark.parametrize("most", [1, 3, 8, 17, 100, 512])
+def test_padded_sizes(most: int) -> None:
+    sizes = padded_sizes(most)
+    assert sizes == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (1, most)
+    assert len(sizes) < 25
+    assert all(b - a <= max(8, a // 4) for a, b in pairwise(sizes))
+
+
+def test_padding_changes_no_bit(tmp_path: Path) -> None:
+    """1 to 11 rows that end one after the other, each step run twice, with their logprobs."""
+    save_model(tmp_path, "LlamaForCausalLM")
+    config = rank_config(tmp_path, deterministic=True, max_model_len=128, max_slots=13)
+    outputs = []
+    for padded in (True, False):
+        executor = build_executor(config)
+        executor.graphs = None
+        if padded:
+            with torch.inference_mode():
+                executor.graphs = PaddedDecode(
+                    executor.model, executor.cache, executor._page_table, 128, record=lambda function: function
+                )
+        driver = Driver(executor)
+        sequences = [
+            driver.sequence(
+                slot,
+                list(range(20 + slot, 30 + 5 * slot)),
+                SamplingParams(
+                    max_tokens=slot + 2, seed=slot, temperature=slot % 2, logprobs=3 if slot % 3 else -1
+                ),
+            )
+            for slot in range(11)
+        ]
+        driver.run(sequences, repeat=True)
+        assert executor.decode_steps == (22 if padded else 0)
+        outputs.append([(sequence.output, sequence.logprobs) for sequence in sequences])
+    assert outputs[0] == outputs[1]
