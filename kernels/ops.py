@@ -252,14 +252,16 @@ def linear(
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's type, float32 or bfloat16.
 
     A plain weight has x's type; a packed one may be of any kind. The bias has x's type. With `deterministic` a row's
-    result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; on the CPU it is not
-    rounded to x's type before.
+    result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; it is not rounded to
+    x's type before, but with a bias or `deterministic` on CUDA devices.
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
     (processors with matrix instructions), for int8 and int4 to two bytes with a scale for 32 features each, or without
     `deterministic` to bfloat16, as it is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
+        if wide and bias is None and x.is_cuda and x.dtype == torch.bfloat16:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
         out = F.linear(x, weight, bias)
         return out.float() if wide else out
     outputs, inputs = (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape

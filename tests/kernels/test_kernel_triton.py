@@ -33,15 +33,16 @@ def test_in_the_interpreter() -> None:
 
 
 def test_they_compile(tmp_path: Path) -> None:
-    """For bfloat16 on compute capability 8.0, with the sizes of DeepSeek-V3 and Llama 3: the compiler asks more than the
-    interpreter, and shared memory has an end."""
+    """For bfloat16 on compute capability 8.0, with the sizes of DeepSeek-V3 and Llama 3: the compiler asks more than
+    the interpreter, and shared memory has an end."""
     code = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels.triton import attention, elementwise, experts, mla
 
-TYPES = {name: "*bf16" for name in "latent k_rope cache q_latent q_rope out x weight between shared q k v rotated residual gate_up".split()}
+NARROW = "latent k_rope cache q_latent q_rope out x weight between shared q k v rotated residual gate_up"
+TYPES = {name: "*bf16" for name in NARROW.split()}
 TYPES |= {name: "*fp32" for name in "cos sin parts part_sums factors results cache_scales".split()}
 TYPES |= {"scale": "fp32", "eps": "fp32"}
 TYPES |= {name: "*i64" for name in "slots positions order block_expert block_first ends".split()}

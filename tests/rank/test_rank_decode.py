@@ -41,9 +41,7 @@ def test_padding_changes_no_bit(tmp_path: Path) -> None:
             driver.sequence(
                 slot,
                 list(range(20 + slot, 30 + 5 * slot)),
-                SamplingParams(
-                    max_tokens=slot + 2, seed=slot, temperature=slot % 2, logprobs=3 if slot % 3 else -1
-                ),
+                SamplingParams(max_tokens=slot + 2, seed=slot, temperature=slot % 2, logprobs=3 if slot % 3 else -1),
             )
             for slot in range(11)
         ]
