@@ -113,18 +113,14 @@ def attention(
     (AMX) and queries and cache are bfloat16, rotated queries and the weights of keys are rounded to it too.
     """
     _check_attention(q, k, v, cache, meta, cos, sin, window, cache_scales)
-    _, _, page_size, kv_heads, dim = cache.shape
-    together = cache.stride()[2:] == (kv_heads * dim, dim, 1) and (
-        cache_scales is None or cache_scales.stride()[2:] == (kv_heads, 1)
+    together = cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1) and (
+        cache_scales is None or cache_scales.stride()[2:] == (k.shape[1], 1)
     )
     known = q.dtype == k.dtype == v.dtype in FLOATS and (cache.dtype in FLOATS or cache.dtype == torch.int8)
     if together and known:
         if cache.is_cpu and (native := library_for(cos, sin, dtype=torch.float32)):
             return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window, cache_scales)
-        halves = cache.stride(1) == page_size * kv_heads * dim and (
-            cache_scales is None or cache_scales.stride(1) == page_size * kv_heads
-        )
-        if cache.is_cuda and halves and (compiled := triton.library()):
+        if cache.is_cuda and (compiled := triton.library()):
             q, k, v = (_side_by_side(each) for each in (q, k, v))
             return compiled.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic, cache_scales)
     return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic, cache_scales)

@@ -22,6 +22,8 @@ PROGRAMS = 1024
 """About so many programs keep a large GPU busy."""
 TOKENS_A_LAUNCH = 256
 """Tokens whose parts are held at a time."""
+TILE, TILE_WARPS, TILE_STAGES = 128, 8, 3
+"""Queries of a tile, of all heads of a group together."""
 LOG2_E = 1.4426950408889634
 SMALLEST = tl.constexpr(1e-30)  # vectors with nothing above it are cached as zeros in int8
 
@@ -42,7 +44,7 @@ def _row_of(token, row_offsets, rows):
 @triton.jit(do_not_specialize=["rows"])
 def _rotate_and_write(
     q, k, v, rotated, cache, cache_scales, cos, sin, row_offsets, row_starts, row_slots, table,
-    q_stride, k_stride, v_stride, page_stride, scales_stride, table_stride,
+    q_stride, k_stride, v_stride, page_stride, half_stride, scales_stride, scales_half, table_stride,
     rows, query_heads, kv_heads, dim, half, page_size,
     ONE_EACH: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -92,42 +94,70 @@ def _rotate_and_write(
     cached = keys | values
     which = tl.where(is_value, 1, 0)
     kv_head = tl.where(is_value, of_value, of_key)
-    place = (which * page_size + position % page_size) * kv_heads + kv_head
+    place = position % page_size * kv_heads + kv_head
     if QUANTIZED:
         most = tl.max(tl.abs(result), axis=1)
         factor = tl.where(most >= SMALLEST, 127 / tl.maximum(most, SMALLEST), 0.0)
         # Adding and taking away 1.5 * 2**23 rounds to whole numbers, halves to even ones.
         result = result * factor[:, None] + 12582912.0
         result = tl.minimum(tl.maximum(result - 12582912.0, -128.0), 127.0)
-        tl.store(cache_scales + page * scales_stride + place, most * (1 / 127), mask=is_key | is_value)
-    to = cache + page * page_stride + place[:, None] * dim + at
+        scale = cache_scales + page * scales_stride + which * scales_half + place
+        tl.store(scale, most * (1 / 127), mask=is_key | is_value)
+    to = cache + page * page_stride + (which * half_stride + place * dim)[:, None] + at
     tl.store(to, result.to(cache.dtype.element_ty), mask=cached)
 
 
 @triton.jit
-def _load_keys(
-    cache, cache_scales, page_line, key, seen, which, kv_head, at, dim, kv_heads, page_size, page_stride, scales_stride,
-    QUANTIZED: tl.constexpr,
+def _load(
+    cache, cache_scales, pages, places, known, at, dim, page_stride, scales_stride, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
-    """Keys (which = 0) or values (1) as they are cached, [N, D], and their scales."""
-    page = tl.load(page_line + key // page_size, mask=seen, other=0).to(tl.int64)
-    place = (which * page_size + key % page_size) * kv_heads + kv_head
-    vectors = tl.load(
-        cache + (page * page_stride + place * dim)[:, None] + at[None, :],
-        mask=seen[:, None] & (at < dim)[None, :],
-        other=0,
-    )
+    """Keys or values as they are cached, [N, D], and their scales."""
+    lines = cache + (pages * page_stride + places * dim)[:, None] + at[None, :]
+    vectors = tl.load(lines, mask=known[:, None] & (at < dim)[None, :], other=0)
     if QUANTIZED:
-        scales = tl.load(cache_scales + page * scales_stride + place, mask=seen, other=0)
+        scales = tl.load(cache_scales + pages * scales_stride + places, mask=known, other=0)
     else:
-        scales = tl.full(key.shape, 1.0, tl.float32)
+        scales = tl.full(places.shape, 1.0, tl.float32)
     return vectors, scales
+
+
+@triton.jit
+def _attend_block(
+    q, key, known, seen, peak, total, mixed, page_line, cache, cache_scales, kv_head, at,
+    page_stride, half_stride, scales_stride, scales_half, kv_heads, dim, page_size, scale,
+    WHOLE: tl.constexpr, QUANTIZED: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Queries [M, D] and the keys of a block: the highest score, the sum of exponentials and the mixture of values so
+    far, and with these keys. `known` keys are there, and `seen` [M, N] by each query: all of them if WHOLE."""
+    dtype: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
+    precision: tl.constexpr = "tf32" if NARROW else "ieee"
+    pages = tl.load(page_line + key // page_size, mask=known, other=0).to(tl.int64)
+    places = key % page_size * kv_heads + kv_head
+    k, k_scales = _load(cache, cache_scales, pages, places, known, at, dim, page_stride, scales_stride, QUANTIZED)
+    v, v_scales = _load(
+        cache + half_stride, cache_scales + scales_half, pages, places, known, at, dim, page_stride, scales_stride,
+        QUANTIZED,
+    )  # fmt: skip
+    scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision=precision) * scale
+    if QUANTIZED:
+        scores *= k_scales[None, :]
+    if not WHOLE:
+        scores = tl.where(seen, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+    safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+    old = tl.exp2(peak - safe)
+    weights = tl.exp2(scores - safe[:, None])
+    total = total * old + tl.sum(weights, axis=1)
+    if QUANTIZED:
+        weights *= v_scales[None, :]
+    mixed = mixed * old[:, None] + tl.dot(weights.to(dtype), v.to(dtype), input_precision=precision)
+    return new_peak, total, mixed
 
 
 @triton.jit(do_not_specialize=["first_token", "rows", "window"])
 def _attend_token(
     rotated, cache, cache_scales, row_offsets, row_starts, row_slots, table, parts, part_sums, out,
-    page_stride, scales_stride, table_stride,
+    page_stride, half_stride, scales_stride, scales_half, table_stride,
     first_token, rows, query_heads, kv_heads, dim, page_size, scale, window,
     BY_TOKEN: tl.constexpr, WINDOWED: tl.constexpr, QUANTIZED: tl.constexpr, NARROW: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -162,7 +192,6 @@ def _attend_token(
         end = tl.minimum(start + each, count)
         if start < count:
             dtype: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
-            precision: tl.constexpr = "tf32" if NARROW else "ieee"
             group = query_heads // kv_heads
             of_group = tl.arange(0, BLOCK_HEADS)
             in_group = of_group < group
@@ -180,27 +209,11 @@ def _attend_token(
                 seen = key < end
                 if WINDOWED:
                     seen = seen & (key >= oldest)
-                k, k_scales = _load_keys(
-                    cache, cache_scales, page_line, key, seen, 0, kv_head, at, dim, kv_heads, page_size, page_stride,
-                    scales_stride, QUANTIZED,
+                peak, total, mixed = _attend_block(
+                    q, key, seen, seen[None, :], peak, total, mixed, page_line, cache, cache_scales, kv_head, at,
+                    page_stride, half_stride, scales_stride, scales_half, kv_heads, dim, page_size, scale,
+                    WHOLE=False, QUANTIZED=QUANTIZED, NARROW=NARROW,
                 )  # fmt: skip
-                v, v_scales = _load_keys(
-                    cache, cache_scales, page_line, key, seen, 1, kv_head, at, dim, kv_heads, page_size, page_stride,
-                    scales_stride, QUANTIZED,
-                )  # fmt: skip
-                scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision=precision) * scale
-                if QUANTIZED:
-                    scores *= k_scales[None, :]
-                scores = tl.where(seen[None, :], scores, float("-inf"))
-                new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-                safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-                old = tl.exp2(peak - safe)
-                weights = tl.exp2(scores - safe[:, None])
-                total = total * old + tl.sum(weights, axis=1)
-                if QUANTIZED:
-                    weights *= v_scales[None, :]
-                mixed = mixed * old[:, None] + tl.dot(weights.to(dtype), v.to(dtype), input_precision=precision)
-                peak = new_peak
             if SPLITS == 1:
                 to = out + (token * query_heads + head[:, None]) * dim + at[None, :]
                 tl.store(to, mixed / total[:, None], mask=inside)
@@ -249,25 +262,31 @@ def _merge_parts(
         tl.store(out + (token * query_heads + head) * dim + at, merged, mask=at < dim)
 
 
-@triton.jit(do_not_specialize=["tiles", "window"])
+@triton.jit(do_not_specialize=["rows", "window"])
 def _attend_tile(
     rotated, cache, cache_scales, row_offsets, row_starts, row_slots, table, out,
-    page_stride, scales_stride, table_stride,
-    tiles, query_heads, kv_heads, dim, page_size, scale, window,
+    page_stride, half_stride, scales_stride, scales_half, table_stride,
+    rows, query_heads, kv_heads, dim, page_size, scale, window,
     WINDOWED: tl.constexpr, QUANTIZED: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_TOKENS tokens of a row that has several, for the heads of a group, which follow each other in the tile."""
-    row = tl.program_id(0) // tiles
-    # The last tokens have the most keys: first those, so that no long tile is left over at the end.
-    tile = tiles - 1 - tl.program_id(0) % tiles
+    # The last tokens of a row have the most keys: first those, so that no long tile is left over at the end.
+    index = tl.num_programs(0) - 1 - tl.program_id(0)
+    # A row's tiles begin where those before have ended at the latest: its number, and the whole tiles before it.
+    row = index * 0
+    high = row + rows
+    while high - row > 1:
+        middle = (row + high) // 2
+        behind = tl.load(row_offsets + middle) // BLOCK_TOKENS + middle > index
+        high = tl.where(behind, middle, high)
+        row = tl.where(behind, row, middle)
     kv_head = tl.program_id(1)
     first_of_row = tl.load(row_offsets + row)
     length = tl.load(row_offsets + row + 1) - first_of_row
-    first = tile * BLOCK_TOKENS
+    first = (index - first_of_row // BLOCK_TOKENS - row) * BLOCK_TOKENS
     if (first < length) & (length > 1):
         dtype: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
-        precision: tl.constexpr = "tf32" if NARROW else "ieee"
         group = query_heads // kv_heads
         line = tl.arange(0, BLOCK_TOKENS * BLOCK_GROUP)
         in_row = first + line // BLOCK_GROUP
@@ -287,33 +306,25 @@ def _attend_tile(
         peak = tl.full([BLOCK_TOKENS * BLOCK_GROUP], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP], tl.float32)
         mixed = tl.zeros([BLOCK_TOKENS * BLOCK_GROUP, BLOCK_DIM], tl.float32)
-        for block in range(start, end, BLOCK_KEYS):
+        # Blocks of keys that all tokens of the tile see, and the others.
+        masked_from = start if WINDOWED else (before + first + 1) // BLOCK_KEYS * BLOCK_KEYS
+        for block in range(start, masked_from, BLOCK_KEYS):
             key = block + tl.arange(0, BLOCK_KEYS)
-            known = key < end
-            k, k_scales = _load_keys(
-                cache, cache_scales, page_line, key, known, 0, kv_head, at, dim, kv_heads, page_size, page_stride,
-                scales_stride, QUANTIZED,
+            peak, total, mixed = _attend_block(
+                q, key, key < end, True, peak, total, mixed, page_line, cache, cache_scales, kv_head, at,
+                page_stride, half_stride, scales_stride, scales_half, kv_heads, dim, page_size, scale,
+                WHOLE=True, QUANTIZED=QUANTIZED, NARROW=NARROW,
             )  # fmt: skip
-            v, v_scales = _load_keys(
-                cache, cache_scales, page_line, key, known, 1, kv_head, at, dim, kv_heads, page_size, page_stride,
-                scales_stride, QUANTIZED,
-            )  # fmt: skip
-            scores = tl.dot(q, tl.trans(k.to(dtype)), input_precision=precision) * scale
-            if QUANTIZED:
-                scores *= k_scales[None, :]
+        for block in range(masked_from, end, BLOCK_KEYS):
+            key = block + tl.arange(0, BLOCK_KEYS)
             seen = key[None, :] <= position[:, None]
             if WINDOWED:
                 seen = seen & (key[None, :] > position[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            old = tl.exp2(peak - safe)
-            weights = tl.exp2(scores - safe[:, None])
-            total = total * old + tl.sum(weights, axis=1)
-            if QUANTIZED:
-                weights *= v_scales[None, :]
-            mixed = mixed * old[:, None] + tl.dot(weights.to(dtype), v.to(dtype), input_precision=precision)
-            peak = new_peak
+            peak, total, mixed = _attend_block(
+                q, key, key < end, seen, peak, total, mixed, page_line, cache, cache_scales, kv_head, at,
+                page_stride, half_stride, scales_stride, scales_half, kv_heads, dim, page_size, scale,
+                WHOLE=False, QUANTIZED=QUANTIZED, NARROW=NARROW,
+            )  # fmt: skip
         tl.store(out + place[:, None] + at[None, :], mixed / total[:, None], mask=inside)
 
 
@@ -330,7 +341,7 @@ def attention(
     deterministic: bool,
     cache_scales: Tensor | None,
 ) -> Tensor:
-    """See `kernels.ops.attention`; heads and dimensions are contiguous, and so is a page's half of keys or values."""
+    """See `kernels.ops.attention`; heads and dimensions are contiguous, and so are a page's keys, and its values."""
     tokens, query_heads, dim = q.shape
     kv_heads, page_size = k.shape[1], cache.shape[2]
     out = torch.empty(tokens, query_heads, dim, dtype=v.dtype, device=v.device)
@@ -340,7 +351,7 @@ def attention(
     scales = cos if cache_scales is None else cache_scales
     quantized = cache_scales is not None
     of_rows = meta.row_offsets, meta.row_starts, meta.row_slots, meta.page_table
-    strides = cache.stride(0), scales.stride(0), meta.page_table.stride(0)
+    strides = *cache.stride()[:2], *scales.stride()[:2], meta.page_table.stride(0)
     block_dim = max(16, triton.next_power_of_2(dim))
     heads_each = max(1, 1024 // block_dim)
     _rotate_and_write[(tokens, triton.cdiv(query_heads + 2 * kv_heads, heads_each))](
@@ -361,13 +372,11 @@ def attention(
     sizes = (query_heads, kv_heads, dim, page_size, scale * LOG2_E, window or 0)
     if not deterministic and meta.max_query > 1:
         block_group = triton.next_power_of_2(group)
-        lines = 64 if products_are_narrow else 16
-        block_tokens = max(16 if block_group == 1 else 1, lines // block_group)
-        tiles = triton.cdiv(meta.max_query, block_tokens)
-        _attend_tile[(meta.num_rows * tiles, kv_heads)](
-            rotated, cache, scales, *of_rows, out, *strides, tiles, *sizes,
+        block_tokens = max(1, (TILE if products_are_narrow else 16) // block_group)
+        _attend_tile[(tokens // block_tokens + meta.num_rows, kv_heads)](
+            rotated, cache, scales, *of_rows, out, *strides, meta.num_rows, *sizes,
             BLOCK_TOKENS=block_tokens, BLOCK_GROUP=block_group,
-            BLOCK_KEYS=_block_keys(how), num_warps=4, num_stages=2, **how,
+            BLOCK_KEYS=_block_keys(how), num_warps=TILE_WARPS, num_stages=TILE_STAGES, **how,
         )  # fmt: skip
         if meta.num_rows == 1:
             return out
