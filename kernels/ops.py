@@ -308,6 +308,13 @@ def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Te
         and (native := library_for(seeds, positions, dtype=torch.int64))
     ):
         return cpu.sample(native, logits, params, seeds, positions)
+    if (
+        not params.all_greedy
+        and (compiled := triton_for(logits))
+        and seeds.is_contiguous()
+        and positions.is_contiguous()
+    ):
+        return compiled.sample(logits, params, seeds, positions)
     return reference.sample(logits, params, seeds, positions)
 
 

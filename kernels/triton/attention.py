@@ -18,11 +18,11 @@ from kernels.types import AttentionMeta
 
 MOST_SPLITS = 32
 DETERMINISTIC_SPLITS = 8
-PROGRAMS = 1024
+PROGRAMS = 512
 """About so many programs keep a large GPU busy."""
 TOKENS_A_LAUNCH = 256
 """Tokens whose parts are held at a time."""
-TILE, TILE_WARPS, TILE_STAGES = 128, 8, 3
+TILE, TILE_WARPS, TILE_STAGES = 128, 8, 2
 """Queries of a tile, of all heads of a group together."""
 LOG2_E = 1.4426950408889634
 SMALLEST = tl.constexpr(1e-30)  # vectors with nothing above it are cached as zeros in int8

@@ -125,6 +125,22 @@ def test_norms_and_gates(dtype: torch.dtype) -> None:
     torch.testing.assert_close(triton.silu_and_mul(gates), plain.silu_and_mul(gates), atol=rounding, rtol=rounding)
 
 
+def test_sampling() -> None:
+    """The same tokens, whatever the parameters, over more than one block of a row, with equals and with NaN."""
+    triton, vocabulary = library(), 5000
+    assert triton is not None
+    ways = [(t, k, p, m) for t in (0.0, 0.7, 3.0) for k in (0, 3000) for p in (1.0, 0.9) for m in (0, 0.01)]
+    columns = list(zip(*ways, strict=True))
+    logits = torch.randn(len(columns[0]), vocabulary)
+    logits[3], logits[4] = logits[3].round(), torch.nan
+    logits[5, 100:] = -torch.inf
+    params = kernels.SamplingTensors.build(*columns)
+    for _ in range(3):
+        seeds, positions = torch.randint(-(2**62), 2**62, (2, len(logits)))
+        drawn = triton.sample(logits, params, seeds, positions)
+        assert torch.equal(drawn, plain.sample(logits, params, seeds, positions))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [None, "float32", "bfloat16"])
 def test_experts(dtype: torch.dtype, kind: kernels.WeightKind | None) -> None:

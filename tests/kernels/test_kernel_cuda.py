@@ -72,7 +72,7 @@ def test_attention(
                 q2, k2, v2, of_device[0], device_meta, cos.cuda(), sin.cuda(), dim**-0.5, window, deterministic,
                 of_device[1],
             )  # fmt: skip
-            assert_close(out, wanted, 2e-6 if activations == F32 else 8e-3)
+            assert_close(out, wanted, 2e-6 if cached == F32 else 3e-5 if activations == F32 else 8e-3)
             written = of_device[0].cpu().float(), here[0].float()
             torch.testing.assert_close(*written, atol=1 if cached == INT8 else 2e-2, rtol=1e-2)
 

@@ -39,7 +39,7 @@ def test_they_compile(tmp_path: Path) -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.triton import attention, elementwise, experts, mla
+from kernels.triton import attention, elementwise, experts, mla, sampling
 
 NARROW = "latent k_rope cache q_latent q_rope out x weight between shared q k v rotated residual gate_up"
 TYPES = {name: "*bf16" for name in NARROW.split()}
@@ -78,6 +78,10 @@ for quantized in (False, True):
 compiled(attention._merge_parts, {}, WINDOWED=False, BLOCK_KEYS=64, BLOCK_DIM=128, **split)
 compiled(elementwise._rms_norm, {}, ADDS=True, BLOCK=4096)
 compiled(elementwise._silu_and_mul, {}, BLOCK=1024)
+TYPES |= {"x": "*fp32", "top_ps": "*fp32", "log_min_ps": "*fp32", "greedy": "*i1", "top_ks": "*i32", "drawn": "*i32"}
+TYPES |= {"tokens": "*i64", "seeds": "*i64"}
+compiled(sampling._draw, {"enable_fp_fusion": False}, BLOCK=sampling.BLOCK)
+TYPES |= {"x": "*bf16"}
 compiled(experts._add_up, {}, CHOSEN=8, SHARED=True, BLOCK_OUTPUTS=256)
 """
     run("-c", code, TRITON_CACHE_DIR=str(tmp_path))
