@@ -117,13 +117,13 @@ def make_model(options: argparse.Namespace) -> None:
 
 
 def weights_of(directory: Path) -> tuple[float, float]:
-    """Billions of weights that a token is multiplied with, and gigabytes that a decode step reads of them."""
+    """Billions of weights of the layers, and gigabytes that a decode step reads of them and of the output layer."""
     config = json.loads((directory / "config.json").read_text())
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner
-    count = config["num_hidden_layers"] * layer + vocabulary * hidden
-    return count / 1e9, 2 * count / 1e9
+    count = config["num_hidden_layers"] * layer
+    return count / 1e9, 2 * (count + vocabulary * hidden) / 1e9
 
 
 def bare(options: argparse.Namespace) -> None:

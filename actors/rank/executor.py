@@ -19,9 +19,9 @@ from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
-from actors.rank.decode_cuda import PaddedDecode
 from actors.rank.group import Group
 from actors.rank.models import Model, model_class
+from actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
@@ -89,13 +89,19 @@ class Executor:
         slots, max_pages = config.max_slots, -(-config.max_model_len // config.page_size)
         self._vocab_widths = [len(split(self.vocab_size, group.tp, rank, 64)) for rank in range(group.tp)]
         # On the device: what the model reads. The host keeps a copy of the page table, to check steps without asking.
-        self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32, device=self.device)
-        self._host_table = self._page_table.numpy() if self.device.type == "cpu" else self._page_table.cpu().numpy()
+        # On a CUDA device a last line names a page of nobody, behind all others; see `actors.rank.padded`.
+        if self.device.type == "cpu":
+            self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32)
+            self._host_table = self._page_table.numpy()
+        else:
+            self._page_table = torch.full((slots + 1, max_pages), -1, dtype=torch.int32, device=self.device)
+            self._page_table[-1] = config.num_pages
+            self._host_table = np.full((slots, max_pages), -1, np.int32)
         self._drawn = np.zeros((slots, REMEMBERED), np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
         self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
-        self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
+        self._page_bounds = np.array([slots, max_pages, config.num_pages], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
         self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
@@ -104,6 +110,7 @@ class Executor:
         # One replayed call instead of a few hundred made from Python; on CUDA devices `warm_up` makes them. Collectives
         # stand between the kernels of a group: there decode steps go the way of all others.
         self.graphs: DecodeGraphs | PaddedDecode | None = None
+        self.small_steps: PaddedSteps | None = None
         if self.device.type == "cpu" and group.tp == 1:
             self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len, config.max_step_tokens)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
@@ -124,7 +131,7 @@ class Executor:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Runs one token through the model, on a page of its own: touches the weights, starts torch's threads. On CUDA
-        devices kernels are compiled and decode steps recorded, over the first page."""
+        devices kernels are compiled and small steps recorded."""
         if self.device.type == "cuda":
             self._warm_up_cuda()
             return
@@ -136,17 +143,22 @@ class Executor:
         self.model.logits(self.model.hidden(ids, meta, page))
 
     def _warm_up_cuda(self) -> None:
-        table, config = self._page_table, self.config
-        table[:, 0] = 0
-        lengths = [min(config.page_size, config.max_model_len), 1][: len(table)]
-        meta = AttentionMeta.build([0] * len(lengths), lengths, table)
-        ids = torch.zeros(meta.num_tokens, dtype=torch.int64, device=self.device)
+        """Over the page of nobody."""
+        table, config, device = self._page_table, self.config, self.device
+        meta = AttentionMeta.build(
+            [0, 0], [min(config.page_size, config.max_model_len), 1], table, [len(table) - 1] * 2
+        )
+        ids = torch.zeros(meta.num_tokens, dtype=torch.int64, device=device)
         logits = self.model.logits(self.model.hidden(ids, meta, self.cache))
-        kernels.sample(logits, SamplingTensors.build([1.0] * len(ids), device=self.device), ids, ids)
-        table[:, 0] = -1
-        own = self.model.config.foreign is None  # transformers' code may do what a graph cannot hold
-        if self.group.tp == 1 and own and kernels.triton.library():
-            self.graphs = PaddedDecode(self.model, self.cache, table, config.max_model_len)
+        kernels.sample(logits, SamplingTensors.build([1.0] * len(ids), device=device), ids, ids)
+        # Collectives, torch's own attention and transformers' models may do what a graph cannot hold; latent attention
+        # chooses its form for each row.
+        shape = self.model.config
+        if self.group.tp == 1 and shape.foreign is None and kernels.triton.library():
+            parts = self.model, self.cache, table, config.max_model_len, cuda_record()
+            if shape.latent is None:
+                self.small_steps = PaddedSteps(*parts)
+            self.graphs = PaddedDecode(*parts)
         torch.cuda.synchronize()
 
     @torch.inference_mode()
@@ -166,7 +178,7 @@ class Executor:
         self._open(step)
         self._check_slots(rows)
         ids = self._ids(rows)
-        hidden = self.model.hidden(ids, self._meta(rows), self.cache)
+        hidden = self._hidden(rows, ids)
         of_prompts = self._prompt_logprobs(rows, ids, hidden)
         tokens, of_tokens = self._sample(rows, hidden)
         return StepResult(step.number, tokens.tobytes(), of_tokens, of_prompts, time.perf_counter() - started)
@@ -344,13 +356,21 @@ class Executor:
             if start and start - 1 not in self._tails.get(slot, {}):
                 raise BadMessage("a row asks for prompt logprobs, but not so did the one before it")
 
-    def _ids(self, rows: Rows) -> Tensor:
+    def _hidden(self, rows: Rows, ids: NDArray[np.int64]) -> Tensor:
+        """States of the new tokens [T, H], valid until the next step."""
+        if self.small_steps is not None:
+            states = self.small_steps.run(ids, rows.offsets, rows.starts, rows.slots)
+            if states is not None:
+                return states
+        return self.model.hidden(torch.from_numpy(ids).to(self.device), self._meta(rows), self.cache)
+
+    def _ids(self, rows: Rows) -> NDArray[np.int64]:
         """The new tokens, int64 [T], those that were drawn here filled in."""
-        ids = rows.tokens.astype(np.int64)
+        ids: NDArray[np.int64] = rows.tokens.astype(np.int64)
         if len(rows.unknown):
             slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
             ids[rows.offsets[rows.unknown]] = self._drawn[slots, starts % REMEMBERED]
-        return torch.from_numpy(ids).to(self.device)
+        return ids
 
     def _meta(self, rows: Rows) -> AttentionMeta:
         n = len(rows.slots)
@@ -422,13 +442,13 @@ class Executor:
             if slot in history and new[0] >= 0:
                 self._sampler.note(slot, int(starts[row]), new)
 
-    def _prompt_logprobs(self, rows: Rows, ids: Tensor, hidden: Tensor) -> list[TopLogprobs]:
+    def _prompt_logprobs(self, rows: Rows, ids: NDArray[np.int64], hidden: Tensor) -> list[TopLogprobs]:
         entries = []
         for row in np.flatnonzero(rows.flags & PROMPT_LOGPROBS).tolist():
             slot, start, end = int(rows.slots[row]), int(rows.starts[row]), int(rows.ends[row])
             first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
             before = hidden[first : last - 1]
-            targets = ids[first:last].int()
+            targets = self._index(ids[first:last]).int()
             tails = self._tails.setdefault(slot, {})
             if start:
                 before = torch.cat([tails[start - 1], before])
@@ -515,7 +535,7 @@ def build_executor(
             model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
         )
     if device.type == "cuda":
-        cache = pages.new_cache(config.num_pages, device)
+        cache = pages.new_cache(config.num_pages + 1, device)  # the last is nobody's
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)

@@ -1,4 +1,4 @@
-"""Decode steps that are padded to a few sizes, as on CUDA devices, with a recording that just runs the function."""
+"""Steps that are padded to a few sizes, as on CUDA devices, with a recording that just runs the function."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ import torch
 from rank_tools import Driver, rank_config, save_model
 
 from actors.messages import SamplingParams
-from actors.rank import build_executor
-from actors.rank.decode_cuda import PaddedDecode, padded_sizes
+from actors.rank import Executor, build_executor
+from actors.rank.padded import PaddedDecode, PaddedSteps, padded_rows
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 17, 100, 512])
-def test_padded_sizes(most: int) -> None:
-    sizes = padded_sizes(most)
+def test_padded_rows(most: int) -> None:
+    sizes = padded_rows(most)
     assert sizes == sorted(set(sizes))
     assert (sizes[0], sizes[-1]) == (1, most)
     assert len(sizes) < 25
     assert all(b - a <= max(8, a // 4) for a, b in pairwise(sizes))
+
+
+def record_nothing(executor: Executor) -> None:
+    """Lets an executor on the CPU pad its steps; its last page is nobody's."""
+    table = torch.full((executor.config.max_slots + 1, executor._page_table.shape[1]), -1, dtype=torch.int32)
+    table[-1] = executor.config.num_pages - 1
+    executor._page_table, executor._host_table = table, table[:-1].numpy()
+    parts = executor.model, executor.cache, table, executor.config.max_model_len, lambda function: function
+    with torch.inference_mode():
+        executor.graphs = PaddedDecode(*parts)
+        executor.small_steps = PaddedSteps(*parts, sizes=(16, 64))
 
 
 def test_padding_changes_no_bit(tmp_path: Path) -> None:
@@ -32,10 +43,7 @@ def test_padding_changes_no_bit(tmp_path: Path) -> None:
         executor = build_executor(config)
         executor.graphs = None
         if padded:
-            with torch.inference_mode():
-                executor.graphs = PaddedDecode(
-                    executor.model, executor.cache, executor._page_table, 128, record=lambda function: function
-                )
+            record_nothing(executor)
         driver = Driver(executor)
         sequences = [
             driver.sequence(
@@ -45,7 +53,7 @@ def test_padding_changes_no_bit(tmp_path: Path) -> None:
             )
             for slot in range(11)
         ]
-        driver.run(sequences, repeat=True)
+        driver.run(sequences, chunk=9, repeat=True)
         assert executor.decode_steps == (22 if padded else 0)
         outputs.append([(sequence.output, sequence.logprobs) for sequence in sequences])
     assert outputs[0] == outputs[1]
