@@ -5,8 +5,8 @@
     python benchmarks/cuda.py node DIR                        # the same batches over HTTP
     python benchmarks/cuda.py peer DIR                        # the same batches by transformers
 
-Batches of 1, 16 and 64 requests, 256 tokens in and 128 out, greedy, all sent at once. Weights mean nothing, so only
-times do. Each part prints its figures as one line of JSON.
+Batches of 1, 16 and 64 requests, 256 tokens in and 128 out, greedy, all sent at once; over HTTP one at a time are four.
+Weights mean nothing, so only times do. Each part prints its figures as one line of JSON.
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ def bare(options: argparse.Namespace) -> None:
         seconds = sum(step.duration_s for step in timings)
         decode = median(step.duration_s for step in timings if not step.prefilled)
         figures |= {f"c{count}_tok/s": count * OUTPUT / seconds, f"c{count}_TPOT_ms": 1e3 * decode}
+        drawn = run_batch(executor, Batch(count, count, INPUT, 40, CHUNK_TOKENS, seed=5, temperature=1.0))
+        figures[f"c{count}_random_TPOT_ms"] = 1e3 * median(step.duration_s for step in drawn if not step.prefilled)
         if count == 1:
             figures |= {"c1_TTFT_ms": 1e3 * timings[0].duration_s, "c1_GB/s": gigabytes / decode}
     for length in (512, 2048, LONG):
@@ -260,7 +262,7 @@ speculation = "off"
             for count in BATCHES:
                 rounds = []
                 for turn in range(3):
-                    prompts = prompts_of(count, 100 * count + turn)
+                    prompts = prompts_of(max(count, 4), 100 * count + turn)
                     rounds.append(asyncio.run(run_prompts(url, None, None, prompts, count, OUTPUT)))
                 outcomes, seconds = min(rounds[1:], key=lambda each: each[1])
                 failed = [each.error for each in outcomes if each.error]

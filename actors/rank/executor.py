@@ -19,6 +19,7 @@ from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
+from actors.rank.device import in_device_memory, to_device
 from actors.rank.group import Group
 from actors.rank.models import Model, model_class
 from actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
@@ -327,7 +328,7 @@ class Executor:
         self._host_table[slots, indices] = pages
         if self.device.type != "cpu":
             places = slots.astype(np.int64) * self._host_table.shape[1] + indices
-            entries = torch.from_numpy(np.stack([places, pages])).to(self.device)
+            entries = to_device(np.stack([places, pages]), self.device)
             self._page_table.view(-1).index_copy_(0, entries[0], entries[1].int())
         touched = np.unique(slots)
         unset = self._host_table[touched] < 0
@@ -362,7 +363,7 @@ class Executor:
             states = self.small_steps.run(ids, rows.offsets, rows.starts, rows.slots)
             if states is not None:
                 return states
-        return self.model.hidden(torch.from_numpy(ids).to(self.device), self._meta(rows), self.cache)
+        return self.model.hidden(to_device(ids, self.device), self._meta(rows), self.cache)
 
     def _ids(self, rows: Rows) -> NDArray[np.int64]:
         """The new tokens, int64 [T], those that were drawn here filled in."""
@@ -374,7 +375,7 @@ class Executor:
 
     def _meta(self, rows: Rows) -> AttentionMeta:
         n = len(rows.slots)
-        packed = torch.from_numpy(np.concatenate([rows.offsets, rows.starts, rows.slots])).to(self.device)
+        packed = to_device(np.concatenate([rows.offsets, rows.starts, rows.slots]), self.device)
         return AttentionMeta(
             row_offsets=packed[: n + 1],
             row_starts=packed[n + 1 : 2 * n + 1],
@@ -481,7 +482,7 @@ class Executor:
         return values, top_values, top_ids
 
     def _index(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+        return to_device(array.astype(np.int64), self.device)
 
 
 def _int32s(data: bytes) -> Int32s:
@@ -528,14 +529,22 @@ def build_executor(
     else:
         # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
         packed = config.device == "cpu" and kernels.backend() != "torch"
-        loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
+        loaded = in_device_memory(
+            lambda: load_weights(path, model_config, config.dtype, shard, packed, weights, device),
+            "the weights do",
+            "choose a smaller model, or more ranks",
+        )
         if device.type == "cpu":
             kernels.tune(loaded.packed)
         model = model_class(model_config.architecture)(
             model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
         )
     if device.type == "cuda":
-        cache = pages.new_cache(config.num_pages + 1, device)  # the last is nobody's
+        cache = in_device_memory(
+            lambda: pages.new_cache(config.num_pages + 1, device),  # the last is nobody's
+            f"a KV pool of {config.num_pages * pages.page_bytes / 2**30:.1f} GiB does",
+            "lower kv_tokens",
+        )
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)

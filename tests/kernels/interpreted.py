@@ -56,9 +56,8 @@ def test_mla_attention(activations: torch.dtype, cached: torch.dtype, interleave
     ("activations", "cached", "window"),
     [
         (torch.float32, torch.float32, None),
-        (torch.float32, torch.float32, 9),
-        (torch.bfloat16, torch.bfloat16, None),
-        (torch.bfloat16, torch.int8, 9),
+        (torch.bfloat16, torch.bfloat16, 9),
+        (torch.bfloat16, torch.int8, None),
     ],
 )
 def test_attention(activations: torch.dtype, cached: torch.dtype, window: int | None) -> None:
@@ -129,16 +128,17 @@ def test_sampling() -> None:
     """The same tokens, whatever the parameters, over more than one block of a row, with equals and with NaN."""
     triton, vocabulary = library(), 5000
     assert triton is not None
-    ways = [(t, k, p, m) for t in (0.0, 0.7, 3.0) for k in (0, 3000) for p in (1.0, 0.9) for m in (0, 0.01)]
+    ways = [(0.0, 0, 0.9, 0)] + [
+        (t, k, p, m) for t in (0.7, 3.0) for k, p, m in ((0, 1, 0), (0, 0.9, 0.01), (3000, 0.9, 0))
+    ]
     columns = list(zip(*ways, strict=True))
     logits = torch.randn(len(columns[0]), vocabulary)
     logits[3], logits[4] = logits[3].round(), torch.nan
     logits[5, 100:] = -torch.inf
     params = kernels.SamplingTensors.build(*columns)
-    for _ in range(3):
-        seeds, positions = torch.randint(-(2**62), 2**62, (2, len(logits)))
-        drawn = triton.sample(logits, params, seeds, positions)
-        assert torch.equal(drawn, plain.sample(logits, params, seeds, positions))
+    seeds, positions = torch.randint(-(2**62), 2**62, (2, len(logits)))
+    drawn = triton.sample(logits, params, seeds, positions)
+    assert torch.equal(drawn, plain.sample(logits, params, seeds, positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from rank_tools import generate, rank_config, save_model
+from rank_tools import Driver, generate, i32, ints, rank_config, save_model
 
-from actors.messages import SamplingParams
+from actors.actor import StartFailure
+from actors.messages import SAMPLE, VERIFY, SamplingParams, Step
 from actors.rank import Executor, build_executor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -151,3 +152,51 @@ def test_int8_cache(tmp_path: Path) -> None:
         for kv in ("float32", "int8")
     )
     assert 0 < np.abs(exact - close).mean() < 0.03
+
+
+def test_rows_to_verify(tmp_path: Path) -> None:
+    """A right guess and a wrong one, of a row that is a part of a small recorded step."""
+    save_model(tmp_path, "LlamaForCausalLM")
+    executor = on_cuda(tmp_path)
+    (prompt,) = prompts_of(40)
+    (wanted,) = generate(executor, [prompt], GREEDY)
+    executor.reset()
+    driver = Driver(executor)
+    sequence = driver.sequence(3, prompt, GREEDY)
+    rows = [(sequence, len(prompt))]
+    step = driver.step(rows)
+    driver.apply(rows, step, executor.execute(step))
+    guesses = [wanted.output[1], wanted.output[2], (wanted.output[3] + 1) % 300]
+    result = executor.execute(
+        Step(
+            driver.number + 1,
+            i32([3]),
+            i32([len(prompt)]),
+            i32([4]),
+            bytes([SAMPLE | VERIFY]),
+            i32([wanted.output[0], *guesses]),
+        )
+    )
+    assert ints(result.tokens)[:3] == wanted.output[1:4]
+
+
+@pytest.mark.parametrize("architecture", ["Phi3ForCausalLM", "MixtralForCausalLM"])
+def test_models_of_transformers(tmp_path: Path, architecture: str) -> None:
+    more: dict[str, Any] = {"pad_token_id": 0, "hidden_size": 192} if architecture == "Phi3ForCausalLM" else {}
+    save_model(tmp_path, architecture, **more)
+    here, there = (
+        generate(
+            build_executor(rank_config(tmp_path, max_model_len=256, num_pages=128, max_slots=4, device=device)),
+            prompts_of(5, 40, 150),
+            GREEDY,
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert [each.output for each in there] == [each.output for each in here]
+
+
+def test_a_pool_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path, "LlamaForCausalLM")
+    monkeypatch.setattr("actors.rank.device.PATIENCE_S", 0.3)
+    with pytest.raises(StartFailure, match=r"a KV pool of \S+ GiB does not fit into .* GiB are free: lower kv_tokens"):
+        on_cuda(tmp_path, num_pages=100_000_000)
