@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -231,13 +232,15 @@ def node(options: argparse.Namespace) -> None:
     """A whole node, asked over HTTP."""
     from runtime.bench.figures import percentile
     from runtime.bench.serving import run_prompts
+    from runtime.rundir import base_directory
 
+    name = f"cuda-{os.getpid()}"
     settings = f"""
 [model]
 path = "{options.directory}"
 dtype = "bfloat16"
 [node]
-name = "cuda-{os.getpid()}"
+name = "{name}"
 [ingress]
 port = {options.port}
 [engine.main]
@@ -274,10 +277,30 @@ speculation = "off"
                     f"c{count}_TPOT_ms": 1e3 * percentile([each.tpot for each in good], 50),
                     f"c{count}_ITL_p99_ms": 1e3 * percentile([gap for each in good for gap in each.itl], 99),
                 }
+            figures |= asyncio.run(kill_the_rank(url, base_directory() / name))
         finally:
-            name = f"cuda-{os.getpid()}"
             subprocess.run([*runtime, "down", "--node", name], env=environment, stdout=subprocess.DEVNULL)
     print(json.dumps({name: round(each, 3) if isinstance(each, float) else each for name, each in figures.items()}))
+
+
+async def kill_the_rank(url: str, run_dir: Path) -> dict[str, Any]:
+    """Four streams, during which the rank is killed: the longest pause, and what was lost."""
+    from runtime.bench.serving import run_prompts
+    from runtime.chaos.inject import node_report
+
+    output = 400
+    running = asyncio.create_task(run_prompts(url, None, None, prompts_of(4, 7), 4, output))
+    await asyncio.sleep(1.0)
+    report = await asyncio.to_thread(node_report, run_dir)
+    pid = next(each.pid for each in report.tree.walk() if each.name == "main.rank0")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    outcomes, _ = await asyncio.wait_for(running, 60)
+    return {
+        "killed_pause_s": max(gap for each in outcomes for gap in each.itl),
+        "killed_failed": sum(bool(each.error) for each in outcomes),
+        "killed_tokens_lost": sum(output - each.tokens for each in outcomes),
+    }
 
 
 def peer(options: argparse.Namespace) -> None:
