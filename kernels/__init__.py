@@ -4,7 +4,8 @@ Every function has a plain torch reference and is the same to its caller whateve
 runs no torch operation and starts no thread.
 """
 
-from kernels import cpu
+from kernels import cpu, triton
+from kernels.cuda_graph import CudaGraph
 from kernels.graph import GraphMemory, NotRecordable, SizedGraph, StepGraph
 from kernels.ops import (
     add_bias,
@@ -33,6 +34,7 @@ from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
 
 __all__ = [
     "AttentionMeta",
+    "CudaGraph",
     "GraphMemory",
     "KVCache",
     "NotRecordable",
@@ -64,6 +66,7 @@ __all__ = [
     "route_experts",
     "sample",
     "silu_and_mul",
+    "triton",
     "tune",
     "widen",
 ]

@@ -1,19 +1,21 @@
 """The operations, each one function whatever runs below it.
 
-On the CPU they run in the C++ library of `kernels.cpu`, built on first use; without a compiler, on other devices
-and for data types the library does not know, in the plain torch of `kernels.reference`. Sizes: `T` new tokens of a
+On the CPU they run in the C++ library of `kernels.cpu`, built on first use, and the larger part of a step on CUDA
+devices in Triton where it can be imported; all else, without a compiler and for data types that neither knows, in the
+plain torch of `kernels.reference`. Sizes: `T` new tokens of a
 step, `n` rows (sequences) of a step, `B` rows to sample, `V` tokens in the vocabulary. Tensors are contiguous
 unless said otherwise.
 """
 
 import ctypes
 from functools import partial
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import packing, reference
+from kernels import packing, reference, triton
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
 from kernels.cpu.paths import tune, way
@@ -37,6 +39,13 @@ def library_for(*tensors: Tensor, dtype: torch.dtype | None = None) -> ctypes.CD
     return library()
 
 
+def triton_for(*tensors: Tensor) -> ModuleType | None:
+    """The Triton kernels, if they take these tensors: contiguous, on CUDA devices, of one float type."""
+    dtype = tensors[0].dtype
+    fits = all(each.is_cuda and each.dtype == dtype and each.is_contiguous() for each in tensors)
+    return triton.library() if fits and dtype in FLOATS else None
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Root mean square norm, with the addition before it: returns (normalized, residual).
 
@@ -53,6 +62,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
         raise ValueError(f"rms_norm: x {tuple(x.shape)} does not fit the weight {tuple(weight.shape)} or the residual")
     if native := library_for(*given):
         return cpu.rms_norm(native, x, weight, eps, residual)
+    if compiled := triton_for(*given):
+        return compiled.rms_norm(x, weight, eps, residual)
     return reference.rms_norm(x, weight, eps, residual)
 
 
@@ -62,6 +73,8 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
         raise ValueError(f"silu_and_mul: gate and up cannot share {gate_up.shape[-1]} columns equally")
     if native := library_for(gate_up):
         return cpu.silu_and_mul(native, gate_up)
+    if gate_up.dim() == 2 and (compiled := triton_for(gate_up)):
+        return compiled.silu_and_mul(gate_up)
     return reference.silu_and_mul(gate_up)
 
 
@@ -95,20 +108,27 @@ def attention(
     of an int8 cache are to be multiplied with, written along with them; None for other caches.
 
     The C++ kernel is deterministic always: a token's result depends on its position and its keys alone, to the bit.
-    `deterministic` asks the same of the torch path, which is slow then. Where the processor has matrix registers
+    `deterministic` asks the same of Triton, where rows of many tokens take longer then, and of the torch path, which is
+    slow. Where the processor has matrix registers
     (AMX) and queries and cache are bfloat16, rotated queries and the weights of keys are rounded to it too.
     """
     _check_attention(q, k, v, cache, meta, cos, sin, window, cache_scales)
-    if (
-        (native := library_for(cos, sin, dtype=torch.float32))
-        and q.dtype == k.dtype == v.dtype in FLOATS
-        and (cache.dtype in FLOATS or cache.dtype == torch.int8)
-        and cache.is_cpu
-        and cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1)
-        and (cache_scales is None or cache_scales.stride()[2:] == (k.shape[1], 1))
-    ):
-        return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window, cache_scales)
+    together = cache.stride()[2:] == (k.shape[1] * k.shape[2], k.shape[2], 1) and (
+        cache_scales is None or cache_scales.stride()[2:] == (k.shape[1], 1)
+    )
+    known = q.dtype == k.dtype == v.dtype in FLOATS and (cache.dtype in FLOATS or cache.dtype == torch.int8)
+    if together and known:
+        if cache.is_cpu and (native := library_for(cos, sin, dtype=torch.float32)):
+            return cpu.attention(native, q, k, v, cache, meta, cos, sin, scale, window, cache_scales)
+        if cache.is_cuda and (compiled := triton.library()):
+            q, k, v = (_side_by_side(each) for each in (q, k, v))
+            return compiled.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic, cache_scales)
     return reference.attention(q, k, v, cache, meta, cos, sin, scale, window, deterministic, cache_scales)
+
+
+def _side_by_side(heads: Tensor) -> Tensor:
+    """Heads [T, heads, D] that lie side by side, whatever is between tokens."""
+    return heads if heads.stride()[1:] == (heads.shape[2], 1) else heads.contiguous()
 
 
 def _check_attention(
@@ -228,14 +248,16 @@ def linear(
     """x [T, K] times the transpose of weight [N, K], plus bias [N]: [T, N] of x's type, float32 or bfloat16.
 
     A plain weight has x's type; a packed one may be of any kind. The bias has x's type. With `deterministic` a row's
-    result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; on the CPU it is not
-    rounded to x's type before.
+    result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; it is not rounded to
+    x's type before, but with a bias or `deterministic` on CUDA devices.
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
     (processors with matrix instructions), for int8 and int4 to two bytes with a scale for 32 features each, or without
     `deterministic` to bfloat16 or one byte, as it is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
+        if wide and bias is None and x.is_cuda and x.dtype == torch.bfloat16:
+            return torch.mm(x, weight.t(), out_dtype=torch.float32)
         out = F.linear(x, weight, bias)
         return out.float() if wide else out
     outputs, inputs = (weight.out_features, weight.in_features) if isinstance(weight, PackedWeight) else weight.shape
@@ -286,6 +308,13 @@ def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Te
         and (native := library_for(seeds, positions, dtype=torch.int64))
     ):
         return cpu.sample(native, logits, params, seeds, positions)
+    if (
+        not params.all_greedy
+        and (compiled := triton_for(logits))
+        and seeds.is_contiguous()
+        and positions.is_contiguous()
+    ):
+        return compiled.sample(logits, params, seeds, positions)
     return reference.sample(logits, params, seeds, positions)
 
 

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the meaning of the kernels, the fallback without a compiler, and the CUDA path.
+"""Every operation in plain torch: the meaning of the kernels, and what runs where there is none of them.
 
 The functions here take and return exactly what those in `kernels.ops` do and are documented there; none of them asks
 a device other than the CPU for a value, so that a CUDA step can be queued without waiting.

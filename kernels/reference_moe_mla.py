@@ -219,7 +219,7 @@ def route_experts(
         best = parts.sort(dim=-1, descending=True).values[..., :2].sum(-1)
         left_out = best.sort(dim=-1, descending=True, stable=True).indices[:, top_groups:]
         choice = parts.index_put(
-            (torch.arange(tokens, device=logits.device)[:, None], left_out), choice.new_tensor(float("-inf"))
+            (torch.arange(tokens, device=logits.device)[:, None], left_out), choice.new_full((), float("-inf"))
         ).view(tokens, count)
     ids = choice.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     weights = scores.gather(1, ids)

@@ -19,14 +19,16 @@ from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
+from actors.rank.device import in_device_memory, to_device
 from actors.rank.group import Group
 from actors.rank.hidden import HiddenGraphs
 from actors.rank.models import Model, model_class
+from actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
 from actors.rank.weights_arena import contents_of
-from kernels import AttentionMeta, KVCache
+from kernels import AttentionMeta, KVCache, SamplingTensors
 from transport import Arena
 
 REMEMBERED = 4
@@ -89,27 +91,32 @@ class Executor:
         slots, max_pages = config.max_slots, -(-config.max_model_len // config.page_size)
         self._vocab_widths = [len(split(self.vocab_size, group.tp, rank, 64)) for rank in range(group.tp)]
         # On the device: what the model reads. The host keeps a copy of the page table, to check steps without asking.
-        self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32, device=self.device)
-        self._host_table = self._page_table.numpy() if self.device.type == "cpu" else self._page_table.cpu().numpy()
-        self._drawn = torch.zeros(slots, REMEMBERED, dtype=torch.int64, device=self.device)
-        self._host_drawn = self._drawn.numpy() if self.device.type == "cpu" else np.zeros(0, np.int64)
+        # On a CUDA device a last line names a page of nobody, behind all others; see `actors.rank.padded`.
+        if self.device.type == "cpu":
+            self._page_table = torch.full((slots, max_pages), -1, dtype=torch.int32)
+            self._host_table = self._page_table.numpy()
+        else:
+            self._page_table = torch.full((slots + 1, max_pages), -1, dtype=torch.int32, device=self.device)
+            self._page_table[-1] = config.num_pages
+            self._host_table = np.full((slots, max_pages), -1, np.int32)
+        self._drawn = np.zeros((slots, REMEMBERED), np.int64)
         self._drawn_at = np.full((slots, REMEMBERED), -1, np.int64)  # the position of each token in _drawn
         self._opened = np.zeros(slots, np.bool_)
         self._room = np.zeros(slots, np.uint32)  # positions of open slots whose pages are set, without a gap
-        self._page_bounds = np.array([slots, max_pages, len(cache)], np.uint32)
+        self._page_bounds = np.array([slots, max_pages, config.num_pages], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
         self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
         grammars = self.grammars if group.rank == 0 else None
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars)
-        # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
-        # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
-        self.graphs: DecodeGraphs | None = None
-        self._hidden_graphs: HiddenGraphs | None = None
+        # One replayed call instead of a few hundred made from Python; on CUDA devices `warm_up` makes them. Collectives
+        # stand between the kernels of a group: there decode steps go the way of all others.
+        self.graphs: DecodeGraphs | PaddedDecode | None = None
+        self.small_steps: HiddenGraphs | PaddedSteps | None = None
         if self.device.type == "cpu" and group.tp == 1:
             sizes = config.max_model_len, config.max_step_tokens
             self.graphs = DecodeGraphs(model, cache, self._page_table, *sizes)
-            self._hidden_graphs = HiddenGraphs(model, cache, self._page_table, *sizes)
+            self.small_steps = HiddenGraphs(model, cache, self._page_table, *sizes)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
         self._tails: dict[int, dict[int, Tensor]] = {}
 
@@ -127,13 +134,36 @@ class Executor:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs one token through the model, on a page of its own: touches the weights, starts torch's threads."""
+        """Runs one token through the model, on a page of its own: touches the weights, starts torch's threads. On CUDA
+        devices kernels are compiled and small steps recorded."""
+        if self.device.type == "cuda":
+            self._warm_up_cuda()
+            return
         table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         meta = AttentionMeta.build([0], [1], table)
         ids = torch.zeros(1, dtype=torch.int64, device=self.device)
         vectors, scales = self.cache.vectors, self.cache.scales
         page = KVCache(torch.zeros_like(vectors[:1]), None if scales is None else torch.zeros_like(scales[:1]))
         self.model.logits(self.model.hidden(ids, meta, page))
+
+    def _warm_up_cuda(self) -> None:
+        """Over the page of nobody."""
+        table, config, device = self._page_table, self.config, self.device
+        meta = AttentionMeta.build(
+            [0, 0], [min(config.page_size, config.max_model_len), 1], table, [len(table) - 1] * 2
+        )
+        ids = torch.zeros(meta.num_tokens, dtype=torch.int64, device=device)
+        logits = self.model.logits(self.model.hidden(ids, meta, self.cache))
+        kernels.sample(logits, SamplingTensors.build([1.0] * len(ids), device=device), ids, ids)
+        # Collectives, torch's own attention and transformers' models may do what a graph cannot hold; latent attention
+        # chooses its form for each row.
+        shape = self.model.config
+        if self.group.tp == 1 and shape.foreign is None and kernels.triton.library():
+            parts = self.model, self.cache, table, config.max_model_len, cuda_record()
+            if shape.latent is None:
+                self.small_steps = PaddedSteps(*parts)
+            self.graphs = PaddedDecode(*parts)
+        torch.cuda.synchronize()
 
     @torch.inference_mode()
     def execute(self, step: Step) -> StepResult:
@@ -159,7 +189,7 @@ class Executor:
 
     # -- decode steps ---------------------------------------------------------------------------------------------
 
-    def _decode(self, step: Step, graphs: DecodeGraphs) -> tuple[Int32s, list[TopLogprobs]] | None:
+    def _decode(self, step: Step, graphs: DecodeGraphs | PaddedDecode) -> tuple[Int32s, list[TopLogprobs]] | None:
         """Runs a step in which every row has one new token and draws the next, as a kernel graph.
 
         None if the step is none of that kind or in any way doubtful, or if there is no graph for it: nothing but
@@ -185,7 +215,7 @@ class Executor:
             return None
         places = batch.places + starts % REMEMBERED
         ids = graphs.ids[:n]
-        self._host_drawn.take(places, out=ids, mode="clip")
+        self._drawn.take(places, out=ids, mode="clip")
         unknown = self._drawn_at.take(places) != starts
         if step.tokens != _UNKNOWN * n:
             given = np.frombuffer(step.tokens, "<i4")
@@ -206,9 +236,9 @@ class Executor:
         computed = time.perf_counter()
         positions = starts + 1
         if batch.plain and tokens is not None:
-            drawn: Int32s = tokens.numpy()
+            drawn: Int32s = tokens.cpu().numpy()
             places = batch.places + positions % REMEMBERED
-            self._host_drawn.put(places, drawn)
+            self._drawn.put(places, drawn)
             self._drawn_at.put(places, positions)
             logprobs: list[TopLogprobs] = []
         else:
@@ -300,8 +330,9 @@ class Executor:
         slots, indices, pages = triples.T
         self._host_table[slots, indices] = pages
         if self.device.type != "cpu":
-            entries = torch.from_numpy(triples.copy()).to(self.device).long()
-            self._page_table[entries[:, 0], entries[:, 1]] = entries[:, 2].int()
+            places = slots.astype(np.int64) * self._host_table.shape[1] + indices
+            entries = to_device(np.stack([places, pages]), self.device)
+            self._page_table.view(-1).index_copy_(0, entries[0], entries[1].int())
         touched = np.unique(slots)
         unset = self._host_table[touched] < 0
         set_pages = np.where(unset.any(1), unset.argmax(1), unset.shape[1])
@@ -329,27 +360,25 @@ class Executor:
             if start and start - 1 not in self._tails.get(slot, {}):
                 raise BadMessage("a row asks for prompt logprobs, but not so did the one before it")
 
-    def _ids(self, rows: Rows) -> Tensor:
-        """The new tokens, int64 [T], those that were drawn here filled in."""
-        ids = torch.from_numpy(rows.tokens.astype(np.int64)).to(self.device)
-        if len(rows.unknown):
-            slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
-            drawn = self._drawn[self._index(slots), self._index(starts % REMEMBERED)]
-            if len(rows.unknown) == len(ids):
-                return drawn
-            ids[self._index(rows.offsets[rows.unknown])] = drawn
-        return ids
-
-    def _hidden(self, rows: Rows, ids: Tensor) -> Tensor:
-        if self._hidden_graphs is not None:
-            states = self._hidden_graphs.run(ids, rows.offsets, rows.starts, rows.slots)
+    def _hidden(self, rows: Rows, ids: NDArray[np.int64]) -> Tensor:
+        """States of the new tokens [T, H], valid until the next step."""
+        if self.small_steps is not None:
+            states = self.small_steps.run(ids, rows.offsets, rows.starts, rows.slots)
             if states is not None:
                 return states
-        return self.model.hidden(ids, self._meta(rows), self.cache)
+        return self.model.hidden(to_device(ids, self.device), self._meta(rows), self.cache)
+
+    def _ids(self, rows: Rows) -> NDArray[np.int64]:
+        """The new tokens, int64 [T], those that were drawn here filled in."""
+        ids: NDArray[np.int64] = rows.tokens.astype(np.int64)
+        if len(rows.unknown):
+            slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
+            ids[rows.offsets[rows.unknown]] = self._drawn[slots, starts % REMEMBERED]
+        return ids
 
     def _meta(self, rows: Rows) -> AttentionMeta:
         n = len(rows.slots)
-        packed = torch.from_numpy(np.concatenate([rows.offsets, rows.starts, rows.slots])).to(self.device)
+        packed = to_device(np.concatenate([rows.offsets, rows.starts, rows.slots]), self.device)
         return AttentionMeta(
             row_offsets=packed[: n + 1],
             row_starts=packed[n + 1 : 2 * n + 1],
@@ -402,10 +431,7 @@ class Executor:
         tokens = self.group.broadcast(tokens)
         drawn: Int32s = tokens.cpu().numpy()
         columns = positions % REMEMBERED
-        if self.device.type == "cpu":
-            self._host_drawn[slots, columns] = drawn
-        else:
-            self._drawn[self._index(slots), self._index(columns)] = tokens.long()
+        self._drawn[slots, columns] = drawn
         self._drawn_at[slots, columns] = positions
         history = self._sampler.with_history
         for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True) if history else ():
@@ -420,13 +446,13 @@ class Executor:
             if slot in history and new[0] >= 0:
                 self._sampler.note(slot, int(starts[row]), new)
 
-    def _prompt_logprobs(self, rows: Rows, ids: Tensor, hidden: Tensor) -> list[TopLogprobs]:
+    def _prompt_logprobs(self, rows: Rows, ids: NDArray[np.int64], hidden: Tensor) -> list[TopLogprobs]:
         entries = []
         for row in np.flatnonzero(rows.flags & PROMPT_LOGPROBS).tolist():
             slot, start, end = int(rows.slots[row]), int(rows.starts[row]), int(rows.ends[row])
             first, last = int(rows.offsets[row]), int(rows.offsets[row + 1])
             before = hidden[first : last - 1]
-            targets = ids[first:last].int()
+            targets = self._index(ids[first:last]).int()
             tails = self._tails.setdefault(slot, {})
             if start:
                 before = torch.cat([tails[start - 1], before])
@@ -459,7 +485,7 @@ class Executor:
         return values, top_values, top_ids
 
     def _index(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(self.device)
+        return to_device(array.astype(np.int64), self.device)
 
 
 def _int32s(data: bytes) -> Int32s:
@@ -506,14 +532,22 @@ def build_executor(
     else:
         # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
         packed = config.device == "cpu" and kernels.backend() != "torch"
-        loaded = load_weights(path, model_config, config.dtype, shard, packed, weights, device)
+        loaded = in_device_memory(
+            lambda: load_weights(path, model_config, config.dtype, shard, packed, weights, device),
+            "the weights do",
+            "choose a smaller model, or more ranks",
+        )
         if device.type == "cpu":
             kernels.tune(loaded.packed)
         model = model_class(model_config.architecture)(
             model_config, shard, loaded, config.max_model_len, config.deterministic, group.reduce
         )
     if device.type == "cuda":
-        cache = pages.new_cache(config.num_pages, device)
+        cache = in_device_memory(
+            lambda: pages.new_cache(config.num_pages + 1, device),  # the last is nobody's
+            f"a KV pool of {config.num_pages * pages.page_bytes / 2**30:.1f} GiB does",
+            "lower kv_tokens",
+        )
     else:
         if kv is None:
             kv = Arena.create("kv", config.num_pages * pages.page_bytes)

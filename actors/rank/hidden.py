@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,15 +40,19 @@ class HiddenGraphs:
         self._offsets = torch.zeros(rows + 1, dtype=torch.int32)
         self._starts, self._slots = (torch.zeros(rows, dtype=torch.int32) for _ in range(2))
         # The same memory, to be filled.
-        self._inputs = [each.numpy() for each in (self._offsets, self._starts, self._slots)]
+        self._inputs = [each.numpy() for each in (self._ids, self._offsets, self._starts, self._slots)]
         self._memory = GraphMemory()
         self._graphs: dict[int, SizedGraph[Tensor]] = {}
         self._refused = False
 
     def run(
-        self, ids: Tensor, offsets: NDArray[np.int32], starts: NDArray[np.int32], slots: NDArray[np.int32]
+        self,
+        ids: NDArray[np.int64],
+        offsets: NDArray[np.int32],
+        starts: NDArray[np.int32],
+        slots: NDArray[np.int32],
     ) -> Tensor | None:
-        """States [T, H] of the tokens int64 ids [T] of n rows, valid until the next step; None for a size without a
+        """States [T, H] of the tokens ids [T] of n rows, valid until the next step; None for a size without a
         graph, or if this model cannot be recorded.
 
         offsets: [n + 1], where each row's tokens begin; starts, slots: [n], the position of its first token and its
@@ -60,8 +65,8 @@ class HiddenGraphs:
         graph = self._graphs.get(most) or self._record(most)
         if graph is None:
             return None
-        self._ids[:tokens] = ids
-        for to, given in zip(self._inputs, (offsets, starts, slots), strict=True):
+        step: tuple[NDArray[Any], ...] = (ids, offsets, starts, slots)
+        for to, given in zip(self._inputs, step, strict=True):
             to[: len(given)] = given
         return graph.replay((tokens, n))[:tokens]
 

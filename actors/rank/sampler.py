@@ -20,6 +20,7 @@ import kernels
 from actors.actor import BadMessage
 from actors.grammar import Workshop
 from actors.messages import OpenSlot, SamplingParams, TopLogprobs
+from actors.rank.device import to_device
 from actors.rank.masks import Masks
 from kernels import SamplingTensors
 
@@ -278,7 +279,7 @@ class Sampler:
         )
 
     def _to_device(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(array, self.device)
 
 
 def prompt_logprobs(row: int, logprobs: Tensor, top_values: Tensor, top_ids: Tensor) -> TopLogprobs:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 @cache
 def library() -> ModuleType | None:
-    """The kernels, `mla_attention` and `experts`; None where Triton is not installed."""
+    """The kernels, under the names that operations have in `kernels`; None where Triton is not installed."""
     return import_module("kernels.triton.functions") if find_spec("triton") else None
 
 

@@ -22,6 +22,7 @@ class Batch:
     Attributes:
         input_tokens, output_tokens: of each request.
         chunk_tokens: most prompt tokens of one step.
+        temperature: of the draws; 0 takes the most likely tokens.
     """
 
     requests: int
@@ -30,6 +31,7 @@ class Batch:
     output_tokens: int
     chunk_tokens: int
     seed: int = 0
+    temperature: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def _next_step(
     slots, starts, lengths, flags = np.array(rows, np.int32).T
     each = _pages_each(batch.input_tokens + batch.output_tokens, page_size)
     pages = [(request.slot, index, request.slot * each + index) for request in opened for index in range(each)]
-    sampling = SamplingParams(max_tokens=batch.output_tokens, seed=batch.seed, temperature=0.0)
+    sampling = SamplingParams(max_tokens=batch.output_tokens, seed=batch.seed, temperature=batch.temperature)
     step = Step(
         number=number,
         slots=slots.tobytes(),

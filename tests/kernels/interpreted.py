@@ -1,10 +1,13 @@
 """The Triton kernels against plain torch on the CPU; `test_kernel_triton.py` runs this under TRITON_INTERPRET=1."""
 
+from typing import Any
+
 import pytest
 import torch
 
 import kernels
 from kernels import AttentionMeta
+from kernels import reference as plain
 from kernels import reference_moe_mla as reference
 from kernels.triton import library
 
@@ -47,6 +50,98 @@ def test_mla_attention(activations: torch.dtype, cached: torch.dtype, interleave
     alone = AttentionMeta.build([37], [1], table, [2])
     again = triton.mla_attention(*(x[3:] for x in parts), before, alone, cos, sin, 0.2, interleaved=interleaved)
     assert torch.equal(again, out[3:])
+
+
+@pytest.mark.parametrize(
+    ("activations", "cached", "window"),
+    [
+        (torch.float32, torch.float32, None),
+        (torch.bfloat16, torch.bfloat16, 9),
+        (torch.bfloat16, torch.int8, None),
+    ],
+)
+def test_attention(
+    activations: torch.dtype, cached: torch.dtype, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one token and of several, and an empty one, over pages that others have poisoned; three query heads share
+    a key head, and not all dimensions are rotated. Each token by itself has the same bits where they are asked for."""
+    triton, page_size, kv_heads, dim = library(), 4, 2, 24
+    assert triton is not None
+    monkeypatch.setattr("kernels.triton.attention.PROGRAMS", 40)  # which have to wait for each other here
+    starts, lengths, slots = [37, 0, 5, 11, 3], [1, 6, 0, 2, 1], [4, 1, 3, 0, 2]
+    table = torch.randperm(60)[:55].int().view(5, 11)
+    cos, sin = kernels.rotary_table(16, 44, 1e4)
+    fused = torch.randn(sum(lengths), (6 + 2 * kv_heads) * dim + 8).to(activations)
+    widths = [6 * dim, kv_heads * dim, kv_heads * dim]
+    q, k, v = (each.unflatten(1, (-1, dim)) for each in fused[:, 8:].split(widths, 1))
+    shape = 60, 3, 2, page_size, kv_heads, dim
+    floats = cached != torch.int8
+    cache = torch.full(shape, torch.nan, dtype=cached)[:, 1] if floats else torch.randint(-99, 99, shape).char()[:, 1]
+    scales = None if floats else torch.full(shape[:-1], torch.nan)[:, 1]
+    for start, slot in zip(starts, slots, strict=True):
+        pages, places = table[slot].long()[torch.arange(start) // page_size], torch.arange(start) % page_size
+        vectors = torch.randn(start, 2, kv_heads, dim)
+        cache[pages, :, places] = vectors.to(cached) if floats else (30 * vectors).char()
+        if scales is not None:
+            scales[pages, :, places] = torch.rand(start, 2, kv_heads) / 20
+    meta = AttentionMeta.build(starts, lengths, table, slots)
+
+    def run(function: Any, deterministic: bool, *step: Any) -> tuple[torch.Tensor, ...]:
+        *parts, meta = step
+        copies = cache.clone(), None if scales is None else scales.clone()
+        out = function(*parts, copies[0], meta, cos, sin, 0.2, window, deterministic, copies[1])
+        return out, *(each.nan_to_num() for each in copies if each is not None)
+
+    step = q, k, v, meta
+    expected = run(plain.attention, False, *step)
+    rounding = 1e-5 if activations == torch.float32 else BFLOAT16_ERROR
+    for deterministic in (False, True):
+        for actual, wanted in zip(run(triton.attention, deterministic, *step), expected, strict=True):
+            assert actual.dtype == wanted.dtype
+            error = 1 if wanted.dtype == torch.int8 else rounding
+            torch.testing.assert_close(actual, wanted, atol=error, rtol=rounding)
+    together = run(triton.attention, True, *step)[0]
+    alone = AttentionMeta.build([37], [1], table, [4])
+    assert torch.equal(run(triton.attention, True, q[:1], k[:1], v[:1], alone)[0], together[:1])
+    decoding = AttentionMeta.build([37, 3], [1, 1], table, [4, 2])
+    ends = [0, sum(lengths) - 1]
+    out = run(triton.attention, False, q[ends], k[ends], v[ends], decoding)[0]
+    torch.testing.assert_close(out, expected[0][ends], atol=rounding, rtol=rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_gates(dtype: torch.dtype) -> None:
+    triton, rounding = library(), 1e-5 if dtype == torch.float32 else BFLOAT16_ERROR
+    assert triton is not None
+    x, stream, weight = torch.randn(3, 72).to(dtype), torch.randn(3, 72).to(dtype), torch.rand(72).to(dtype)
+    actual = triton.rms_norm(x, weight, 1e-5, added := stream.clone())
+    for each, wanted in zip(actual, plain.rms_norm(x, weight, 1e-5, stream), strict=True):
+        torch.testing.assert_close(each, wanted, atol=rounding, rtol=rounding)
+    assert actual[1] is added
+    heads = torch.randn(3, 5 * 24 + 7).to(dtype)[:, 7:].unflatten(1, (5, 24))
+    normalized, same = triton.rms_norm(heads, weight[:24], 1e-5, None)
+    wanted = plain.rms_norm(heads, weight[:24], 1e-5, None)[0]
+    torch.testing.assert_close(normalized, wanted, atol=rounding, rtol=rounding)
+    assert same is heads
+    gates = 4 * torch.randn(3, 2 * 50).to(dtype)
+    torch.testing.assert_close(triton.silu_and_mul(gates), plain.silu_and_mul(gates), atol=rounding, rtol=rounding)
+
+
+def test_sampling() -> None:
+    """The same tokens, whatever the parameters, over more than one block of a row, with equals and with NaN."""
+    triton, vocabulary = library(), 5000
+    assert triton is not None
+    ways = [(0.0, 0, 0.9, 0)] + [
+        (t, k, p, m) for t in (0.7, 3.0) for k, p, m in ((0, 1, 0), (0, 0.9, 0.01), (3000, 0.9, 0))
+    ]
+    columns = list(zip(*ways, strict=True))
+    logits = torch.randn(len(columns[0]), vocabulary)
+    logits[3], logits[4] = logits[3].round(), torch.nan
+    logits[5, 100:] = -torch.inf
+    params = kernels.SamplingTensors.build(*columns)
+    seeds, positions = torch.randint(-(2**62), 2**62, (2, len(logits)))
+    drawn = triton.sample(logits, params, seeds, positions)
+    assert torch.equal(drawn, plain.sample(logits, params, seeds, positions))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -33,17 +33,20 @@ def test_in_the_interpreter() -> None:
 
 
 def test_they_compile(tmp_path: Path) -> None:
-    """For bfloat16 on compute capability 8.0, with the sizes of DeepSeek-V3: the compiler asks more than the
-    interpreter, and shared memory has an end."""
+    """For bfloat16 on compute capability 8.0, with the sizes of DeepSeek-V3 and Llama 3: the compiler asks more than
+    the interpreter, and shared memory has an end."""
     code = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.triton import experts, mla
+from kernels.triton import attention, elementwise, experts, mla, sampling
 
-TYPES = {name: "*bf16" for name in "latent k_rope cache q_latent q_rope out x weight between shared".split()}
-TYPES |= {name: "*fp32" for name in "cos sin parts part_sums factors results".split()} | {"scale": "fp32"}
-TYPES |= {name: "*i64" for name in "slots positions order block_expert block_first ends".split()} | {"table": "*i32"}
+NARROW = "latent k_rope cache q_latent q_rope out x weight between shared q k v rotated residual gate_up"
+TYPES = {name: "*bf16" for name in NARROW.split()}
+TYPES |= {name: "*fp32" for name in "cos sin parts part_sums factors results cache_scales".split()}
+TYPES |= {"scale": "fp32", "eps": "fp32"}
+TYPES |= {name: "*i64" for name in "slots positions order block_expert block_first ends".split()}
+TYPES |= {name: "*i32" for name in "table row_offsets row_starts row_slots".split()}
 
 def compiled(kernel, options, **constants):
     names = kernel.arg_names
@@ -64,6 +67,21 @@ sizes = {"BLOCK_ROWS": 16, "BLOCK_OUTPUTS": experts.BLOCK_OUTPUTS, "BLOCK_INPUTS
 for layout in (experts.PLAIN, experts.PAIRED_PANELS):
     compiled(experts._gate_and_up, {}, LAYOUT=layout, NARROW=True, **sizes)
 compiled(experts._down, {}, LAYOUT=experts.PLAIN, NARROW=True, **sizes)
+for quantized in (False, True):
+    cached = {"QUANTIZED": quantized, "BLOCK_DIM": 128}
+    TYPES["cache"] = "*i8" if quantized else "*bf16"
+    compiled(attention._rotate_and_write, {}, ONE_EACH=False, BLOCK_HEADS=8, **cached)
+    kinds = {"NARROW": True, "WINDOWED": quantized, "BLOCK_KEYS": 64, **cached}
+    split = {"BY_TOKEN": False, "SPLITS": 8}
+    compiled(attention._attend_token, {"num_stages": 2}, BLOCK_HEADS=16, **split, **kinds)
+    compiled(attention._attend_tile, {"num_stages": 2}, BLOCK_TOKENS=16, BLOCK_GROUP=4, **kinds)
+compiled(attention._merge_parts, {}, WINDOWED=False, BLOCK_KEYS=64, BLOCK_DIM=128, **split)
+compiled(elementwise._rms_norm, {}, ADDS=True, BLOCK=4096)
+compiled(elementwise._silu_and_mul, {}, BLOCK=1024)
+TYPES |= {"x": "*fp32", "top_ps": "*fp32", "log_min_ps": "*fp32", "greedy": "*i1", "top_ks": "*i32", "drawn": "*i32"}
+TYPES |= {"tokens": "*i64", "seeds": "*i64"}
+compiled(sampling._draw, {"enable_fp_fusion": False}, BLOCK=sampling.BLOCK)
+TYPES |= {"x": "*bf16"}
 compiled(experts._add_up, {}, CHOSEN=8, SHARED=True, BLOCK_OUTPUTS=256)
 """
     run("-c", code, TRITON_CACHE_DIR=str(tmp_path))
