@@ -28,6 +28,7 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.openapi import Description
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -53,6 +54,8 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 class Post(Generic[T]):
     """An endpoint that takes a JSON document."""
 
+    public = False
+
     def __init__(
         self,
         service: Service,
@@ -62,11 +65,12 @@ class Post(Generic[T]):
     ) -> None:
         self._service = service
         self._decoder = decoder
-        self._handle = handle
-        self._wire = wire
+        self.handle = handle
+        self.body: type[T] = decoder.type
+        self.wire = wire
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._wire)
+        exchange = Exchange(scope, receive, send, self.wire)
         await exchange.run(self._work)
         self._service.metrics.response(exchange.status)
 
@@ -75,18 +79,21 @@ class Post(Generic[T]):
         service.authorize(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes)
         with service.admitted(exchange):
-            await self._handle(service, request, exchange)
+            await self.handle(service, request, exchange)
 
 
 class Get:
     """An endpoint without a request document. `public`: no API key is asked for."""
 
+    body = None
+    wire = OPENAI
+
     def __init__(
         self, service: Service, handle: Callable[[Service, Exchange], Awaitable[None]], public: bool = False
     ) -> None:
         self._service = service
-        self._handle = handle
-        self._public = public
+        self.handle = handle
+        self.public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
@@ -94,45 +101,44 @@ class Get:
         self._service.metrics.response(exchange.status)
 
     async def _work(self, exchange: Exchange) -> None:
-        if not self._public:
+        if not self.public:
             self._service.authorize(exchange)
-        await self._handle(self._service, exchange)
+        await self.handle(self._service, exchange)
 
 
 def create_app(service: Service) -> Starlette:
     """The application of one ingress worker."""
-    return Starlette(
-        routes=[
-            Route("/", Get(service, page, public=True), methods=["GET"]),
-            Route("/status", Get(service, NodeStatus()), methods=["GET"]),
-            Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
-            Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
-            Route("/v1/models", Get(service, list_models), methods=["GET"]),
-            Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
-            Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
-            Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
-            Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
-            Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
-            Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
-            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
-            Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
-            Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
-            Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
-            Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
-            Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
-            Route("/health", Get(service, health, public=True), methods=["GET"]),
-            Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
-            Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
-            Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
-            Route("/load", Get(service, admin.load), methods=["GET"]),
-            Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
-            Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
-            Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
-            Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
-        ],
-        exception_handlers={HTTPException: _http_error},
-    )
+    routes = [
+        Route("/", Get(service, page, public=True), methods=["GET"]),
+        Route("/status", Get(service, NodeStatus()), methods=["GET"]),
+        Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
+        Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
+        Route("/v1/models", Get(service, list_models), methods=["GET"]),
+        Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+        Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+        Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
+        Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+        Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
+        Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
+        Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
+        Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
+        Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
+        Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
+        Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
+        Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
+        Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
+        Route("/health", Get(service, health, public=True), methods=["GET"]),
+        Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+        Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
+        Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+        Route("/load", Get(service, admin.load), methods=["GET"]),
+        Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
+        Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
+        Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
+        Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
+    ]
+    routes.append(Route("/openapi.json", Get(service, Description(routes), public=True), methods=["GET"]))
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
