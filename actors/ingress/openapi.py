@@ -44,6 +44,11 @@ _FORMS: dict[str, Any] = {
     "structural_tag": {"type": "object"},
 }
 """Of fields that are read by hand; see `constraints`."""
+_MORE: dict[tuple[str, str], Any] = {
+    ("ChatMessage", "role"): {"enum": ["system", "developer", "user", "assistant", "tool"]},
+    ("ChatRequest", "messages"): {"minItems": 1},
+}
+"""What is checked beyond the types, by type and field."""
 _REFUSED: dict[str, tuple[str, ...]] = {
     "CountRequest": ("context_management", "mcp_servers"),
     "GenerateBody": ("context", "images", "suffix", "template"),
@@ -203,7 +208,13 @@ def _accepted(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     properties = schema.get("properties", {})
     for refused in _REFUSED.get(name, ()):
         del properties[refused]
+    for (of, field), more in _MORE.items():
+        if of == name:
+            properties[field] |= more
     for field, form in _FORMS.items():
         if field in properties and not properties[field].keys() - {"default"}:
             properties[field] = {"anyOf": [form, {"type": "null"}], "default": None}
+    for choice in properties.get("logit_bias", {}).get("anyOf", ()):
+        if choice["type"] == "object":
+            choice["propertyNames"] = {"pattern": "^[0-9]{1,6}$"}
     return schema
