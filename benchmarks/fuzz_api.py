@@ -43,6 +43,10 @@ def map_body(context, body):
         body["model"] = "smollm2-135m-instruct"
     if "prompt" in body and not body["prompt"]:
         body["prompt"] = "Once"
+    if body.get("prompt") and "messages" in body:
+        del body["messages"]
+    if body.get("text") is not None and "input_ids" in body:
+        del body["input_ids"]
     for field in ("n", "best_of"):
         if isinstance(body.get(field), int) and body[field] > 3:
             body[field] = 2

@@ -20,6 +20,13 @@ from actors.ingress.wire import ANTHROPIC, OLLAMA, Wire
 
 _REFERENCE = "#/components/schemas/"
 _JSON = "application/json"
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+_STRING = {"type": "string"}
 _ANSWERS = {"/": "text/html", "/flush_cache": "text/plain", "/metrics": "text/plain"}
 """Content types of answers that are not JSON."""
 _TEXT = {"type": "string", "minLength": 1}
@@ -45,11 +52,19 @@ _FORMS: dict[str, Any] = {
 }
 """Of fields that are read by hand; see `constraints`."""
 _MORE: dict[tuple[str, str], Any] = {
+    ("ChatMessage", "content"): {
+        "anyOf": [
+            _STRING,
+            {"type": "null"},
+            {"type": "array", "items": _object(type={"const": "text"}, text=_STRING)},
+        ]
+    },
     ("ChatMessage", "role"): {"enum": ["system", "developer", "user", "assistant", "tool"]},
     ("ChatRequest", "messages"): {"minItems": 1},
 }
 """What is checked beyond the types, by type and field."""
 _REFUSED: dict[str, tuple[str, ...]] = {
+    "ChatMessage": ("annotations", "audio", "function_call", "refusal"),
     "CountRequest": ("context_management", "mcp_servers"),
     "GenerateBody": ("context", "images", "suffix", "template"),
     "GenerateRequest": (
@@ -66,11 +81,6 @@ _REFUSED: dict[str, tuple[str, ...]] = {
 """Fields that are refused when they ask for anything. Those of completions are in their `unsupported`."""
 
 
-def _object(**properties: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-_STRING = {"type": "string"}
 _ERRORS = {
     "Error": _object(
         error=_object(
