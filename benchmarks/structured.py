@@ -58,7 +58,7 @@ def _fault(schema: Any, text: str, finish: str) -> str:
     if finish != "stop":
         return f"ended by {finish}"
     try:
-        jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+        jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER)
     except json.JSONDecodeError as error:
         return f"no JSON: {error}"
     except jsonschema.ValidationError as error:
@@ -147,7 +147,7 @@ def mask(options: argparse.Namespace) -> int:
     for name, schema in SCHEMAS.items():
         compiled = compiler.compile(Constraint("json_schema", json.dumps(schema)))
         matchers = [xgrammar().GrammarMatcher(compiled) for _ in range(options.streams)]
-        batch = xgrammar().BatchGrammarMatcher(max_threads=1)
+        batch = xgrammar().BatchGrammarMatcher(max_threads=options.threads)
         spent, steps = np.zeros(2), 0
         while steps < 100 and matchers:
             bits = np.zeros((len(matchers), words), np.int32)
@@ -171,6 +171,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=10, help="of each schema (%(default)s)")
     parser.add_argument("--tokens", type=int, default=0, help="limit of an answer (valid: 1024, speed: 128)")
     parser.add_argument("--streams", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=1, help="of a mask (%(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8960)

@@ -18,6 +18,9 @@ from actors.vocabulary import Vocabulary, load_vocabulary
 
 MAX_COMPILED_BYTES = 64 * 2**20
 """A larger automaton is refused: one rank holds many."""
+CACHE_BYTES = 64 * 2**20
+"""What a compiler keeps of parts that grammars share: strings of at most so many characters above all, each state of
+which takes milliseconds to compile."""
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
@@ -60,7 +63,7 @@ def load_tokens(model: Path, vocab_size: int) -> Tokens:
 
 
 class GrammarCompiler:
-    """Compiles constraints. Keeps nothing of them.
+    """Compiles constraints. Of these it keeps parts that others may have as well.
 
     JSON has one form, `{"a": 1, "b": [2]}` on one line: where blanks are free, small models draw them for ever.
 
@@ -70,7 +73,9 @@ class GrammarCompiler:
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
-        self._compiler = xgrammar().GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
+        self._compiler = xgrammar().GrammarCompiler(
+            tokens.info, max_threads=1, cache_enabled=True, cache_limit_bytes=CACHE_BYTES
+        )
 
     def compile(self, constraint: Constraint) -> Any:
         """xgrammar's `CompiledGrammar`. Holds the interpreter's lock only for moments.

@@ -14,6 +14,7 @@ from text_harness import smollm2
 from vocabularies import byte_level_gguf
 
 from actors.grammar import BadGrammar, GrammarCompiler, load_tokens, xgrammar
+from actors.grammar.compiler import CACHE_BYTES
 from actors.messages import Constraint
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,43 @@ ALLOWED: list[tuple[Constraint, list[str], list[str]]] = [
 def test_what_is_allowed(compiler: GrammarCompiler, constraint: Constraint, right: list[str], wrong: list[str]) -> None:
     assert [text for text in right if not allows(compiler, constraint, text)] == []
     assert [text for text in wrong if allows(compiler, constraint, text)] == []
+
+
+KEYS = {"type": "object", "properties": {"größe": {"const": 1}, 'a"色\\f': {"const": 2}}, "required": ["größe"]}
+FORMS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
+    "date": ({"format": "date"}, ["2024-02-29", "2023-12-31"], ["2023-02-29", "2023-04-31", "1900-02-29"]),
+    "time": (
+        {"format": "time"},
+        ["10:00:00Z", "23:59:59.123+01:30"],
+        ["24:00:00Z", "10:00:00", "10:00:00.1234567890Z"],
+    ),
+    "date-time": ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z"]),
+    "email": ({"format": "email"}, ["a.b+c@mail.example.org"], ["a@b", "a b@c.de", "@c.de", "a" * 90 + "@c.de"]),
+    "hostname": ({"format": "hostname"}, ["a-b.example.org"], ["-a", "a..b"]),
+}
+"""Schemas whose answers have an end, whatever a model draws."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_end(compiler: GrammarCompiler, name: str) -> None:
+    schema, right, wrong = FORMS[name]
+    constraint = Constraint("json_schema", json.dumps(schema))
+    assert [value for value in right if not allows(compiler, constraint, json.dumps(value))] == []
+    assert [value for value in wrong if allows(compiler, constraint, json.dumps(value))] == []
+
+
+def test_keys_are_told_as_they_are(compiler: GrammarCompiler) -> None:
+    """A letter of two bytes before one that is a hexadecimal digit."""
+    constraint = Constraint("json_schema", json.dumps(KEYS))
+    assert allows(compiler, constraint, '{"größe": 1}')
+    assert allows(compiler, constraint, json.dumps({"größe": 1, 'a"色\\f': 2}, ensure_ascii=False))
+    assert not allows(compiler, constraint, '{"grö": 1}')
+
+
+def test_parts_that_grammars_share_are_kept(compiler: GrammarCompiler) -> None:
+    fresh = GrammarCompiler(compiler.tokens)
+    fresh.compile(Constraint("json_schema", '{"type": "string", "maxLength": 20}'))
+    assert 2**18 < fresh._compiler.get_cache_size_bytes() < CACHE_BYTES
 
 
 REFUSED: list[tuple[Constraint, str]] = [
