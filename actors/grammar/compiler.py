@@ -24,6 +24,7 @@ which takes milliseconds to compile."""
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
+_CONTROL = re.compile(rb"[\x00-\x1f]")
 
 
 class Tokens:
@@ -32,6 +33,7 @@ class Tokens:
     Attributes:
         info: xgrammar's view of the vocabulary. Special tokens have no text, so that none stands in an answer.
         special: ids of special tokens. ends: ids that end an answer.
+        line_info: the same without control characters, which JSON on one line has only in other words.
         vocab_size: number of logits.
     """
 
@@ -41,8 +43,9 @@ class Tokens:
         self.special = vocabulary.special_ids | frozenset(vocabulary.eos_ids)
         self.ends = [token for token in vocabulary.eos_ids if token < vocab_size]
         texts = [b"" if token in self.special else text for token, text in enumerate(vocabulary.token_bytes)]
-        self.info = library.TokenizerInfo(
-            texts[:vocab_size], library.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=self.ends
+        self.info, self.line_info = (
+            library.TokenizerInfo(each, library.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=self.ends)
+            for each in (texts[:vocab_size], [b"" if _CONTROL.search(text) else text for text in texts[:vocab_size]])
         )
 
     def stops(self, stop_token_ids: list[int]) -> list[int]:
@@ -73,8 +76,9 @@ class GrammarCompiler:
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
-        self._compiler = xgrammar().GrammarCompiler(
-            tokens.info, max_threads=1, cache_enabled=True, cache_limit_bytes=CACHE_BYTES
+        self._compiler, self._json_compiler = (
+            xgrammar().GrammarCompiler(info, max_threads=1, cache_enabled=True, cache_limit_bytes=CACHE_BYTES)
+            for info in (tokens.info, tokens.line_info)
         )
 
     def compile(self, constraint: Constraint) -> Any:
@@ -100,10 +104,10 @@ class GrammarCompiler:
         compiler = self._compiler
         match kind:
             case "json":
-                return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+                return self._json_compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
             case "json_schema":
                 schema = json.dumps(prepared(json.loads(text)))
-                return compiler.compile_json_schema(schema, any_whitespace=False)
+                return self._json_compiler.compile_json_schema(schema, any_whitespace=False)
             case "regex":
                 return compiler.compile_regex(text)
             case "ebnf":

@@ -111,7 +111,7 @@ def build_structured_corpus(count: int, seed: int) -> list[Request]:
 _ITEM = {
     "type": "object",
     "properties": {
-        "name": {"type": "string", "maxLength": 16},
+        "name": {"type": "string", "maxLength": 10},
         "kind": {"enum": ["fruit", "Gemüse", "魚"]},
         "grams": {"type": "integer", "minimum": 1, "maximum": 5000},
     },

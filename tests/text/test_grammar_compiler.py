@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from text_harness import smollm2
 from vocabularies import byte_level_gguf
@@ -16,6 +17,7 @@ from vocabularies import byte_level_gguf
 from actors.grammar import BadGrammar, GrammarCompiler, load_tokens, xgrammar
 from actors.grammar.compiler import CACHE_BYTES
 from actors.messages import Constraint
+from actors.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +90,26 @@ def test_forms_that_end(compiler: GrammarCompiler, name: str) -> None:
     assert [value for value in wrong if allows(compiler, constraint, json.dumps(value))] == []
 
 
+@pytest.mark.parametrize("bounds", [{}, {"maxLength": 8}, {"maxLength": 300}, {"minLength": 1}, {"pattern": "^.*$"}])
+def test_strings_hold_no_raw_control_characters(compiler: GrammarCompiler, bounds: dict[str, Any]) -> None:
+    """Which JSON has not, but which patterns and lengths are told without."""
+    compiled = compiler.compile(Constraint("json_schema", json.dumps({"type": "string", **bounds})))
+    matcher = xgrammar().GrammarMatcher(compiled)
+    assert matcher.accept_string('"a')
+    mask = np.zeros((1, compiler.tokens.vocab_size // 32), np.int32)
+    matcher.fill_next_token_bitmask(mask)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    texts = load_vocabulary(smollm2() or Path()).token_bytes
+    assert len(allowed) > 1000
+    assert not [texts[token] for token in allowed.tolist() if min(texts[token], default=32) < 32]
+
+
+def test_lengths_are_counted_in_characters(compiler: GrammarCompiler) -> None:
+    constraint = Constraint("json_schema", '{"type": "string", "minLength": 2, "maxLength": 3}')
+    assert [text for text in ("öö", "日本語", "🙂🙂") if not allows(compiler, constraint, f'"{text}"')] == []
+    assert [text for text in ("", "ö", "日本語x") if allows(compiler, constraint, f'"{text}"')] == []
+
+
 def test_keys_are_told_as_they_are(compiler: GrammarCompiler) -> None:
     """A letter of two bytes before one that is a hexadecimal digit."""
     constraint = Constraint("json_schema", json.dumps(KEYS))
@@ -98,8 +120,8 @@ def test_keys_are_told_as_they_are(compiler: GrammarCompiler) -> None:
 
 def test_parts_that_grammars_share_are_kept(compiler: GrammarCompiler) -> None:
     fresh = GrammarCompiler(compiler.tokens)
-    fresh.compile(Constraint("json_schema", '{"type": "string", "maxLength": 20}'))
-    assert 2**18 < fresh._compiler.get_cache_size_bytes() < CACHE_BYTES
+    fresh.compile(Constraint("json_schema", '{"type": "string", "maxLength": 90}'))
+    assert 2**16 < fresh._json_compiler.get_cache_size_bytes() < CACHE_BYTES
 
 
 REFUSED: list[tuple[Constraint, str]] = [
