@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from actors.messages import ActorStats, Hello, Message
+from actors.spans import Spans
 from transport import Codec, Faults, FaultyMailbox, Mailbox, Network
 
 logger = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class Actor:
             self.peer_started,
             self.args.network,
         )
+        self.spans = Spans(self.incarnation, self.send, lambda: self.peers_of_role("ingress"))
         self.bad_messages = 0
         self.began = time.perf_counter()
         self.waited_s = 0.0

@@ -17,6 +17,10 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Rid = Annotated[str, Meta(min_length=1, max_length=128)]
 FinishReason = Literal["stop", "length", "abort"]
+Trace = Annotated[bytes, Meta(max_length=24)]
+"""Trace id (16 bytes) and span id (8) of the span below which the receiver's spans belong; empty for a request that is
+not traced. See `actors.spans`."""
+SpanId = Annotated[bytes, Meta(max_length=8)]
 
 
 class Tagged(Struct, tag=True, array_like=True, gc=False):
@@ -35,6 +39,25 @@ class ActorStats(Tagged):
 
     incarnation: int
     figures: dict[str, float]
+
+
+class SpanEnded(Tagged):
+    """An actor → the ingress worker that exports it: what it did for a traced request, once that is over.
+
+    Attributes:
+        parent: span below which it belongs. start_ns, end_ns: since 1970. events: (nanoseconds since 1970, name).
+        error: why it failed; empty if it did not.
+    """
+
+    trace: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    span: SpanId
+    parent: SpanId
+    name: Annotated[str, Meta(max_length=256)]
+    start_ns: int
+    end_ns: int
+    attributes: dict[str, str | int | float | bool] = {}
+    events: list[tuple[int, str]] = []
+    error: str = ""
 
 
 # -- ingress ↔ tokenizer -------------------------------------------------------------------------------------------
@@ -62,6 +85,7 @@ class Tokenize(Tagged):
 
     rid: Rid
     prompt: ChatPrompt | TextPrompt
+    trace: Trace = b""
 
 
 class Tokenized(Tagged):
@@ -191,6 +215,7 @@ class Generate(Tagged):
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
     timeout_s: Annotated[float, Meta(ge=0)] = 0.0
+    trace: Trace = b""
 
 
 class Abort(Tagged):
@@ -242,6 +267,39 @@ class CacheFlushed(Tagged):
 
     rid: Rid
     refusal: str = ""
+
+
+Activity = Literal["CPU", "GPU"]
+
+
+class Profile(Tagged):
+    """Ingress → scheduler → rank 0 → the other ranks: begin a profile of the steps, or end it. Each rank answers the
+    ingress with `Profiled`; may be sent again.
+
+    Attributes:
+        reply_to: the ingress that asks.
+        name: begins the names of the files. output_dir: where they go; empty for the node's run directory.
+        num_steps: after so many the profile ends by itself; 0 for when it is told to.
+    """
+
+    rid: Rid
+    reply_to: str
+    start: bool
+    name: Annotated[str, Meta(pattern=r"^[0-9a-f-]*$", max_length=64)] = ""
+    output_dir: Annotated[str, Meta(max_length=4096)] = ""
+    num_steps: Index = 0
+    activities: list[Activity] = []
+    record_shapes: bool = False
+    with_stack: bool = False
+
+
+class Profiled(Tagged):
+    """Rank → ingress: the file in which the profile is, or will be once it has ended; or a sentence that says why there
+    is none."""
+
+    rid: Rid
+    path: str = ""
+    error: str = ""
 
 
 class EndRequests(Tagged):
@@ -308,6 +366,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
     prompt_len: Index
     sampling: SamplingParams
     history: bytes = b""
+    trace: Trace = b""
 
 
 SAMPLE = 1
@@ -400,6 +459,7 @@ class OpenText(Struct, array_like=True, frozen=True, gc=False):
     stop_token_ids: list[TokenId] = []
     base: bytes = b""
     characters: Index = 0
+    trace: Trace = b""
 
 
 class TokenEvent(Struct, array_like=True, frozen=True, gc=False):
@@ -505,6 +565,7 @@ class Prefill(Tagged):
     pages: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
+    trace: Trace = b""
 
 
 class Prefilled(Tagged):
@@ -559,6 +620,7 @@ class Offer(Tagged):
     receiver: str
     first: Index
     pages: bytes
+    trace: Trace = b""
 
 
 class Withdraw(Tagged):
@@ -626,6 +688,7 @@ class Receive(Tagged):
     sender: str
     first: Index
     pages: bytes
+    trace: Trace = b""
 
 
 class Received(Tagged):
@@ -698,6 +761,7 @@ class Registry(Tagged):
 Message = (
     Hello
     | ActorStats
+    | SpanEnded
     | Tokenize
     | Tokenized
     | TokenizeFailed
@@ -711,6 +775,8 @@ Message = (
     | Unknown
     | FlushCache
     | CacheFlushed
+    | Profile
+    | Profiled
     | EndRequests
     | Compile
     | Compiled

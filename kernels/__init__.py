@@ -5,7 +5,7 @@ runs no torch operation and starts no thread.
 """
 
 from kernels import cpu
-from kernels.graph import GraphMemory, NotRecordable, StepGraph
+from kernels.graph import GraphMemory, NotRecordable, SizedGraph, StepGraph
 from kernels.ops import (
     add_bias,
     apply_penalties,
@@ -38,6 +38,7 @@ __all__ = [
     "NotRecordable",
     "PackedWeight",
     "SamplingTensors",
+    "SizedGraph",
     "StepGraph",
     "WeightKind",
     "add_bias",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -78,25 +79,11 @@ class StepGraph(Generic[R]):
     """
 
     def __init__(self, function: Callable[[], R], memory: GraphMemory) -> None:
-        native = library()
-        if native is None:
-            raise NotRecordable("there are no C++ kernels")
-        calls: list[_Call] = []
-        recorder = _Recorder(memory)
-        with recorder, _recorded(native, calls):
-            self.result = function()
-        self._library = native
-        self._keep = memory, recorder.foreign  # what the kernels write and read, and nobody else may hold
-        places = np.cumsum([0, *(len(call.argument) + -len(call.argument) % _ALIGNMENT for call in calls)])
-        self._arguments = np.zeros(places[-1] + _ALIGNMENT, np.uint8)
-        start = -self._arguments.ctypes.data % _ALIGNMENT
-        for call, place in zip(calls, (places + start).tolist(), strict=False):
-            self._arguments[place : place + len(call.argument)] = np.frombuffer(call.argument, np.uint8)
-        self._operations = np.empty((len(calls), 2), np.uint64)
-        self._operations[:, 0] = [call.address for call in calls]
-        self._operations[:, 1] = places[:-1] + (self._arguments.ctypes.data + start)
-        self._address = self._operations.ctypes.data
-        self.names = [call.name for call in calls]
+        recording = _record(function, memory)
+        self.result = recording.result
+        self._keep = memory, recording.foreign  # what the kernels write and read, and nobody else may hold
+        self._calls = _Calls(recording.calls)
+        self.names = [call.name for call in recording.calls]
         """The kernels, in the order in which they run."""
 
     def replay(self) -> R:
@@ -104,15 +91,122 @@ class StepGraph(Generic[R]):
 
         Raises MemoryError and IndexError as the kernels do.
         """
-        functions.graph(self._library, self._address, len(self.names), 0)
+        self._calls.run()
         return self.result
 
     def timed(self) -> list[float]:
         """As `replay`; returns the seconds that each kernel took."""
         times = np.empty(len(self.names) + 1, np.int64)
-        functions.graph(self._library, self._address, len(self.names), times.ctypes.data)
+        self._calls.run(times.ctypes.data)
         seconds: list[float] = (np.diff(times) / 1e9).tolist()
         return seconds
+
+
+class SizedGraph(Generic[R]):
+    """A graph for steps of many sizes: what of the kernels' arguments is a multiple of which size is found out by
+    recording two, and filled in at each repetition.
+
+    Args:
+        function: given sizes, does with them what the function of a StepGraph may. It must not look at what kernels
+            write: none is run here. A first dimension of one of the sizes may grow with it.
+        memory: as for a StepGraph.
+        most: the largest sizes.
+        less: of each size another, smaller one; the same if it never changes.
+
+    Raises:
+        NotRecordable: as StepGraph, or an argument depends on the sizes in another way.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[tuple[int, ...]], R],
+        memory: GraphMemory,
+        most: tuple[int, ...],
+        less: tuple[int, ...],
+    ) -> None:
+        grown = {small: large for small, large in zip(less, most, strict=True) if small != large}
+        # Once more than needed: then all finds the same blocks.
+        for sizes in (most, less):
+            _record(partial(function, sizes), memory, grown, run=False)
+        small = _record(partial(function, less), memory, grown, run=False)
+        large = _record(partial(function, most), memory, grown, run=False)
+        self.result = large.result
+        self._keep = memory, large.foreign, small.foreign
+        self._calls = _Calls(large.calls)
+        words, other = self._calls.words, _Calls(small.calls).words
+        if [call.address for call in small.calls] != [call.address for call in large.calls]:
+            raise NotRecordable("steps of other sizes call other kernels")
+        changed = np.flatnonzero(words != other)
+        self._multiples: list[tuple[NDArray[np.intp], NDArray[np.int64]]] = []
+        left = np.ones(len(changed), np.bool_)
+        for size, smaller in zip(most, less, strict=True):
+            times = words[changed] // size
+            mine = left & (times > 0) & (times * size == words[changed]) & (times * smaller == other[changed])
+            self._multiples.append((changed[mine], times[mine]))
+            left &= ~mine
+        if left.any():
+            raise NotRecordable("an argument of a kernel is no multiple of a size")
+
+    def replay(self, sizes: tuple[int, ...]) -> R:
+        """Runs the kernels for these sizes, at most the largest ones: `result`, of which the first lines are filled.
+
+        Raises MemoryError and IndexError as the kernels do.
+        """
+        words = self._calls.words
+        for size, (places, times) in zip(sizes, self._multiples, strict=True):
+            words[places] = times * size
+        self._calls.run()
+        return self.result
+
+
+class _Calls:
+    """Calls of C++ functions, laid out in memory for `functions.graph`.
+
+    Attributes:
+        words: the arguments, which may be changed.
+    """
+
+    def __init__(self, calls: Sequence[_Call]) -> None:
+        native = library()
+        assert native is not None
+        self._library = native
+        places = np.cumsum([0, *(len(call.argument) + -len(call.argument) % _ALIGNMENT for call in calls)])
+        memory = np.zeros(places[-1] + _ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % _ALIGNMENT
+        arguments = memory[start : start + places[-1]]
+        for call, place in zip(calls, places.tolist(), strict=False):
+            arguments[place : place + len(call.argument)] = np.frombuffer(call.argument, np.uint8)
+        self.words = arguments.view(np.int64)
+        self._operations = np.empty((len(calls), 2), np.uint64)
+        self._operations[:, 0] = [call.address for call in calls]
+        self._operations[:, 1] = places[:-1] + arguments.ctypes.data
+        self._address = self._operations.ctypes.data
+
+    def run(self, times: int = 0) -> None:
+        """times: address of int64 [calls + 1] for when each began, and the last ended; 0 for none."""
+        functions.graph(self._library, self._address, len(self._operations), times)
+
+
+@dataclass(frozen=True)
+class _Recording(Generic[R]):
+    result: R
+    calls: list[_Call]
+    foreign: dict[int, Tensor]
+
+
+def _record(
+    function: Callable[[], R], memory: GraphMemory, grown: dict[int, int] | None = None, run: bool = True
+) -> _Recording[R]:
+    """Notes the kernels that a function calls, and runs them unless told not to. grown: sizes of first dimensions that
+    take as much memory as others."""
+    native = library()
+    if native is None:
+        raise NotRecordable("there are no C++ kernels")
+    calls: list[_Call] = []
+    recorder = _Recorder(memory, grown or {})
+    with recorder, _recorded(native, calls, run):
+        result = function()
+    return _Recording(result, calls, recorder.foreign)
 
 
 @dataclass(frozen=True)
@@ -130,8 +224,9 @@ class _Recorder(TorchDispatchMode):
     A tensor's block is free again when its storage is, just as at a repetition, which comes by in the same order.
     """
 
-    def __init__(self, memory: GraphMemory) -> None:
+    def __init__(self, memory: GraphMemory, grown: dict[int, int]) -> None:
         super().__init__()
+        self._grown = grown
         self.foreign: dict[int, Tensor] = {}
         self._memory = memory
         self._free = memory.blocks()
@@ -165,7 +260,8 @@ class _Recorder(TorchDispatchMode):
 
     def _take(self, shape: list[int], dtype: torch.dtype) -> Tensor:
         nbytes = math.prod(shape) * dtype.itemsize
-        size = max(_ALIGNMENT, 1 << (nbytes - 1).bit_length()) if nbytes else _ALIGNMENT
+        most = nbytes // shape[0] * self._grown.get(shape[0], shape[0]) if nbytes else 0
+        size = max(_ALIGNMENT, 1 << (most - 1).bit_length()) if nbytes else _ALIGNMENT
         free = self._free.setdefault(size, [])
         block = free.pop() if free else self._memory.grow(size)
         held = block[:nbytes]  # an array of its own, which lives as long as the tensor's storage
@@ -179,15 +275,15 @@ def _is_tensor(leaf: object) -> bool:
 
 
 @contextmanager
-def _recorded(native: ctypes.CDLL, calls: list[_Call]) -> Iterator[None]:
-    """Notes every call of a C++ function, whoever makes it."""
+def _recorded(native: ctypes.CDLL, calls: list[_Call], run: bool) -> Iterator[None]:
+    """Notes every call of a C++ function, whoever makes it; without `run` they only seem to succeed."""
 
     def noted(name: str, function: Any) -> Callable[[bytes], int]:
         address = ctypes.cast(function, ctypes.c_void_p).value
         assert address is not None
 
         def call(argument: bytes) -> int:
-            result: int = function(argument)
+            result: int = function(argument) if run else 0
             if result == 0:
                 calls.append(_Call(name, address, argument))
             return result

@@ -29,13 +29,12 @@ from runtime.report import as_json
 from runtime.rundir import NodeInfo, RunDirectory
 from runtime.status_socket import StatusSocket
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
-from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec
+from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec, logs
 from supervisors.linux import thread_count
 from transport import Arena
 
 logger = logging.getLogger(__name__)
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _LISTEN_BACKLOG = 2048
 _PORT_PATIENCE_S = 0.5
 
@@ -69,6 +68,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
         signal.signal(number, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
     stopped, keep_logs = Stopped(), False
+    os.environ[logs.VARIABLE] = plan.topology.node.log_format
     try:
         if detached:
             _redirect_output(run_dir)
@@ -117,6 +117,8 @@ class _Root:
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         _import_actors(spec, plan.topology.node.log_level)
+        if plan.topology.tracing.endpoint and plan.placement.is_here("ingress"):
+            importlib.import_module("actors.ingress.span_export")
         if plan.placement.is_here("tokenizer"):
             _load_vocabulary(plan)
         if available() and any(plan.placement.is_here(engine.scheduler) for engine in plan.engines):
@@ -203,7 +205,7 @@ def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, st
 
 def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     """Imports what the actors need, once for all of them: they are forked from this process."""
-    logging.basicConfig(level=log_level.upper(), format=LOG_FORMAT)  # the children take over the level
+    logging.basicConfig(level=log_level.upper(), format=logs.TEXT)  # the children take over the level
     gc.disable()
     for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
         importlib.import_module(module)
@@ -228,7 +230,7 @@ def _load_grammars(plan: NodePlan) -> None:
 
 def _log_to(run_dir: RunDirectory) -> None:
     handler = logging.FileHandler(run_dir.root_log)
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.setFormatter(logs.formatter("root", 1))
     logging.root.handlers[:] = [handler]
 
 

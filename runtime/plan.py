@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class NodePlan:
     api_key: str | None
     engines: list[EnginePlan]
     placement: Placement
+    crash_dump_dir: Path | None = None
 
 
 def plan_node(
@@ -71,6 +73,9 @@ def plan_node(
         config = read_config(model.path)
     except CheckpointError as error:
         raise loaded.error("model.path", str(error)) from None
+    if topology.tracing.endpoint and placement.is_here("ingress") and not _can_trace():
+        problem = 'needs OpenTelemetry, which is not installed: pip install "llm-runtime[otel]", or remove the key'
+        raise loaded.error("tracing.endpoint", problem)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
@@ -92,7 +97,25 @@ def plan_node(
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         engines=engines,
         placement=placement,
+        crash_dump_dir=_crash_dump_dir(loaded),
     )
+
+
+def _can_trace() -> bool:
+    """Whether the libraries of the extra `otel` are there. Others may have installed a part of them."""
+    try:
+        return all(
+            importlib.util.find_spec(each) for each in ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+        )
+    except ModuleNotFoundError:
+        return False
+
+
+def _crash_dump_dir(loaded: LoadedTopology) -> Path | None:
+    given = loaded.topology.node.crash_dump_dir
+    if given is None:
+        return None
+    return Path(os.path.abspath(loaded.base_of("node.crash_dump_dir") / Path(given).expanduser()))
 
 
 def _name(loaded: LoadedTopology, node: str | None) -> str:

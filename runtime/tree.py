@@ -305,9 +305,17 @@ class _Builder:
                 "max_concurrent": settings.max_concurrent,
                 "tokenizer": "tokenizer",
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
+                "access_log": settings.access_log,
+                "cache_report": settings.cache_report,
+                "crash_dump_dir": str(plan.crash_dump_dir or ""),
+                **self._tracing_config(),
                 **output_formats(plan),
             },
         )
+
+    def _tracing_config(self) -> dict[str, Any]:
+        settings = self.plan.topology.tracing
+        return {"tracing": {**msgspec.to_builtins(settings), "node": self.plan.name}} if settings.endpoint else {}
 
     def _worker(
         self,

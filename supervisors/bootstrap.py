@@ -17,13 +17,12 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from supervisors import linux, messages
+from supervisors import linux, logs, messages
 from supervisors.link import ChildContext, Link
 from supervisors.messages import ForkRequest
 from supervisors.wire import Channel
 
 LOG_ROTATE_BYTES = 16 * 1024 * 1024
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _REPARENT_POLL_S = 0.0002
 
 
@@ -67,7 +66,7 @@ def _redirect(log: Path) -> None:
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
     logging.root.handlers.clear()
-    logging.basicConfig(level=logging.root.level, format=LOG_FORMAT, stream=sys.stderr)
+    logging.basicConfig(level=logging.root.level, format=logs.TEXT, stream=sys.stderr)
 
 
 def _run(channel: Channel) -> int:
@@ -76,6 +75,7 @@ def _run(channel: Channel) -> int:
     if received is None:
         return 1  # the supervisor is gone or has changed its mind
     start, context = received
+    logs.name_process(context.id, context.incarnation)
     link = context.link
     try:
         if context.supervisor is None:
@@ -85,15 +85,23 @@ def _run(channel: Channel) -> int:
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
-        sys.stderr.write(f"{end.code}\n")
+        _say(str(end.code))
         link.crashed(str(end.code))
         return 1
     except BaseException:
         text = traceback.format_exc()
-        sys.stderr.write(text)
+        _say(text.rstrip("\n"))
         link.crashed(text)
         return 1
     return 0
+
+
+def _say(text: str) -> None:
+    """The last words of this process, as a line of its log."""
+    if logs.is_json():
+        logging.getLogger(__name__).critical("%s", text)
+    else:
+        sys.stderr.write(f"{text}\n")
 
 
 def _receive_context(channel: Channel) -> tuple[str, ChildContext] | None:

@@ -29,6 +29,7 @@ from actors.messages import (
     TokenLogprob,
     Tokens,
 )
+from actors.spans import SpanValue
 from actors.vocabulary import load_vocabulary, unpack_ids
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class _Request(msgspec.Struct):
     Attributes:
         owner: the scheduler.
         stop_ids: token ids that are reported when they end the request: the ones asked for, EOS not among them.
+        trace: the trace that it belongs to, empty if it is not traced. began_ns: when it was opened, since 1970.
         finished: its last event has been sent.
     """
 
@@ -67,6 +69,8 @@ class _Request(msgspec.Struct):
     stream: TextStream
     stop_ids: frozenset[int]
     keep_stop: bool
+    trace: bytes = b""
+    began_ns: int = 0
     finished: bool = False
 
 
@@ -120,7 +124,9 @@ class Detokenizer(Actor):
                 text = self._push_last(event, request) if event.finish is not None else stream.push(event.tokens)
             outbox[request.reply_to].append(self._full_event(event, request, offset, text))
         for rid in message.closes:
-            requests.pop(rid, None)
+            closed = requests.pop(rid, None)
+            if closed is not None and closed.trace:
+                self._trace(closed, "closed before its end")
         for ingress, events in outbox.items():
             self.send(ingress, Texts(events))
 
@@ -139,7 +145,8 @@ class Detokenizer(Actor):
             base = [-1]
         if any(token < 0 for token in base):
             self.bad_messages += 1
-            logger.warning("request %s is not opened: its base is not packed token ids", opening.rid)
+            about = {"request": opening.rid}
+            logger.warning("request %s is not opened: its base is not packed token ids", opening.rid, extra=about)
             return
         stream = TextStream(self.pieces[opening.text.skip_special_tokens], opening.text, base, opening.characters)
         request = self.requests[opening.rid] = _Request(
@@ -149,12 +156,20 @@ class Detokenizer(Actor):
             stream,
             frozenset(opening.stop_token_ids) - self.eos_ids,
             opening.text.no_stop_trim,
+            opening.trace,
+            time.time_ns() if opening.trace else 0,
         )
         if len(self.requests) > self.config.max_requests:
             del self.requests[next(iter(self.requests))]
         if stream.backlog or stream.stop is not None:
             event = TokenEvent(opening.rid, opening.attempt, len(base), [])
             outbox[opening.reply_to].append(self._full_event(event, request, opening.characters, stream.backlog))
+
+    def _trace(self, request: _Request, error: str = "") -> None:
+        """Reports what was done for a traced request, once."""
+        attributes: dict[str, SpanValue] = {"tokens": request.stream.next, "characters": request.stream.sent}
+        self.spans.ended(request.trace, "detokenize", request.began_ns, attributes, error=error)
+        request.trace = b""
 
     def _push_last(self, event: TokenEvent, request: _Request) -> str:
         """The text of a request's last event. A stop token, which is its last token, is not text."""
@@ -178,6 +193,8 @@ class Detokenizer(Actor):
         elif finish == "stop" and tokens and tokens[-1] in request.stop_ids:
             reason = tokens[-1]
         request.finished = finish is not None
+        if request.finished and request.trace:
+            self._trace(request)
         return TextEvent(
             event.rid,
             event.attempt,

@@ -11,6 +11,8 @@ from typing import Any
 from actors.grammar.errors import BadGrammar
 
 MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+"""Of integers without bounds, whose digits small models draw for ever."""
 _UNKNOWN = (
     *("not", "if", "then", "else"),
     *("contains", "minContains", "maxContains", "unevaluatedItems"),
@@ -131,6 +133,11 @@ def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
         schema["pattern"] = f"^{_CHARACTER}{{{least},{most}}}$"
     if "number" in types and "multipleOf" in schema:
         raise BadGrammar("The JSON schema's keyword 'multipleOf' is supported for integers only.")
+    if types == ["integer"] and "multipleOf" not in schema:
+        if not {"minimum", "exclusiveMinimum"} & schema.keys():
+            schema["minimum"] = -MAX_INTEGER
+        if not {"maximum", "exclusiveMaximum"} & schema.keys():
+            schema["maximum"] = MAX_INTEGER
     if "array" in types:
         if schema.get("uniqueItems"):
             raise BadGrammar("The JSON schema's keyword 'uniqueItems' is not supported.")

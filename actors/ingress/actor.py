@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from pathlib import Path
 
 import msgspec
 import uvicorn
@@ -16,21 +17,26 @@ from actors.actor import Actor, Context, StartFailure, handles, role_of
 from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
 from actors.ingress.control import Control
+from actors.ingress.crash_dumps import CrashDumps
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
-from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
+from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Service
 from actors.ingress.tokenization import Tokenization
+from actors.ingress.tracing import Tracing
 from actors.messages import (
     ActorStats,
     CacheFlushed,
     Detokenized,
     EndRequests,
+    Profiled,
     Refused,
     Registry,
+    SpanEnded,
     Texts,
     Tokenized,
     TokenizeFailed,
@@ -61,7 +67,8 @@ class Ingress(Actor):
         self.metrics = IngressMetrics()
         self.actors = ActorFigures()
         self.engines = Engines(self.config.model, self.mailbox.add_peer)
-        self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
+        self.tracing = self._tracing()
+        self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic, self.tracing)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
         self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
@@ -73,7 +80,10 @@ class Ingress(Actor):
             self.actors,
             self.all_stats,
             self.control,
+            self.tracing,
+            self._recent(),
         )
+        self.crash_dumps = None if self.service.recent is None else CrashDumps(self.service.recent)
         self._server: Server
         self._crash: asyncio.Future[None]
 
@@ -100,6 +110,19 @@ class Ingress(Actor):
         )
         self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
 
+    def _recent(self) -> RecentRequests | None:
+        if not self.config.crash_dump_dir:
+            return None
+        crashes = self.context.run_dir / "crashes"
+        return RecentRequests(Path(self.config.crash_dump_dir), crashes, self.name, self.args.peers)
+
+    def _tracing(self) -> Tracing | None:
+        if self.config.tracing is None:
+            return None
+        from actors.ingress.span_export import OtlpExporter  # its library is an extra
+
+        return Tracing(self.config.tracing, OtlpExporter(self.config.tracing), self.name, self.incarnation)
+
     def _journal(self) -> Journal | None:
         """The memory file in which open connections are journalled, if there is one."""
         descriptor = self.context.descriptors.get(f"{self.name}.{JOURNAL}")
@@ -116,6 +139,8 @@ class Ingress(Actor):
         finally:
             asyncio.set_event_loop(None)
             loop.close()
+            if self.tracing is not None:
+                self.tracing.close()
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
@@ -126,6 +151,8 @@ class Ingress(Actor):
         loop.add_reader(self.link.shutdown_fd, self._shut_down)
         ticker = loop.create_task(self._tick())
         server = loop.create_task(self._server.serve())
+        if self.crash_dumps is not None and self.incarnation > 1:
+            self.crash_dumps.suspect(self.name, self.incarnation - 1)
         try:
             done, _ = await asyncio.wait({server, ticker, self._crash}, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
@@ -177,6 +204,7 @@ class Ingress(Actor):
 
     def stats(self) -> dict[str, float]:
         figures = self.metrics.figures()
+        figures[INCARNATION] = float(self.incarnation)
         figures["requests_in_progress"] = float(len(self.service.in_progress))
         figures["requests_live"] = float(len(self.ledger.live))
         figures["connections_open"] = float(len(self._server.server_state.connections))
@@ -185,11 +213,18 @@ class Ingress(Actor):
 
     @handles(ActorStats)
     def actor_stats(self, message: ActorStats, sender: str) -> None:
-        self.actors.update(sender, message.figures, time.monotonic())
+        self.actors.update(sender, {**message.figures, INCARNATION: message.incarnation}, time.monotonic())
+
+    @handles(SpanEnded)
+    def span_ended(self, message: SpanEnded, sender: str) -> None:
+        if self.tracing is not None:
+            self.tracing.received(sender, message)
 
     # -- messages -------------------------------------------------------------------------------------------------
 
     def peer_started(self, peer: str, incarnation: int) -> None:
+        if self.crash_dumps is not None:
+            self.crash_dumps.peer_started(peer, incarnation)
         if peer == self.config.tokenizer:
             self.tokenization.tokenizer_started()
         else:
@@ -213,7 +248,11 @@ class Ingress(Actor):
 
     @handles(CacheFlushed)
     def cache_flushed(self, message: CacheFlushed, sender: str) -> None:
-        self.control.flushed(message, sender)
+        self.control.answered(message, sender)
+
+    @handles(Profiled)
+    def profiled(self, message: Profiled, sender: str) -> None:
+        self.control.answered(message, sender)
 
     @handles(EndRequests)
     def end_requests(self, message: EndRequests, sender: str) -> None:

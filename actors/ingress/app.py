@@ -20,6 +20,7 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.health import health, health_generate, metrics
 from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
@@ -29,6 +30,7 @@ from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.openapi import Description
+from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
@@ -48,11 +50,13 @@ _OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
 _OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_START_PROFILE = msgspec.json.Decoder(StartProfileBody)
+_STOP_PROFILE = msgspec.json.Decoder(StopProfileBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 class Post(Generic[T]):
-    """An endpoint that takes a JSON document."""
+    """An endpoint that takes a JSON document. `default`: the one that a request without a body means."""
 
     public = False
 
@@ -62,22 +66,24 @@ class Post(Generic[T]):
         decoder: msgspec.json.Decoder[T],
         handle: Callable[[Service, T, Exchange], Awaitable[None]],
         wire: Wire = OPENAI,
+        default: bytes = b"",
     ) -> None:
         self._service = service
         self._decoder = decoder
         self.handle = handle
         self.body: type[T] = decoder.type
         self.wire = wire
+        self.default = default
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self.wire)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
         service.authorize(exchange)
-        request = await exchange.body(self._decoder, service.config.max_body_bytes)
+        request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
 
@@ -86,6 +92,7 @@ class Get:
     """An endpoint without a request document. `public`: no API key is asked for."""
 
     body = None
+    default = b""
     wire = OPENAI
 
     def __init__(
@@ -97,8 +104,8 @@ class Get:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        await exchange.run(self._work)
-        self._service.metrics.response(exchange.status)
+        with observed(self._service, exchange, self.public):
+            await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         if not self.public:
@@ -108,37 +115,43 @@ class Get:
 
 def create_app(service: Service) -> Starlette:
     """The application of one ingress worker."""
-    routes = [
-        Route("/", Get(service, page, public=True), methods=["GET"]),
-        Route("/status", Get(service, NodeStatus()), methods=["GET"]),
-        Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
-        Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
-        Route("/v1/models", Get(service, list_models), methods=["GET"]),
-        Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
-        Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
-        Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
-        Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
-        Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
-        Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
-        Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
-        Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
-        Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
-        Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
-        Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-        Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
-        Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
-        Route("/health", Get(service, health, public=True), methods=["GET"]),
-        Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
-        Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
-        Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
-        Route("/load", Get(service, admin.load), methods=["GET"]),
-        Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
-        Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
-        Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
-        Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
-    ]
-    routes.append(Route("/openapi.json", Get(service, Description(routes), public=True), methods=["GET"]))
-    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error})
+    app = Starlette(
+        routes=[
+            Route("/", Get(service, page, public=True), methods=["GET"]),
+            Route("/status", Get(service, NodeStatus()), methods=["GET"]),
+            Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
+            Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
+            Route("/v1/models", Get(service, list_models), methods=["GET"]),
+            Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+            Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+            Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
+            Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+            Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
+            Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
+            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
+            Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
+            Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
+            Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
+            Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
+            Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
+            Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
+            Route("/health", Get(service, health, public=True), methods=["GET"]),
+            Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+            Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
+            Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+            Route("/start_profile", Post(service, _START_PROFILE, start_profile, default=b"{}"), methods=["POST"]),
+            Route("/stop_profile", Post(service, _STOP_PROFILE, stop_profile, default=b"{}"), methods=["POST"]),
+            Route("/load", Get(service, admin.load), methods=["GET"]),
+            Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
+            Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
+            Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
+            Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
+        ],
+        exception_handlers={HTTPException: _http_error},
+    )
+    description = Get(service, Description(app.routes), public=True)
+    app.router.routes.append(Route("/openapi.json", description, methods=["GET"]))
+    return app
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -8,6 +8,7 @@ from msgspec import Meta, Struct
 
 from actors.ingress.parsers.reasoning import ReasoningFormat
 from actors.ingress.parsers.tool_calls import ToolCallFormat
+from actors.ingress.tracing import TracingConfig
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -37,6 +38,10 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         status_socket: path of a Unix socket at which the node tells its supervision tree; empty if there is none.
         tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
         reasoning_parser: the format of the model's reasoning; None leaves it in the content.
+        tracing: where spans go; None traces nothing.
+        access_log: one line for each request that has been answered.
+        cache_report: whether answers say how many tokens of the prompt were cached.
+        crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -58,3 +63,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     status_socket: str = ""
     tool_call_parser: ToolCallFormat | None = None
     reasoning_parser: ReasoningFormat | None = None
+    tracing: TracingConfig | None = None
+    access_log: bool = False
+    cache_report: bool = True
+    crash_dump_dir: str = ""

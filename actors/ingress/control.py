@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from actors.ingress.errors import ApiError
 from actors.ingress.pieces import new_rid
-from actors.messages import CacheFlushed, EndRequests, FlushCache, Message
+from actors.messages import CacheFlushed, EndRequests, FlushCache, Message, Profile, Profiled
 
 FLUSH_TIMEOUT_S = 10.0
+PROFILE_TIMEOUT_S = 300.0
 ASK_AGAIN_S = 1.0
 
 
@@ -24,7 +25,7 @@ class Control:
     def __init__(self, send: Callable[[str, Message], bool], others: Sequence[str]) -> None:
         self._send = send
         self._others = others
-        self._answers: dict[str, dict[str, str]] = {}
+        self._answers: dict[str, dict[str, CacheFlushed | Profiled]] = {}
         self._news = asyncio.Event()
 
     def end_elsewhere(self, name: str) -> None:
@@ -36,25 +37,52 @@ class Control:
         """Has schedulers forget what they have cached; the refusals of those that have not. Raises ApiError when one
         does not answer."""
         rid = new_rid()
-        answers = self._answers[rid] = {}
-        deadline = asyncio.get_running_loop().time() + FLUSH_TIMEOUT_S
-        try:
-            while missing := [each for each in schedulers if each not in answers]:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise ApiError(503, f"No answer of {', '.join(missing)} within {FLUSH_TIMEOUT_S:g} seconds.")
-                for scheduler in missing:
-                    self._send(scheduler, FlushCache(rid))
-                await self._wait(lambda: len(answers) >= len(schedulers))
-        finally:
-            del self._answers[rid]
-        return [refusal for refusal in answers.values() if refusal]
 
-    def flushed(self, message: CacheFlushed, sender: str) -> None:
-        """A scheduler has answered; what nobody waits for any more is dropped."""
+        def ask(missing: list[str]) -> None:
+            for scheduler in missing:
+                self._send(scheduler, FlushCache(rid))
+
+        answers = await self._ask(rid, schedulers, ask, FLUSH_TIMEOUT_S)
+        return [each.refusal for each in answers if isinstance(each, CacheFlushed) and each.refusal]
+
+    async def profile(self, ranks: Mapping[str, Sequence[str]], message: Profile) -> list[Profiled]:
+        """Has ranks begin or end a profile; what each of them answers. Raises ApiError when one does not.
+
+        Args:
+            ranks: of each engine, by its scheduler.
+        """
+
+        def ask(missing: list[str]) -> None:
+            for scheduler, names in ranks.items():
+                if not set(names).isdisjoint(missing):
+                    self._send(scheduler, message)
+
+        every = [name for names in ranks.values() for name in names]
+        answers = await self._ask(message.rid, every, ask, PROFILE_TIMEOUT_S)
+        return [each for each in answers if isinstance(each, Profiled)]
+
+    def answered(self, message: CacheFlushed | Profiled, sender: str) -> None:
+        """Somebody has answered; what nobody waits for any more is dropped."""
         answers = self._answers.get(message.rid)
         if answers is not None:
-            answers[sender] = message.refusal
+            answers[sender] = message
             self._news.set()
+
+    async def _ask(
+        self, rid: str, actors: Sequence[str], ask: Callable[[list[str]], None], limit_s: float
+    ) -> list[CacheFlushed | Profiled]:
+        """Asks until all have answered, in the order of `actors`. `ask` is given those that have not."""
+        answers = self._answers[rid] = {}
+        deadline = asyncio.get_running_loop().time() + limit_s
+        try:
+            while missing := [each for each in actors if each not in answers]:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise ApiError(503, f"No answer of {', '.join(missing)} within {limit_s:g} seconds.")
+                ask(missing)
+                await self._wait(lambda: all(each in answers for each in actors))
+        finally:
+            del self._answers[rid]
+        return [answers[each] for each in actors]
 
     async def _wait(self, done: Callable[[], bool]) -> None:
         """Until it is done, or time to ask again."""

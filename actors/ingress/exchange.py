@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 BODY_CHUNK_TIMEOUT_S = 30.0
 MAX_DISCARDED_BYTES = 64 * 2**20
 
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+"""What is taken over of a client's `X-Request-Id`; others are as if they had not been sent."""
 _JSON = [(b"content-type", b"application/json")]
 DONE = b"data: [DONE]\n\n"
 
@@ -38,14 +41,19 @@ class Exchange:
     Attributes:
         work: what is journalled of the request.
         status: of the answer, once it has begun.
+        on_body: told the request's body, if it is a right one.
+        request_id: the client's own name for the request (`X-Request-Id`), else its identity; the answer repeats it.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, wire: Wire = OPENAI) -> None:
         self.scope = scope
         self._wire = wire
         self.work: Work = scope["state"]["work"]
+        given = self.header(b"x-request-id")
+        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else self.work.identity.rid
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
+        self.on_body: Callable[[bytes], None] | None = None
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -60,17 +68,31 @@ class Exchange:
                 return bytes(value)
         return b""
 
-    async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int) -> T:
-        """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants."""
+    async def body(self, decoder: msgspec.json.Decoder[T], max_bytes: int, default: bytes = b"") -> T:
+        """The request's JSON body. Raises ApiError when it is too large, slow, or not what the decoder wants.
+
+        Args:
+            default: stands for a body that is not there; not for browsers, which name an origin.
+        """
+        if default and not self._has_body and not self.header(b"origin"):
+            await self._read(max_bytes)
+            return decoder.decode(default)
         kind = self.header(b"content-type").partition(b";")[0].strip().lower()
         # Browsers name an origin, and let any page send what does not say that it is JSON.
         if kind != b"application/json" and (not self._wire.any_type or self.header(b"origin")):
             raise ApiError(415, "The Content-Type header must be application/json.")
         data = await self._read(max_bytes)
         try:
-            return decoder.decode(data)
+            document = decoder.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
             raise from_decoding(error) from None
+        if self.on_body is not None:
+            self.on_body(data)
+        return document
+
+    @property
+    def _has_body(self) -> bool:
+        return self.header(b"content-length") not in (b"", b"0") or bool(self.header(b"transfer-encoding"))
 
     async def _read(self, max_bytes: int) -> bytes:
         too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
@@ -104,8 +126,8 @@ class Exchange:
     async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """The whole answer, a JSON document unless `headers` name another type."""
         self.status = status
-        length = [(b"content-length", str(len(body)).encode())]
-        await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + length})
+        own = [(b"content-length", str(len(body)).encode()), (b"x-request-id", self.request_id.encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + own})
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, data: bytes) -> None:
@@ -118,7 +140,8 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            await self._send({"type": "http.response.start", "status": 200, "headers": self._wire.stream_headers})
+            headers = [*self._wire.stream_headers, (b"x-request-id", self.request_id.encode())]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     @property
@@ -169,7 +192,8 @@ class Exchange:
         except ApiError as error:
             await self.fail(error)
         except Exception:
-            logger.exception("an error in %s", self.scope["path"])
+            about = {"request": self.work.identity.rid, "request_id": self.request_id}
+            logger.exception("an error in %s", self.scope["path"], extra=about)
             await self.fail(internal())
 
     async def disconnected(self) -> None:

@@ -32,6 +32,7 @@ class Generation:
             single one as `rid`.
         prompts: token ids (i32) of each prompt, and how many tokens its answers may have.
         n: answers to each prompt; the i-th one draws with the seed plus i.
+        cache_report: whether `cached_tokens` tells what was cached.
         eager: whether `progress` gives what has arrived, or waits until everything has.
     """
 
@@ -48,6 +49,7 @@ class Generation:
         priority: int = 0,
         extra_key: str = "",
         eager: bool = False,
+        cache_report: bool = True,
     ) -> None:
         identity = work.identity
         rid, arrived_at = identity.rid, identity.arrived_at
@@ -64,6 +66,7 @@ class Generation:
                 arrived_at + timeout_s,
                 priority,
                 extra_key,
+                work.trace,
             )
             for i, (prompt, max_tokens) in enumerate(prompts)
             for j in range(n)
@@ -71,6 +74,7 @@ class Generation:
         self._ledger = ledger
         self._work = work
         self._eager = eager
+        self.cache_report = cache_report
         self._n = n
         self._unfinished = len(self.entries)
         self._ready: dict[Entry, None] = {}  # an ordered set
@@ -103,8 +107,9 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were found in the prefix cache, counted like `prompt_tokens`."""
-        return sum(entry.cached_tokens for entry in self.entries[:: self._n])
+        """Prompt tokens that were found in the prefix cache, counted like `prompt_tokens`; 0 if that is not to be
+        told."""
+        return sum(entry.cached_tokens for entry in self.entries[:: self._n]) if self.cache_report else 0
 
     @property
     def completion_tokens(self) -> int:

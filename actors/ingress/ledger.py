@@ -8,6 +8,7 @@ token reaches the client once. It knows nothing of HTTP, and does nothing by its
 from __future__ import annotations
 
 import logging
+import time
 from array import array
 from collections.abc import Callable, Iterable
 from typing import Protocol
@@ -18,6 +19,7 @@ from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.metrics import IngressMetrics
 from actors.ingress.pieces import Piece
+from actors.ingress.tracing import Tracing, attempt_context, since_1970_ns
 from actors.messages import (
     Abort,
     Acknowledge,
@@ -33,6 +35,7 @@ from actors.messages import (
     TextParams,
     Unknown,
 )
+from actors.spans import SpanValue
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,8 @@ class Entry:
         attempt: how often it was handed to a scheduler before.
         finish: why it ended, None while it is live.
         prompt_logprobs: once they have arrived.
+        trace: context of the trace that it belongs to; empty if it is not traced.
+        placed_ns: when it was handed to the scheduler, since 1970, if it is traced. events: since then.
     """
 
     __slots__ = (
@@ -84,11 +89,13 @@ class Entry:
         "cached_tokens",
         "characters",
         "deadline",
+        "events",
         "extra_key",
         "finish",
         "index",
         "listener",
         "output",
+        "placed_ns",
         "priority",
         "progressed_at",
         "prompt",
@@ -102,6 +109,7 @@ class Entry:
         "stalls_at",
         "stop_reason",
         "text",
+        "trace",
     )
 
     def __init__(
@@ -116,6 +124,7 @@ class Entry:
         deadline: float = 0.0,
         priority: int = 0,
         extra_key: str = "",
+        trace: bytes = b"",
     ) -> None:
         self.rid = rid
         self.index = index
@@ -126,6 +135,9 @@ class Entry:
         self.deadline = deadline
         self.priority = priority
         self.extra_key = extra_key
+        self.trace = trace
+        self.placed_ns = 0
+        self.events: list[tuple[int, str]] = []
         self.output = array("i")
         self.characters = 0
         self.scheduler: str | None = None
@@ -174,6 +186,7 @@ class Ledger:
         engines: where requests can go.
         stall_s: a request without progress for so long is asked for again; doubles for each time, up to a minute.
         clock: seconds, monotonic.
+        tracing: takes the spans of traced requests.
     """
 
     def __init__(
@@ -183,6 +196,7 @@ class Ledger:
         metrics: IngressMetrics,
         stall_s: float,
         clock: Callable[[], float],
+        tracing: Tracing | None = None,
     ) -> None:
         self.live: dict[str, Entry] = {}
         self._send = send
@@ -191,6 +205,7 @@ class Ledger:
         self._metrics = metrics
         self._stall_s = stall_s
         self._clock = clock
+        self._tracing = tracing
         self._finished: dict[str, list[str]] = {}
         self._met: set[str] = set()
 
@@ -199,12 +214,18 @@ class Ledger:
     def submit(self, entry: Entry) -> None:
         """Takes on a request. It waits here while no engine is known."""
         self.live[entry.rid] = entry
+        if entry.trace and entry.attempt:
+            entry.placed_ns = since_1970_ns(entry.arrived_at)
+            entry.attempt -= 1
+            self._trace(entry, "the ingress worker was restarted")
+            entry.attempt += 1
         self._place(entry)
 
     def abort(self, entry: Entry) -> None:
         """Forgets a request whose client is gone or whose time is up, and has the engine free what it holds."""
         if self.live.pop(entry.rid, None) is None:
             return
+        self._trace(entry, "aborted")
         self._counters["num_aborted_requests"] += 1
         if entry.scheduler is not None:
             self._send(entry.scheduler, Abort(entry.rid))
@@ -339,6 +360,7 @@ class Ledger:
 
     def _finish(self, entry: Entry, now: float) -> None:
         del self.live[entry.rid]
+        self._trace(entry)
         assert entry.scheduler is not None  # only a scheduler that has the request makes tokens for it
         self._finished.setdefault(entry.scheduler, []).append(entry.rid)
         self._metrics.e2e_latency.observe(now - entry.arrived_at)
@@ -348,11 +370,13 @@ class Ledger:
 
     def _fail(self, entry: Entry, error: ApiError) -> None:
         del self.live[entry.rid]
+        self._trace(entry, error.message)
         self._counters["num_aborted_requests"] += 1
         entry.listener.failed(entry, error)
 
     def _again(self, entry: Entry, elsewhere: bool = False) -> None:
         """Hands a request on under a new number, so that nothing of the old attempt is taken for the new one's."""
+        self._trace(entry, "handed on again")
         entry.attempt += 1
         entry.listener.attempted(entry)
         self._counters["recoveries"] += 1
@@ -374,6 +398,9 @@ class Ledger:
         entry.stalls_at = now + entry.stall_s
         entry.resend_at = now + RESEND_INTERVAL_S
         self._counters["attempts"] += 1
+        trace = b""
+        if entry.trace:
+            trace, entry.placed_ns = attempt_context(entry.trace, entry.rid, entry.attempt), time.time_ns()
         self._send(
             entry.scheduler,
             Generate(
@@ -387,8 +414,25 @@ class Ledger:
                 priority=entry.priority,
                 extra_key=entry.extra_key,
                 timeout_s=max(0.001, entry.deadline - now) if entry.deadline else 0.0,
+                trace=trace,
             ),
         )
+
+    def _trace(self, entry: Entry, error: str = "") -> None:
+        """Exports the span of a traced request's present attempt, which is over."""
+        if self._tracing is None or not entry.trace or not entry.placed_ns:
+            return
+        attributes: dict[str, SpanValue] = {
+            "runtime.scheduler": entry.scheduler or "",
+            "gen_ai.usage.input_tokens": entry.prompt_tokens,
+            "gen_ai.usage.output_tokens": len(entry.output),
+            "runtime.cached_tokens": entry.cached_tokens,
+            "gen_ai.response.finish_reasons": entry.finish or "",
+        }
+        self._tracing.attempt_ended(
+            entry.trace, entry.rid, entry.attempt, entry.placed_ns, attributes, entry.events, error
+        )
+        entry.placed_ns, entry.events = 0, []
 
     def _ask_for_missing(self, entry: Entry, now: float) -> None:
         if entry.scheduler is None:
@@ -400,6 +444,8 @@ class Ledger:
     def _observe_tokens(self, entry: Entry, count: int, now: float) -> None:
         if not entry.output:
             self._metrics.time_to_first_token.observe(now - entry.arrived_at)
+            if entry.trace:
+                entry.events.append((time.time_ns(), "first token"))
             count_between = count - 1
         else:
             count_between = count

@@ -7,12 +7,13 @@ whichever worker a scrape reaches can answer for all of them; each series carrie
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 
 FORGET_AFTER_S = 30.0
 """Figures of an actor that has not reported for so long are no longer shown."""
@@ -50,27 +51,21 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
 }
 SCHEDULER_GAUGES = (
-    *("num_running_reqs", "num_queue_reqs", "token_usage", "cache_hit_rate", "gen_throughput"),
-    *("spec_accept_rate", "spec_accept_length"),
+    *("num_running_reqs", "num_queue_reqs", "num_grammar_queue_reqs", "token_usage", "num_used_tokens"),
+    *("max_total_num_tokens", "cache_hit_rate", "gen_throughput", "spec_accept_rate", "spec_accept_length"),
+    *("num_prefill_inflight_queue_reqs", "num_decode_transfer_queue_reqs"),
 )
+SCHEDULER_COUNTERS = {
+    "retractions": ("sglang:num_retracted_requests", "Requests that had to wait again as KV pages ran out."),
+    "transfers_failed": ("sglang:num_transfer_failed_reqs", "KV transfers that failed and were begun anew."),
+}
+QUEUE_TIME = "queue_time_seconds"
+MESSAGE_ERRORS = ("bad", "malformed", "oversized", "stale", "lost", "unknown_sender", "undelivered", "refused")
+"""Kinds of messages that an actor has not sent, received or understood; see `MailboxCounters`."""
+INCARNATION = "incarnation"
+"""Among an actor's figures: how often it has been started."""
 _RESPONSES = "http_responses:"
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
-
-
-class Histogram:
-    """Counts of values by upper bound."""
-
-    __slots__ = ("_bounds", "counts", "sum")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        """Counts a value `times` times."""
-        self.counts[bisect_left(self._bounds, value)] += times
-        self.sum += value * times
 
 
 class IngressMetrics:
@@ -93,9 +88,7 @@ class IngressMetrics:
         figures |= {f"{_RESPONSES}{status}": float(count) for status, count in self.responses.items()}
         histograms = (self.time_to_first_token, self.inter_token_latency, self.e2e_latency)
         for name, histogram in zip(HISTOGRAMS, histograms, strict=True):
-            figures[f"{name}:sum"] = histogram.sum
-            for i, count in enumerate(histogram.counts):
-                figures[f"{name}:{i}"] = float(count)
+            figures |= histogram.figures(name)
         return figures
 
 
@@ -150,23 +143,68 @@ class _Exposition(Collector):
                 if name.startswith(_RESPONSES):
                     responses.add_metric([name.removeprefix(_RESPONSES), actor], value)
         yield responses
+        yield from self._schedulers(labels)
+        yield from self._actors(labels)
         yield from self._gauges(labels, set(ingresses))
+
+    def _schedulers(self, labels: list[str]) -> Iterator[Metric]:
+        """What SGLang's schedulers count; as there, the label `engine_type` says what an engine does."""
+        labels = [*labels, "engine_type"]
+        schedulers = {
+            actor: ([self._model, actor, _engine_type(figures)], figures)
+            for actor, figures in self._figures.items()
+            if not figures.keys().isdisjoint(SCHEDULER_GAUGES)
+        }
+        for name in SCHEDULER_GAUGES:
+            gauge = GaugeMetricFamily(f"sglang:{name}", f"{name} of an engine.", labels=labels)
+            for values, figures in schedulers.values():
+                if name in figures:
+                    gauge.add_metric(values, figures[name])
+            yield gauge
+        for name, (full_name, text) in SCHEDULER_COUNTERS.items():
+            counter = CounterMetricFamily(full_name, text, labels=labels)
+            for values, figures in schedulers.values():
+                counter.add_metric(values, figures.get(name, 0.0))
+            yield counter
+        histogram = HistogramMetricFamily(f"sglang:{QUEUE_TIME}", "Time until a request gets a slot.", labels=labels)
+        for values, figures in schedulers.values():
+            buckets = _cumulative(figures, QUEUE_TIME, QUEUE_TIME_BOUNDS)
+            histogram.add_metric(values, buckets, figures.get(f"{QUEUE_TIME}:sum", 0.0))
+        yield histogram
+
+    def _actors(self, labels: list[str]) -> Iterator[Metric]:
+        """What all actors count."""
+        restarts = CounterMetricFamily("runtime:actor_restarts", "Times that an actor was started anew.", labels=labels)
+        text = "Messages of an actor that were lost, late, refused or not understood."
+        errors = CounterMetricFamily("runtime:message_errors", text, labels=[*labels, "kind"])
+        for actor, figures in self._figures.items():
+            restarts.add_metric([self._model, actor], max(0.0, figures.get(INCARNATION, 1.0) - 1.0))
+            for kind in MESSAGE_ERRORS:
+                errors.add_metric([self._model, actor, kind], figures.get(f"messages_{kind}", 0.0))
+        yield restarts
+        yield errors
 
     def _gauges(self, labels: list[str], ingresses: set[str]) -> Iterator[Metric]:
         families: dict[str, GaugeMetricFamily] = {}
         for actor, figures in self._figures.items():
             for name, value in figures.items():
-                if actor in ingresses and (name in COUNTERS or ":" in name):
+                if ":" in name or name in SCHEDULER_GAUGES or name == INCARNATION:
                     continue  # shown above
-                if name in SCHEDULER_GAUGES:
-                    full_name = f"sglang:{name}"
-                else:
-                    full_name = f"runtime:actor_{_NOT_IN_A_NAME.sub('_', name)}"
+                if actor in ingresses and name in COUNTERS:
+                    continue
+                full_name = f"runtime:actor_{_NOT_IN_A_NAME.sub('_', name)}"
                 family = families.setdefault(
                     full_name, GaugeMetricFamily(full_name, f"{name} of an actor.", labels=labels)
                 )
                 family.add_metric([self._model, actor], value)
         yield from families.values()
+
+
+def _engine_type(figures: dict[str, float]) -> str:
+    """The role of a scheduler's engine, by figures that only such schedulers have."""
+    if "prefills" in figures:
+        return "prefill"
+    return "decode" if "prefill_engines" in figures else "unified"
 
 
 def _cumulative(figures: dict[str, float], name: str, bounds: Iterable[float]) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import Any, Protocol, cast
 
 import msgspec
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
@@ -98,11 +98,13 @@ class Endpoint(Protocol):
     Attributes:
         handle: its docstring says what the endpoint does.
         body: type of the JSON document that it takes; None if it takes none.
+        default: the document that a request without one means; empty if there is none.
         public: no API key is asked for.
     """
 
     handle: Any
     body: type[Any] | None
+    default: bytes
     public: bool
     wire: Wire
 
@@ -114,7 +116,7 @@ class Description:
         routes: whose endpoints are each an `Endpoint`. What is added to the list later is described too.
     """
 
-    def __init__(self, routes: Sequence[Route]) -> None:
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
         self._routes = routes
         self._document = b""
 
@@ -125,13 +127,14 @@ class Description:
         await exchange.answer(self._document)
 
 
-def describe(routes: Sequence[Route], locked: bool) -> dict[str, Any]:
+def describe(routes: Sequence[BaseRoute], locked: bool) -> dict[str, Any]:
     """An OpenAPI 3.1 document.
 
     Args:
         locked: an API key is asked for.
     """
-    endpoints = [cast(Endpoint, route.endpoint) for route in routes]
+    described = [route for route in routes if isinstance(route, Route)]
+    endpoints = [cast(Endpoint, route.endpoint) for route in described]
     bodies = {endpoint.body: None for endpoint in endpoints if endpoint.body is not None}
     references, schemas = msgspec.json.schema_components(list(bodies), ref_template=_REFERENCE + "{name}")
     names = {name: _short(name) for name in schemas}
@@ -153,7 +156,7 @@ def describe(routes: Sequence[Route], locked: bool) -> dict[str, Any]:
             "bearer": {"type": "http", "scheme": "bearer"},
             "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
         }
-    for route in routes:
+    for route in described:
         operations = document["paths"].setdefault(route.path.replace(":path}", "}"), {})
         for method in sorted((route.methods or set()) - {"HEAD"}):
             operations[method.lower()] = _operation(route, method, told, locked)
@@ -182,7 +185,10 @@ def _operation(route: Route, method: str, told: dict[Any, Any], locked: bool) ->
         },
     }
     if endpoint.body is not None:
-        operation["requestBody"] = {"required": True, "content": {_JSON: {"schema": told[endpoint.body]}}}
+        operation["requestBody"] = {
+            "required": not endpoint.default,
+            "content": {_JSON: {"schema": told[endpoint.body]}},
+        }
     parameters = [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in route.param_convertors]
     if parameters:
         operation["parameters"] = parameters

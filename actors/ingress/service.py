@@ -18,7 +18,9 @@ from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.pieces import new_rid
+from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
+from actors.ingress.tracing import Tracing
 from actors.messages import ChatPrompt, Detokenize, Detokenized, SamplingParams, TextParams, TextPrompt, Tokenize
 
 MAX_CHOICES = 1024
@@ -33,6 +35,8 @@ class Service:
     Attributes:
         metrics: what this worker counts; `figures` gives all of its figures.
         control: what other actors are asked to do beside generating.
+        tracing: None if nothing is traced.
+        recent: None if no requests are kept for the case of a crash.
         actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -48,6 +52,8 @@ class Service:
         actors: ActorFigures,
         figures: Callable[[], dict[str, float]],
         control: Control,
+        tracing: Tracing | None = None,
+        recent: RecentRequests | None = None,
     ) -> None:
         self.config = config
         self.name = name
@@ -57,6 +63,8 @@ class Service:
         self.actors = actors
         self.figures = figures
         self.control = control
+        self.tracing = tracing
+        self.recent = recent
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._names: dict[str, list[Entry]] = {}
@@ -113,7 +121,9 @@ class Service:
         """Token ids (i32) of a request's prompts. Raises ApiError for one that cannot be encoded or is no prompt."""
         if exchange.work.prompts is not None:
             return exchange.work.prompts
-        answers = await asyncio.gather(*map(self._tokenize, prompts), return_exceptions=True)
+        answers = await asyncio.gather(
+            *(self._tokenize(prompt, exchange.work.trace) for prompt in prompts), return_exceptions=True
+        )
         tokens: list[bytes] = []
         for answer in answers:
             if isinstance(answer, BaseException):
@@ -183,6 +193,7 @@ class Service:
             priority=priority,
             extra_key=extra_key,
             eager=eager,
+            cache_report=self.config.cache_report,
         )
 
     def check_choices(self, prompts: int, n: int) -> None:
@@ -217,11 +228,11 @@ class Service:
             if not name or entry in named or re.split("[-_]", name, maxsplit=1)[-1] == rid:
                 self.ledger.end(entry)
 
-    async def _tokenize(self, prompt: Prompt) -> bytes:
+    async def _tokenize(self, prompt: Prompt, trace: bytes) -> bytes:
         if isinstance(prompt, list):
             self.check_token_ids(prompt, "prompt")
             return array("i", prompt).tobytes()
-        return await self.tokenization.tokens(Tokenize(new_rid(), prompt))
+        return await self.tokenization.tokens(Tokenize(new_rid(), prompt, trace))
 
 
 async def _watch_connection(exchange: Exchange) -> None:

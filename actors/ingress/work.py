@@ -17,6 +17,7 @@ class Work:
         identity: drawn when the request arrived.
         begun: the answer is a stream, and a part of it was sent.
         covered: pieces whose text the answer holds so far.
+        trace: context of the trace that the request belongs to; empty if it is not traced.
         old: (choice, piece), what an earlier incarnation has received: if a part was sent, what that part was made from
             comes as a group of its own. Empty for a new request.
     """
@@ -27,6 +28,7 @@ class Work:
         self._attempts = past.attempts if past.identity is not None else None
         self.begun = past.begun
         self.covered = past.covered
+        self.trace = b""
         self.old: list[list[tuple[int, Piece]]] = []
         self._received = len(past.pieces)
         if past.identity is not None:

@@ -27,6 +27,7 @@ from actors.messages import (
     Received,
     ReceiveFailed,
 )
+from actors.spans import SpanValue
 from transport import Arena
 from transport.transfer import Region, TransferSettings, TransferUnavailable, create_engine
 
@@ -140,7 +141,7 @@ class KvReceiver(Actor):
             return
         if len(set(pages)) != len(pages):
             raise BadMessage(f"transfer {message.transfer} is to fill a page twice")
-        transfer = Transfer(message.transfer, message.sender, message.first, pages)
+        transfer = Transfer(message.transfer, message.sender, message.first, pages, message.trace)
         self.transfers[transfer.name] = transfer
         if len(self.transfers) > MAX_TRANSFERS:
             self._fail(transfer, f"{MAX_TRANSFERS} transfers are under way already")
@@ -367,6 +368,7 @@ class KvReceiver(Actor):
 
     def _complete(self, transfer: Transfer) -> None:
         transfer.over = True
+        self._trace(transfer)
         self.received += 1
         self.nbytes += transfer.nbytes
         self._tell(transfer, Received(transfer.name, transfer.nbytes))
@@ -387,6 +389,7 @@ class KvReceiver(Actor):
     def _finish(self, transfer: Transfer) -> None:
         """Nothing is written for the transfer any more."""
         transfer.over = True
+        self._trace(transfer, transfer.reason or str(transfer.end))
         if transfer.end is End.DROPPED:
             del self.former[transfer.name]
             if not self.former:
@@ -401,6 +404,10 @@ class KvReceiver(Actor):
             self.failed += 1
             logger.warning("transfer %s has failed: %s", transfer.name, transfer.reason)
             self._tell(transfer, ReceiveFailed(transfer.name, transfer.reason))
+
+    def _trace(self, transfer: Transfer, error: str = "") -> None:
+        attributes: dict[str, SpanValue] = {"pages": len(transfer.pages), "bytes": transfer.nbytes}
+        self.spans.ended(transfer.trace, "kv receive", transfer.began_ns, attributes, error=error)
 
     def _tell(self, transfer: Transfer, message: Received | ReceiveFailed) -> None:
         del self.transfers[transfer.name]

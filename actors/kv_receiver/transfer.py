@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,13 +63,16 @@ class Transfer:
         asked: when confirmation was last asked for, 0.0 if it was not yet.
         failures: reads that have failed and confirmations that were refused, since the sender was started.
         retry_at: when postponed pages are tried again.
+        trace: the trace that it belongs to. began_ns: when it was announced, since 1970.
     """
 
-    def __init__(self, name: str, sender: str, first: int, pages: Sequence[int]) -> None:
+    def __init__(self, name: str, sender: str, first: int, pages: Sequence[int], trace: bytes = b"") -> None:
         self.name = name
         self.sender = sender
         self.first = first
         self.pages = pages
+        self.trace = trace
+        self.began_ns = time.time_ns()
         self.reads: dict[int, Read] = {}
         self.end: End | None = None
         self.over = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from array import array
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -44,6 +45,8 @@ class _Transfer:
     epoch: Epoch
     pages: dict[int, int] = field(default_factory=dict)
     """The pages offered in this epoch, by their index in the sequence."""
+    trace: bytes = b""
+    began_ns: int = field(default_factory=time.time_ns)
 
 
 class KvSender(Actor):
@@ -99,6 +102,7 @@ class KvSender(Actor):
         if transfer is None:
             transfer = self._open(message.transfer, message.receiver)
         transfer.pages.update(offered)
+        transfer.trace = message.trace
         self.offers += 1
         self.pages_offered += len(pages)
         self._pass_on(message.transfer, transfer, message.first, message.pages)
@@ -109,7 +113,9 @@ class KvSender(Actor):
         self._check_scheduler(message, sender)
         if message.transfers:
             for name in message.transfers:
-                self.transfers.pop(name, None)
+                ended = self.transfers.pop(name, None)
+                if ended is not None:
+                    self.spans.ended(ended.trace, "kv send", ended.began_ns, {"pages": len(ended.pages)})
         else:
             self.transfers.clear()
         self.send(sender, Withdrawn(message.transfers))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import time
 from collections import deque
 from pathlib import Path
 
@@ -12,14 +13,18 @@ import torch
 
 from actors.actor import Actor, BadMessage, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.messages import Attach, Attached, Compile, Step
+from actors.messages import Attach, Attached, Compile, Profile, Step
 from actors.rank.config import RankConfig
 from actors.rank.executor import Executor, build_executor
 from actors.rank.group import JOIN_TIMEOUT_S, Group
+from actors.rank.profiler import Profiler, Refusal
+from actors.rank.traces import SlotTraces
 
 logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PROFILE_LIMIT_S = 600.0
+"""What the writing of a profile may take."""
 SECONDS_PER_TOKEN = 0.05
 """What a token of a step may add to the time after which the rank counts as hung."""
 
@@ -57,6 +62,8 @@ class Rank(Actor):
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
         self.watched.append(self.executor.grammars.fd)
+        self.profiler = Profiler(self.name, self.executor.device, self.context.run_dir / "profiles")
+        self.traces = SlotTraces(self.spans, self.after)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.source:
@@ -97,6 +104,16 @@ class Rank(Actor):
     def compile(self, message: Compile, sender: str) -> None:
         """Compiles a constraint beside the steps."""
         self.executor.grammars.want(message.constraint, sender)
+
+    @handles(Profile)
+    def profile(self, message: Profile, sender: str) -> None:
+        """Begins or ends a profile of this rank, and has the others do the same."""
+        for follower in self.followers:
+            self.send(follower, message)
+        self.link.doing("writing a profile", PROFILE_LIMIT_S)
+        answer = self.profiler.ask(message)
+        if message.reply_to in self.mailbox.peers:
+            self.send(message.reply_to, answer)
 
     @handles(Step)
     def step(self, message: Step, sender: str) -> None:
@@ -140,8 +157,10 @@ class Rank(Actor):
         self.link.doing(f"step {step.number}", self.args.busy_limit_s + SECONDS_PER_TOKEN * tokens)
         for follower in self.followers:
             self.send(follower, step)
+        began_ns = time.time_ns()
         try:
-            result = self.executor.execute(step)
+            with self.profiler.step(step.number):
+                result = self.executor.execute(step)
         except BadMessage as error:  # on every rank alike, before the first collective
             self.bad_messages += 1
             logger.warning("dropped step %d of %s: %s", step.number, self.source, error)
@@ -149,12 +168,21 @@ class Rank(Actor):
         self.steps_run += 1
         self.tokens_run += tokens
         self.busy_s += result.duration_s
+        if step.opens or self.traces:
+            self.traces.ran(step, began_ns)
         if self.config.rank == 0 and self.source is not None:
             self.send(self.source, result)
+        if self.profiler.due:
+            self.link.doing("writing a profile", PROFILE_LIMIT_S)
+            try:
+                self.profiler.finish()
+            except Refusal as refusal:
+                logger.error("%s", refusal)
 
     def _forget_steps(self) -> None:
         self.steps_ignored += len(self.steps)
         self.steps.clear()
+        self.traces.end_all()
 
 
 def _keep_freed_memory() -> None:

@@ -20,6 +20,7 @@ from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, T
 from actors.rank.config import RankConfig
 from actors.rank.decode import DecodeGraphs
 from actors.rank.group import Group
+from actors.rank.hidden import HiddenGraphs
 from actors.rank.models import Model, model_class
 from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
@@ -104,8 +105,11 @@ class Executor:
         # One replayed call instead of a few hundred made from Python. Collectives stand between the kernels of a group,
         # and on CUDA devices the kernels are torch's own: there decode steps go the way of all others.
         self.graphs: DecodeGraphs | None = None
+        self._hidden_graphs: HiddenGraphs | None = None
         if self.device.type == "cpu" and group.tp == 1:
-            self.graphs = DecodeGraphs(model, cache, self._page_table, config.max_model_len, config.max_step_tokens)
+            sizes = config.max_model_len, config.max_step_tokens
+            self.graphs = DecodeGraphs(model, cache, self._page_table, *sizes)
+            self._hidden_graphs = HiddenGraphs(model, cache, self._page_table, *sizes)
         # States of the last tokens of chunks, by slot and position: the next chunk's first prompt logprob needs one.
         self._tails: dict[int, dict[int, Tensor]] = {}
 
@@ -148,7 +152,7 @@ class Executor:
         self._open(step)
         self._check_slots(rows)
         ids = self._ids(rows)
-        hidden = self.model.hidden(ids, self._meta(rows), self.cache)
+        hidden = self._hidden(rows, ids)
         of_prompts = self._prompt_logprobs(rows, ids, hidden)
         tokens, of_tokens = self._sample(rows, hidden)
         return StepResult(step.number, tokens.tobytes(), of_tokens, of_prompts, time.perf_counter() - started)
@@ -335,6 +339,13 @@ class Executor:
                 return drawn
             ids[self._index(rows.offsets[rows.unknown])] = drawn
         return ids
+
+    def _hidden(self, rows: Rows, ids: Tensor) -> Tensor:
+        if self._hidden_graphs is not None:
+            states = self._hidden_graphs.run(ids, rows.offsets, rows.starts, rows.slots)
+            if states is not None:
+                return states
+        return self.model.hidden(ids, self._meta(rows), self.cache)
 
     def _meta(self, rows: Rows) -> AttentionMeta:
         n = len(rows.slots)

@@ -46,6 +46,8 @@ class Scheduler(EngineScheduler):
         self.finished: deque[tuple[float, str]] = deque()
         self.outbox = Outbox()
         self.generated = 0
+        self.throughput = 0.0
+        self.measured = (time.monotonic(), 0)
 
     def planned(self) -> None:
         self._flush()
@@ -60,7 +62,7 @@ class Scheduler(EngineScheduler):
                 self.forget(request)
 
     def stats(self) -> dict[str, float]:
-        return {**super().stats(), "generation_tokens": self.generated}
+        return {**super().stats(), "generation_tokens": self.generated, "gen_throughput": self.throughput}
 
     # -- requests ---------------------------------------------------------------------------------------
 
@@ -73,6 +75,7 @@ class Scheduler(EngineScheduler):
                 return
             self.batch.remove(known)
             del self.requests[known.rid]
+            _end_phases(known, "handed on anew")
         if not message.prompt or len(message.prompt) % 4 or len(message.output) % 4:
             raise BadMessage("token ids must be packed int32, and at least one in the prompt")
         refusal = self._refusal(message)
@@ -82,6 +85,7 @@ class Scheduler(EngineScheduler):
         self.arrivals += 1
         request = Request(message, sender, self.arrivals, self.config.page_size)
         self.requests[request.rid] = request
+        self.trace(request)
         self._open_text(request)
         finish = self._finish_reason(request)
         if finish is not None and (not request.wants_prompt_logprobs or request.prompt_len == 1):
@@ -224,6 +228,7 @@ class Scheduler(EngineScheduler):
         """No more tokens; kept until the ingress has them all."""
         request.finish = reason
         request.lookup = None
+        _end_phases(request)
         self.batch.remove(request)
         self.finished.append((time.monotonic(), request.rid))
 
@@ -231,12 +236,20 @@ class Scheduler(EngineScheduler):
         """Frees all that a request holds."""
         self.batch.remove(request)
         del self.requests[request.rid]
+        _end_phases(request, "given up")
         self.outbox.closes.append(request.rid)
 
     def _open_text(self, request: Request) -> None:
         stops = request.sampling.stop_token_ids
         opening = OpenText(
-            request.rid, request.attempt, request.owner, request.text, stops, request.base, request.characters
+            request.rid,
+            request.attempt,
+            request.owner,
+            request.text,
+            stops,
+            request.base,
+            request.characters,
+            request.trace,
         )
         self.outbox.opens.append(opening)
 
@@ -259,6 +272,8 @@ class Scheduler(EngineScheduler):
         """Gives up requests whose time is over, and finished ones that nobody has acknowledged."""
         super().sweep()
         now = time.monotonic()
+        (then, generated), self.measured = self.measured, (now, self.generated)
+        self.throughput = (self.generated - generated) / (now - then) if now > then else self.throughput
         for request in list(self.requests.values()):
             if request.deadline is not None and now > request.deadline and request.finish is None:
                 message = "The request took longer than its time limit."
@@ -268,3 +283,10 @@ class Scheduler(EngineScheduler):
             kept = self.requests.get(rid)
             if kept is not None and kept.finish is not None:
                 self.forget(kept)
+
+
+def _end_phases(request: Request, error: str = "") -> None:
+    """Reports the last phase of a traced request."""
+    if request.phases is not None:
+        request.phases.end({"tokens": request.output_len, "cached_tokens": request.cached_tokens}, error)
+        request.phases = None

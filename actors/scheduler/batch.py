@@ -16,7 +16,7 @@ from actors.scheduler.request import Lease, Request
 from actors.scheduler.speculation import Speculation
 from actors.scheduler.step_times import StepTimes
 
-LEAST_CHUNK = 64
+LEAST_CHUNK = 32
 """Prompt tokens of a step however long decoding takes: else a full batch would starve those that wait."""
 Place = Literal["here", "elsewhere", "nowhere"]
 """Where a prompt is computed: by this engine's ranks, by another engine, or nowhere for the moment."""
@@ -64,6 +64,7 @@ class Batch:
 
     Attributes:
         chunk_tokens: prompt tokens of the next step, all requests together, and guesses.
+        filled: whether prompts took all that the last step had for them and for guesses.
         departing: requests that have just got pages, which are lent, to have their prompts computed elsewhere.
     """
 
@@ -86,19 +87,23 @@ class Batch:
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.retractions = 0
+        self.filled = False
         # Digests of prompt pages that running requests are about to fill. A waiting request that needs one of them is
         # admitted when it is done, and finds it in the tree.
         self._coming: Counter[bytes] = Counter()
 
     def next_rows(self, only: list[Request] | None = None) -> list[Row]:
-        """The rows of the next step: one token for each decoding request, then prompt chunks within the budget.
+        """The rows of the next step: one token for each decoding request, then prompt chunks within the budget, then
+        guesses with what is left of it.
 
         Running requests go first, then waiting ones are admitted. When pages run out, the running request that comes
         last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
         budget = self._budget()
-        drafts = self._speculation.choose(self.running) if self._speculation and only is None else {}
+        drafts: dict[Request, tuple[int, ...]] = {}
+        if self._speculation is not None and only is None and not self.filled:
+            drafts = self._speculation.choose(self.running)
         for request in list(self.running):
             if request.lease is None or request.away:
                 continue  # retracted for the sake of one before it, or computed elsewhere
@@ -110,14 +115,22 @@ class Batch:
             is_prompt = request.prefilling
             length = min(todo, budget) if is_prompt else todo
             if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
-                draft = drafts.get(request, ())[:budget]
-                if not self._grow(request.lease, request.scheduled + length + len(draft)):
-                    draft = ()
-                rows.append(self._row(request, request.lease, length, draft))
-                budget -= length if is_prompt else len(draft)
+                rows.append(self._row(request, request.lease, length))
+                budget -= length if is_prompt else 0
         if only is None:
-            self._admit(rows, budget)
+            budget = self._admit(rows, budget)
+            self.filled = budget <= 0
+            self._add_drafts(rows, drafts, budget)
         return rows
+
+    def _add_drafts(self, rows: list[Row], drafts: dict[Request, tuple[int, ...]], budget: int) -> None:
+        """Gives rows guesses to verify, as many as there are pages for without taking any from others."""
+        for row in rows:
+            draft = drafts.get(row.request, ())[: max(budget, 0)] if row.live else ()
+            if draft and self._grow(row.lease, row.start + row.length + len(draft)):
+                row.draft, row.flags = draft, row.flags | VERIFY
+                row.length += len(draft)
+                budget -= len(draft)
 
     def _budget(self) -> int:
         """Prompt tokens, and guesses, that the next step may take."""
@@ -184,7 +197,7 @@ class Batch:
             self.waiting.remove(request)
         self.release(request)
 
-    def _row(self, request: Request, lease: Lease, length: int, draft: tuple[int, ...] = ()) -> Row:
+    def _row(self, request: Request, lease: Lease, length: int) -> Row:
         start, end = request.scheduled, request.scheduled + length
         flags = 0
         if end == request.planned and not request.exhausted(self._config.max_model_len):
@@ -192,10 +205,8 @@ class Batch:
             request.pending += 1
         if request.wants_prompt_logprobs and start < request.prompt_len:
             flags |= PROMPT_LOGPROBS
-        if draft:
-            flags |= VERIFY
         request.scheduled = end
-        return Row(request, lease, start, length + len(draft), flags, draft)
+        return Row(request, lease, start, length, flags)
 
     def _grow(self, lease: Lease, end: int) -> bool:
         """Gives a lease pages for `end` positions; False when there are not enough."""
@@ -222,10 +233,11 @@ class Batch:
         self.waiting.append(request)
         self.retractions += 1
 
-    def _admit(self, rows: list[Row], budget: int) -> None:
-        """Moves waiting requests to running while slots, pages and the prompt budget last."""
+    def _admit(self, rows: list[Row], budget: int) -> int:
+        """Moves waiting requests to running while slots, pages and the prompt budget last; returns what is left of
+        it."""
         if not self.waiting:
-            return
+            return budget
         pool = self._pool
         promised = sum(
             max(1, -(-request.planned // pool.page_size) - len(request.lease.pages))
@@ -234,7 +246,7 @@ class Batch:
         )
         for request in admission_order(self.waiting, self._config.policy, pool.tree):
             if not self._slots or (budget <= 0 and self._place is None):
-                return
+                break
             if request.pending or request.held:
                 continue  # retracted with a token under way: that comes first
             usable, known = b"", 0
@@ -249,20 +261,21 @@ class Batch:
             # Pages that match stop being evictable, so they count as needed. One more for what is decoded next.
             needed = -(-request.planned // pool.page_size) + 1
             if self.running and promised + needed > pool.available:
-                return
+                break
             lease = self._start(request, usable)
             length = request.planned - request.scheduled
             if place == "here":
                 length = min(length, budget)
             if not self._grow(lease, request.scheduled + length):
                 self.retract(request)
-                return
+                break
             promised += max(1, needed - len(lease.pages))
             if place == "here":
                 rows.append(self._row(request, lease, length))
                 budget -= length
             else:
                 self._send_away(request, lease)
+        return budget
 
     def _send_away(self, request: Request, lease: Lease) -> None:
         """Others compute the prompt from its first page on that is not in the tree."""

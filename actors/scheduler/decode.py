@@ -39,6 +39,8 @@ class DecodeScheduler(Scheduler):
     def planned(self) -> None:
         self.batch.admit_elsewhere()
         for request, lease in self.batch.departing:
+            if request.phases is not None and request.lease is lease:
+                request.phases.enter("transfer", lease)
             if request.lease is lease and not self.transfers.begin(request, lease):
                 self.batch.retract(request)
                 self.pool.take_back(lease.pages[request.shared :])
@@ -61,6 +63,7 @@ class DecodeScheduler(Scheduler):
             **super().stats(),
             "prefill_engines": len(self.transfers.engines),
             "transfers": len(self.transfers.active),
+            "num_decode_transfer_queue_reqs": len(self.transfers.active),
             "transfers_ending": len(self.transfers.settling),
             "transfers_total": self.transferred,
             "transfers_failed": self.failed_transfers,
@@ -134,6 +137,8 @@ class DecodeScheduler(Scheduler):
             request.cached_tokens = answer.cached_tokens
         request.prompt_logprobs = answer.prompt_logprobs or []
         self.batch.arrived(request)
+        if request.phases is not None:
+            request.phases.enter("decode")
         tokens = [] if answer.token is None else [answer.token]
         for token in tokens:
             request.append(token)

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from actors.actor import Actor, BadMessage, Context, StartFailure, handles
+from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 from actors.messages import (
     PROMPT_LOGPROBS,
     SAMPLE,
@@ -23,6 +24,7 @@ from actors.messages import (
     EngineInfo,
     FlushCache,
     Hello,
+    Profile,
     Register,
     RegisterRefused,
     StepResult,
@@ -32,6 +34,7 @@ from actors.scheduler.batch import Batch, Row
 from actors.scheduler.config import Config
 from actors.scheduler.grammars import Grammars, Refusals
 from actors.scheduler.pages import PageLedger, PagePool
+from actors.scheduler.phases import Phases
 from actors.scheduler.poison import Bisection
 from actors.scheduler.request import Request
 from actors.scheduler.speculation import Speculation
@@ -111,6 +114,7 @@ class EngineScheduler(Actor):
         if self.incarnation > 1:
             self._start_slowly()
         self.steps = 0
+        self.queue_time = Histogram(QUEUE_TIME_BOUNDS)
         self.arrivals = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -168,8 +172,25 @@ class EngineScheduler(Actor):
             if not self.in_flight:
                 self.heard_of_ranks = step.sent = time.monotonic()
             self.in_flight.append(step)
+            for row in rows:
+                if not row.lease.opened:
+                    self.admitted(row)
             self.send(self.config.leader, encode_step(self.steps, rows, self.config.first_page))
         self.planned()
+
+    def trace(self, request: Request) -> None:
+        """Follows a request that has just arrived, if it is traced."""
+        if request.trace:
+            request.phases = Phases(self.spans, request.trace, self.config.role != "prefill")
+
+    def admitted(self, row: Row) -> None:
+        """A request has got a slot, or the ranks have to be told of it again."""
+        request = row.request
+        if not request.admitted:
+            request.admitted = True
+            self.queue_time.observe(time.monotonic() - request.arrived)
+        if request.phases is not None:
+            request.phases.opened(row.lease)
 
     def sweep(self) -> None:
         """Runs once a second."""
@@ -180,7 +201,7 @@ class EngineScheduler(Actor):
         """Whether another step may be sent now."""
         if len(self.in_flight) >= self.depth:
             return False
-        if not self.in_flight or self.speculation is None:
+        if not self.in_flight or self.speculation is None or self.batch.filled:
             return True
         return not self.in_flight[-1].speculative and not self.speculation.worth_waiting(self.batch.running)
 
@@ -203,6 +224,9 @@ class EngineScheduler(Actor):
             "num_running_reqs": len(self.batch.running),
             "num_queue_reqs": len(self.batch.waiting),
             "token_usage": 1.0 - self.pool.available / pages,
+            "num_used_tokens": (pages - self.pool.available) * self.config.page_size,
+            "max_total_num_tokens": pages * self.config.page_size,
+            "num_grammar_queue_reqs": sum(request.held for request in self.batch.waiting),
             "cache_hit_rate": self.cached_tokens / max(1, self.prompt_tokens),
             "prefix_tree_pages": self.pool.tree.total_pages,
             "free_pages": self.pool.free,
@@ -210,6 +234,7 @@ class EngineScheduler(Actor):
             "restored_pages": self.pool.restored_pages,
             "steps": self.steps,
             "retractions": self.batch.retractions,
+            **self.queue_time.figures("queue_time_seconds"),
             **(self.speculation.stats() if self.speculation else {}),
         }
 
@@ -231,6 +256,11 @@ class EngineScheduler(Actor):
             freed = self.pool.flush()
             logger.info("the cache is flushed: %d pages are free again", freed)
         self.send(sender, CacheFlushed(message.rid, refusal))
+
+    @handles(Profile)
+    def profile(self, message: Profile, sender: str) -> None:
+        """The ranks answer it themselves."""
+        self.send(self.config.leader, message)
 
     # -- constraints ------------------------------------------------------------------------------------
 
@@ -294,7 +324,8 @@ class EngineScheduler(Actor):
         self._undo_steps_ahead()
         self._start_slowly()
         if culprit is not None:
-            logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid)
+            about = {"request": culprit.rid}
+            logger.error("request %s is given up: the ranks die whenever they compute it", culprit.rid, extra=about)
             text = "The engine crashed each time it computed this request, so the request was given up."
             self.refuse(culprit, 500, text)
 
@@ -396,6 +427,8 @@ class EngineScheduler(Actor):
         self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
         for index, row in enumerate(rows):
+            if row.request.phases is not None and drawn[index]:
+                row.request.phases.drawn()
             prompt = prompts.get(index) if row.flags & PROMPT_LOGPROBS else None
             self.advance(row, drawn[index], logprobs.get(index), prompt)
 

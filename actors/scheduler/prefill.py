@@ -127,7 +127,13 @@ class PrefillScheduler(EngineScheduler):
                 self.send(self.config.transfer, Withdraw([job.request.rid]))
 
     def stats(self) -> dict[str, float]:
-        return {**super().stats(), "prefills": self.prefilled, "transfers": len(self.jobs)}
+        waiting = sum(job.answer is not None for job in list(self.jobs.values()))
+        return {
+            **super().stats(),
+            "prefills": self.prefilled,
+            "transfers": len(self.jobs),
+            "num_prefill_inflight_queue_reqs": waiting,
+        }
 
     # -- transfers --------------------------------------------------------------------------------------
 
@@ -191,6 +197,7 @@ class PrefillScheduler(EngineScheduler):
             message.tokens[4 * message.prompt_len :],
             priority=message.priority,
             extra_key=message.extra_key,
+            trace=message.trace,
         )
         self.arrivals += 1
         request = Request(generate, sender, self.arrivals, size)
@@ -201,6 +208,7 @@ class PrefillScheduler(EngineScheduler):
         first = message.held // size
         self.jobs[request.rid] = Job(request, message.receiver, first, first, time.monotonic())
         self.requests[request.rid] = request
+        self.trace(request)
         if isinstance(self.batch, LentBatch):
             self.batch.lend(request, pages.tolist(), message.held)
         else:
@@ -211,6 +219,7 @@ class PrefillScheduler(EngineScheduler):
         request = job.request
         self.leaving.append((request.rid, request.owner, request))
         del self.jobs[request.rid], self.requests[request.rid]
+        self._end_phases(job, "no longer wanted")
         self.batch.remove(request)
         if job.dropped:
             self.dropped[request.rid] = None
@@ -218,6 +227,12 @@ class PrefillScheduler(EngineScheduler):
                 del self.dropped[next(iter(self.dropped))]
         else:
             self.send(self.config.transfer, Withdraw([request.rid]))
+
+    def _end_phases(self, job: Job, error: str = "") -> None:
+        """Reports the last phase of a traced request."""
+        phases, job.request.phases = job.request.phases, None
+        if phases is not None:
+            phases.end({"cached_tokens": job.request.cached_tokens}, error)
 
     def _offer(self, job: Job) -> None:
         """Offers the pages that hold their final KV: full ones, in their place in the prefix tree if there is one, and
@@ -229,7 +244,7 @@ class PrefillScheduler(EngineScheduler):
         count = -(-request.computed // self.config.page_size) if job.answer is not None else full
         if count > job.offered:
             pages = array("i", request.lease.pages[job.offered : count]).tobytes()
-            self.send(self.config.transfer, Offer(request.rid, job.receiver, job.offered, pages))
+            self.send(self.config.transfer, Offer(request.rid, job.receiver, job.offered, pages, request.trace))
             job.offered = count
 
     # -- steps ------------------------------------------------------------------------------------------
@@ -262,6 +277,7 @@ class PrefillScheduler(EngineScheduler):
         assert request.lease is not None
         self.batch.share(request, request.lease)
         request.finish = "length"
+        self._end_phases(job)
         self.prefilled += 1
         self.prompt_tokens += request.prompt_len
         self.cached_tokens += request.cached_tokens

@@ -5,11 +5,15 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
 from actors.scheduler.lookup import Lookup
 from actors.scheduler.pages import page_digest, root_digest
 from actors.scheduler.radix import Node
+
+if TYPE_CHECKING:
+    from actors.scheduler.phases import Phases
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +48,8 @@ class Request:
         node: end of the path in the prefix tree that is locked for this request.
         away: its prompt is being computed by another engine, into pages that are lent.
         held: it waits for its constraint to be ready.
+        phases: what it is at, if it is traced. trace: context that came with it.
+        arrived: monotonic time. admitted: whether it has had a slot.
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint, for which the rank
             would have to go through the tokens before each position anew.
         lookup: guesses its next tokens; None until it is wanted.
@@ -62,7 +68,11 @@ class Request:
         self.text = message.text
         self.base = message.output
         self.characters = message.characters
-        self.deadline = time.monotonic() + message.timeout_s if message.timeout_s else None
+        self.arrived = time.monotonic()
+        self.deadline = self.arrived + message.timeout_s if message.timeout_s else None
+        self.trace = message.trace
+        self.phases: Phases | None = None
+        self.admitted = False
         self.tokens = array("i", message.prompt + message.output)
         self.prompt_len = len(message.prompt) // 4
         self.max_len = self.prompt_len + message.sampling.max_tokens

@@ -176,6 +176,7 @@ class Transfers:
             return False
         self._count += 1
         transfer = f"{self._prefix}:{self._count}"
+        trace = request.phases.context if request.phases is not None else b""
         first, base, info = request.shared, self._config.first_page, engine.info
         numbered = array("i", [base + page for page in lease.pages])
         prefill = Prefill(
@@ -188,8 +189,9 @@ class Transfers:
             numbered.tobytes() if self._config.shared_kv else b"",
             request.priority,
             request.extra_key,
+            trace,
         )
-        receive = Receive(transfer, info.transfer, first, numbered[first:].tobytes())
+        receive = Receive(transfer, info.transfer, first, numbered[first:].tobytes(), trace)
         tokens = len(request.tokens) - request.computed
         pages = lease.pages[first:]
         self.active[transfer] = Transfer(

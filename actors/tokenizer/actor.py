@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ class Tokenizer(Actor):
     @handles(Tokenize)
     def tokenize(self, message: Tokenize, sender: str) -> None:
         """Renders and encodes a prompt."""
+        began_ns = time.time_ns()
         try:
             tokens = self._encode(message.prompt)
         except (Refusal, TemplateFailure) as failure:
+            self.spans.ended(message.trace, "tokenize", began_ns, error=str(failure))
             self._fail(sender, message.rid, str(failure))
             return
+        self.spans.ended(message.trace, "tokenize", began_ns, {"tokens": len(tokens)})
         self.encoded_tokens += len(tokens)
         if not self.send(sender, Tokenized(message.rid, pack_ids(tokens))):
             self._fail(sender, message.rid, f"The prompt of {len(tokens)} tokens is too long to be passed on.")

@@ -26,6 +26,7 @@ COMMANDS = {
     "kill": "send a signal to an actor's process",
     "chaos": "kill processes at random under load and check that nothing is lost",
     "down": "stop a running node",
+    "replay": "send the requests again that were in progress when an actor crashed",
     "chat": "chat with a model in the terminal",
     "bench": "measure latency and throughput",
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import re
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from runtime.cli.options import add_node
 from runtime.cli.output import say
@@ -64,7 +66,7 @@ class _Logs:
     def _show_new(self) -> None:
         for name in self._selected():
             for line in self._file(name):
-                self._print(name, line)
+                self._print(name, _as_text(line))
         self._report_crashes()
 
     def _names(self) -> list[str]:
@@ -81,7 +83,8 @@ class _Logs:
     def _stamped(self, name: str) -> Iterator[tuple[str, str, str]]:
         """Lines with their time stamp; a line without one belongs to the line before."""
         stamp = ""
-        for line in self._file(name):
+        for raw in self._file(name):
+            line = _as_text(raw)
             if match := _TIMESTAMP.match(line):
                 stamp = match[0]
             yield stamp, name, line
@@ -98,6 +101,20 @@ class _Logs:
                 if (name, report.incarnation) not in self.reported:
                     self.reported.add((name, report.incarnation))
                     say(_crash_text(report))
+
+
+def _as_text(line: str) -> str:
+    """A line of a log whose format is JSON as it would be in one of text; others as they are."""
+    if not line.startswith('{"time":'):
+        return line
+    try:
+        entry: dict[str, Any] = json.loads(line)
+        at = datetime.fromisoformat(entry["time"]).astimezone()
+        head = f"{at:%Y-%m-%d %H:%M:%S},{at.microsecond // 1000:03d} {entry['level'].upper()} {entry['logger']}"
+        request = f" [request {entry['request']}]" if "request" in entry else ""
+        return "\n".join([f"{head}: {entry['message']}{request}", *filter(None, [entry.get("exception")])])
+    except (ValueError, KeyError, AttributeError):
+        return line
 
 
 def _crash_text(report: CrashReport) -> str:

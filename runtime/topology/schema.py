@@ -15,6 +15,7 @@ ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Meta(min_length=1)]
+URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
@@ -33,6 +34,21 @@ class Node(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["debug", "info", "warning", "error"],
         Meta(description="What the actors write to their logs."),
     ] = "info"
+    log_format: Annotated[
+        Literal["text", "json"],
+        Meta(
+            description="`json` writes one object a line, with time, level, actor, incarnation, message, and the "
+            "request that it is about. `runtime logs` shows both alike."
+        ),
+    ] = "text"
+    crash_dump_dir: Annotated[
+        Text | None,
+        Meta(
+            description="Directory into which the requests of the last five minutes are written when an actor "
+            "crashes, for `runtime replay`. They hold what clients have sent: the files are readable by their owner "
+            "alone. Relative as `model.path` is."
+        ),
+    ] = None
 
 
 class Machine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -146,6 +162,16 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    access_log: Annotated[
+        bool, Meta(description="One line in the log for each request that has been answered, with its `X-Request-Id`.")
+    ] = False
+    cache_report: Annotated[
+        bool,
+        Meta(
+            description="Answers say in `usage` how many tokens of the prompt were found in the prefix cache. That "
+            "tells a client whether others have sent the same text before. `/generate` always says it."
+        ),
+    ] = True
     tool_call_parser: Annotated[
         Literal[
             "auto",
@@ -175,6 +201,27 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
             "`none` are as with `tool_call_parser`."
         ),
     ] = "auto"
+
+
+class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
+    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. Needs
+    `pip install "llm-runtime[otel]"` where the ingress runs; headers for the collector are taken from
+    `$OTEL_EXPORTER_OTLP_HEADERS`."""
+
+    endpoint: Annotated[
+        Annotated[str, Meta(pattern=URL)] | None,
+        Meta(
+            description="URL of the collector, such as `http://127.0.0.1:4318/v1/traces`. Without it nothing is traced."
+        ),
+    ] = None
+    sample_rate: Annotated[
+        Annotated[float, Meta(ge=0, le=1)],
+        Meta(
+            description="Part of the requests without a `traceparent` header that is traced. Others are traced if "
+            "their header says so."
+        ),
+    ] = 1.0
+    service_name: Annotated[Text, Meta(description="`service.name` of the spans.")] = "llm-runtime"
 
 
 class Engine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -366,6 +413,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     transfer: Transfer = field(default_factory=Transfer)
     supervision: Supervision = field(default_factory=Supervision)
     transport: Transport = field(default_factory=Transport)
+    tracing: Tracing = field(default_factory=Tracing)
     faults: Faults = field(default_factory=Faults)
 
 
@@ -378,6 +426,7 @@ TABLES: dict[str, type[Struct]] = {
     "supervision": Supervision,
     "node.NAME": Machine,
     "transport": Transport,
+    "tracing": Tracing,
     "faults": Faults,
 }
 """Tables of a topology file by their headers, in the order of the documentation."""
@@ -398,10 +447,14 @@ def describe(info: msgspec.inspect.Type) -> str:
             if high is None or high >= 2**31 - 1:
                 return f"an integer of at least {low}"
             return f"an integer from {low} to {high}"
+        case msgspec.inspect.FloatType(ge=0, le=high):
+            return f"a number from 0 to {high:g}"
         case msgspec.inspect.FloatType(le=high):
             return f"a number above 0, at most {high:g}"
         case msgspec.inspect.StrType(pattern=None):
             return "a string"
+        case msgspec.inspect.StrType(pattern=pattern) if pattern == URL:
+            return "a URL that begins with http:// or https://"
         case msgspec.inspect.StrType():
             return "a string of letters, digits, '_', '-' and '.'"
     raise TypeError(f"no words for {info}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import AttentionMeta, GraphMemory, NotRecordable, StepGraph
+from kernels import AttentionMeta, GraphMemory, NotRecordable, SizedGraph, StepGraph
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, VOCABULARY, INNER = 4, 2, 32, 8, 17 * 8, 500, 96
 HIDDEN = HEADS * DIM
@@ -51,6 +51,10 @@ class TinyModel:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Logits, and the most likely tokens."""
+        logits = self.logits()
+        return logits, kernels.sample(logits, self.greedy, self.ids, self.ids)
+
+    def logits(self) -> Tensor:
         residual, rows = kernels.embedding(self.ids, self.embedding), len(self.ids)
         x = None
         for index, (qkv, o, gate_up, down) in enumerate(self.layers):
@@ -62,8 +66,7 @@ class TinyModel:
             x, residual = self.add_and_norm(kernels.linear(mixed.view(rows, HIDDEN), o), residual)
             x = kernels.linear(kernels.silu_and_mul(kernels.linear(x, gate_up)), down)
         x, _ = self.add_and_norm(x, residual)
-        logits = kernels.linear(x, self.head, wide=True)
-        return logits, kernels.sample(logits, self.greedy, self.ids, self.ids)
+        return kernels.linear(x, self.head, wide=True)
 
     def add_and_norm(self, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
         if x is None:
@@ -122,6 +125,62 @@ def test_what_a_function_returns_at_first_is_right() -> None:
         assert torch.equal(graph.result[1], tokens)
         assert len(graph.timed()) == len(graph.names) == 20
         assert torch.equal(graph.result[0], logits)
+
+
+class PackedSteps:
+    """Steps of several rows with several tokens each, through the layers of a TinyModel."""
+
+    def __init__(self, rows: int, tokens: int, dtype: torch.dtype) -> None:
+        self.model = TinyModel(tokens, dtype)
+        self.ids = self.model.ids
+        self.offsets, self.starts, self.slots = (torch.zeros(rows + 1, dtype=torch.int32) for _ in range(3))
+        self.table = torch.randperm(rows * 8, dtype=torch.int32).view(rows, 8)
+        self.most = tokens
+
+    def fill(self, lengths: list[int]) -> None:
+        self.ids.random_(VOCABULARY)
+        self.offsets[: len(lengths) + 1] = torch.tensor([0, *lengths]).cumsum(0)
+        self.starts[: len(lengths)] = torch.randint(64 - max(lengths), (len(lengths),))
+        self.slots[: len(lengths)] = torch.randperm(len(self.table))[: len(lengths)]
+
+    def run(self, sizes: tuple[int, ...]) -> Tensor:
+        tokens, rows = sizes
+        self.model.ids = self.ids[:tokens]
+        self.model.meta = AttentionMeta(
+            self.offsets[: rows + 1], self.starts[:rows], self.slots[:rows], self.table, tokens, self.most, 64
+        )
+        return self.model.logits()
+
+
+@pytest.mark.usefixtures("native", "threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_graph_for_all_sizes_gives_the_same_bits(dtype: torch.dtype) -> None:
+    steps = PackedSteps(6, 63, dtype)
+    with torch.inference_mode():
+        graph = SizedGraph(steps.run, GraphMemory(), (63, 6), (62, 5))
+        for lengths in ([30, 1, 1, 1, 20, 10], [1], [5], [1, 1, 7], [40, 2], [1] * 6, [30, 30]):
+            steps.fill(lengths)
+            sizes = sum(lengths), len(lengths)
+            before = steps.model.cache.clone()
+            wanted = steps.run(sizes)
+            written = steps.model.cache.clone()
+            steps.model.cache.copy_(before)
+            assert torch.equal(graph.replay(sizes)[: sizes[0]], wanted)
+            assert torch.equal(steps.model.cache, written)
+
+
+@pytest.mark.usefixtures("native")
+def test_what_is_no_multiple_of_a_size_is_refused() -> None:
+    memory = torch.randn(100, 8)
+    with torch.inference_mode():
+        with pytest.raises(NotRecordable, match="no multiple"):
+            SizedGraph(lambda sizes: kernels.silu_and_mul(memory[: sizes[0] - 1]), GraphMemory(), (40,), (39,))
+        with pytest.raises(NotRecordable, match="other kernels"):
+            SizedGraph(
+                lambda sizes: [kernels.silu_and_mul(memory[:1]) for _ in range(sizes[0])], GraphMemory(), (4,), (3,)
+            )
+        doubled = SizedGraph(lambda sizes: kernels.silu_and_mul(memory[: 2 * sizes[0]]), GraphMemory(), (40,), (39,))
+        assert torch.equal(doubled.replay((10,))[:20], kernels.silu_and_mul(memory[:20]))
 
 
 X = torch.randn(4, 6)

@@ -77,6 +77,8 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     ),
     "date-time": ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z"]),
     "email": ({"format": "email"}, ["a.b+c@mail.example.org"], ["a@b", "a b@c.de", "@c.de", "a" * 90 + "@c.de"]),
+    "integer": ({"type": "integer"}, [0, -7, 2**63 - 1], [2**63, -(10**20)]),
+    "integer from": ({"type": "integer", "minimum": 3}, [3, 2**63 - 1], [2, 2**63]),
     "hostname": ({"format": "hostname"}, ["a-b.example.org"], ["-a", "a..b"]),
 }
 """Schemas whose answers have an end, whatever a model draws."""

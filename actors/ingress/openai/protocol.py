@@ -177,12 +177,14 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 def usage(generation: Generation) -> dict[str, Any]:
     """OpenAI's `usage` of the tokens so far."""
     prompt_tokens, completion_tokens = generation.prompt_tokens, generation.completion_tokens
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
     }
+    if generation.cache_report:
+        counts["prompt_tokens_details"] = {"cached_tokens": generation.cached_tokens}
+    return counts
 
 
 class ChunkFrame:

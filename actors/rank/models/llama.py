@@ -59,21 +59,7 @@ class Llama:
         return self.weights.nbytes
 
     def hidden(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
-        """The state behind the last layer, before the final norm, of int64 ids [T]: [T, H].
-
-        The new tokens' keys and values are written into the cache.
-        """
-        x, residual = self._layers(ids, meta, cache)
-        return residual if x is None else residual + x
-
-    def decode(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
-        """`hidden` and then `logits` of all new tokens: float32 [T, V]. Kernels alone, so that they can be recorded."""
-        x, residual = self._layers(ids, meta, cache)
-        x, _ = self._norm(x, self.weights.final_norm, residual)
-        return self._logits(x)
-
-    def _layers(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> tuple[Tensor | None, Tensor]:
-        """What is to be added to the residual stream behind the last layer, and the stream."""
+        """See `Model.hidden`. Kernels alone, so that they can be recorded."""
         residual = kernels.embedding(ids, self.weights.embedding, self.weights.final_norm.dtype)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
@@ -81,12 +67,15 @@ class Llama:
             x = self.reduce(self._attention(x, layer, meta, *cache.layers[index]))
             x, residual = self._norm(x, layer.mlp_norm, residual)
             x = self.reduce(self._mlp(x, layer))
-        return x, residual
+        return self._norm(x, self.weights.final_norm, residual)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's part of the logits of states [B, H]: float32 [B, V]."""
-        x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
-        return self._logits(x)
+        """See `Model.logits`."""
+        return self._logits(hidden)
+
+    def decode(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
+        """See `Model.decode`."""
+        return self._logits(self.hidden(ids, meta, cache))
 
     def _attention(
         self, x: Tensor, layer: LayerWeights, meta: AttentionMeta, cache: Tensor, cache_scales: Tensor | None

@@ -23,8 +23,9 @@ class Model(Protocol):
         ...
 
     def hidden(self, ids: Tensor, meta: AttentionMeta, cache: KVCache) -> Tensor:
-        """The state from which logits are computed, of int64 ids [T]: [T, H]. Writes the new tokens' keys and values,
-        or what the model keeps in their place, into the cache."""
+        """The state from which logits are computed, behind the final norm, of int64 ids [T]: [T, H]. Writes the new
+        tokens' keys and values, or what the model keeps in their place, into the cache. Recorded as a graph where it is
+        kernels alone; see `kernels.SizedGraph` for what a model may do here."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
