@@ -34,6 +34,11 @@ HOOKS = """
 import zlib
 import schemathesis
 
+CONSTRAINTS = (
+    *("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("json_schema", "regex", "ebnf", "structural_tag"),
+)
+
 @schemathesis.hook
 def map_body(context, body):
     if not isinstance(body, dict) or not zlib.crc32(repr(body).encode()) % 4:
@@ -43,6 +48,11 @@ def map_body(context, body):
         body["model"] = "smollm2-135m-instruct"
     if "prompt" in body and not body["prompt"]:
         body["prompt"] = "Once"
+    if body.get("messages") is not None and zlib.crc32(repr(body).encode()) % 2:
+        body["messages"] = [{"role": "user", "content": "Hi"}]
+    constraints = [name for name in body if name in CONSTRAINTS and body[name] is not None]
+    for name in ["modalities", *constraints[1:]]:
+        body.pop(name, None)
     if body.get("prompt") and "messages" in body:
         del body["messages"]
     if body.get("text") is not None and "input_ids" in body:
