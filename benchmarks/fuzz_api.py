@@ -85,7 +85,7 @@ def fuzz(options: argparse.Namespace, url: str, report: Path) -> int:
     ]
     command += ["--suppress-health-check", "all", "--no-color", "--warnings", "off"]
     environment = {**os.environ, "PYTHONPATH": str(hooks.parent), "SCHEMATHESIS_HOOKS": hooks.stem}
-    return subprocess.run(command, env=environment, check=False).returncode
+    return subprocess.run(command, env=environment, cwd=hooks.parent, check=False).returncode
 
 
 def statuses(report: Path) -> Counter[tuple[str, int]]:
@@ -134,7 +134,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory, running(NAME, options.port, "smollm2.toml", *settings) as run_dir:
         url = f"http://127.0.0.1:{options.port}"
         before = {each.name: each.restarts for each in node_report(run_dir).tree.walk()}
-        report = options.keep or Path(directory) / "cases.ndjson"
+        report = options.keep.absolute() if options.keep else Path(directory) / "cases.ndjson"
         began = time.monotonic()
         failed = fuzz(options, url, report)
         took = time.monotonic() - began
