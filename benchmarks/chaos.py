@@ -45,14 +45,22 @@ def node(
     return running(NAME, options.port, topology, *settings, *options.set)
 
 
-def disturb(title: str, run_dir: Path, options: argparse.Namespace, plan: Plan, long_words: int = 0) -> bool:
+def disturb(
+    title: str,
+    run_dir: Path,
+    options: argparse.Namespace,
+    plan: Plan,
+    long_words: int = 0,
+    structured: bool = False,
+) -> bool:
     """One chaos run with its tables; whether nothing was lost.
 
     long_words: length of one request in eight; its prefill alone makes all streams pause, whoever is killed.
+    structured: answers are JSON of a schema, and calls of tools.
     """
     console.rule(title)
     plan = dataclasses.replace(plan, controls=max(1, int(20 / plan.every_s)))
-    load = Load(streams=options.streams, tokens=options.tokens, long_words=long_words, seed=options.seed)
+    load = Load(options.streams, options.tokens, long_words, seed=options.seed, structured=structured)
     outcome = asyncio.run(run_chaos(run_dir, load, plan))
     show(outcome, console)
     return outcome.ok
@@ -119,6 +127,13 @@ def ingress(options: argparse.Namespace) -> bool:
     return ok
 
 
+def structured(options: argparse.Namespace) -> bool:
+    """Everything, the ingress and supervisors too, while grammars are compiled and JSON and calls are streamed."""
+    plan = Plan(duration_s=0.0, kills=options.kills // 3, signals=FATAL, actors=["*"], seed=options.seed)
+    with node(options, DETERMINISTIC, "ingress.workers=2") as run_dir:
+        return disturb(f"{options.kills // 3} kills, structured", run_dir, options, plan, structured=True)
+
+
 def rolling(options: argparse.Namespace) -> bool:
     """Every process replaced in turn."""
     with node(options, DETERMINISTIC, "ingress.workers=2") as run_dir:
@@ -174,7 +189,7 @@ def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
-    each.__name__: each for each in (kills, plain, doubles, stops, tp2, apart, ingress, rolling, leaks)
+    each.__name__: each for each in (kills, plain, doubles, stops, tp2, apart, ingress, structured, rolling, leaks)
 }
 
 

@@ -28,7 +28,7 @@ class GrammarConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         model: GGUF file or Hugging Face directory.
         vocab_size: number of the model's logits.
-        limit_s: how long a constraint may take to compile.
+        limit_s: how long a constraint may take to compile, of a processor's time.
         limit_bytes: memory that this process may take beyond what it has when it starts.
     """
 

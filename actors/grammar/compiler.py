@@ -18,9 +18,13 @@ from actors.vocabulary import Vocabulary, load_vocabulary
 
 MAX_COMPILED_BYTES = 64 * 2**20
 """A larger automaton is refused: one rank holds many."""
+CACHE_BYTES = 64 * 2**20
+"""What a compiler keeps of parts that grammars share: strings of at most so many characters above all, each state of
+which takes milliseconds to compile."""
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
+_CONTROL = re.compile(rb"[\x00-\x1f]")
 
 
 class Tokens:
@@ -29,6 +33,7 @@ class Tokens:
     Attributes:
         info: xgrammar's view of the vocabulary. Special tokens have no text, so that none stands in an answer.
         special: ids of special tokens. ends: ids that end an answer.
+        line_info: the same without control characters, which JSON on one line has only in other words.
         vocab_size: number of logits.
     """
 
@@ -38,8 +43,9 @@ class Tokens:
         self.special = vocabulary.special_ids | frozenset(vocabulary.eos_ids)
         self.ends = [token for token in vocabulary.eos_ids if token < vocab_size]
         texts = [b"" if token in self.special else text for token, text in enumerate(vocabulary.token_bytes)]
-        self.info = library.TokenizerInfo(
-            texts[:vocab_size], library.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=self.ends
+        self.info, self.line_info = (
+            library.TokenizerInfo(each, library.VocabType.RAW, vocab_size=vocab_size, stop_token_ids=self.ends)
+            for each in (texts[:vocab_size], [b"" if _CONTROL.search(text) else text for text in texts[:vocab_size]])
         )
 
     def stops(self, stop_token_ids: list[int]) -> list[int]:
@@ -60,7 +66,7 @@ def load_tokens(model: Path, vocab_size: int) -> Tokens:
 
 
 class GrammarCompiler:
-    """Compiles constraints. Keeps nothing of them.
+    """Compiles constraints. Of these it keeps parts that others may have as well.
 
     JSON has one form, `{"a": 1, "b": [2]}` on one line: where blanks are free, small models draw them for ever.
 
@@ -70,7 +76,10 @@ class GrammarCompiler:
 
     def __init__(self, tokens: Tokens) -> None:
         self.tokens = tokens
-        self._compiler = xgrammar().GrammarCompiler(tokens.info, max_threads=1, cache_enabled=False)
+        self._compiler, self._json_compiler = (
+            xgrammar().GrammarCompiler(info, max_threads=1, cache_enabled=True, cache_limit_bytes=CACHE_BYTES)
+            for info in (tokens.info, tokens.line_info)
+        )
 
     def compile(self, constraint: Constraint) -> Any:
         """xgrammar's `CompiledGrammar`. Holds the interpreter's lock only for moments.
@@ -95,10 +104,10 @@ class GrammarCompiler:
         compiler = self._compiler
         match kind:
             case "json":
-                return compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+                return self._json_compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
             case "json_schema":
                 schema = json.dumps(prepared(json.loads(text)))
-                return compiler.compile_json_schema(schema, any_whitespace=False)
+                return self._json_compiler.compile_json_schema(schema, any_whitespace=False)
             case "regex":
                 return compiler.compile_regex(text)
             case "ebnf":

@@ -11,6 +11,8 @@ from typing import Any
 from actors.grammar.errors import BadGrammar
 
 MAX_DEPTH = 64
+MAX_INTEGER = 2**63 - 1
+"""Of integers without bounds, whose digits small models draw for ever."""
 _UNKNOWN = (
     *("not", "if", "then", "else"),
     *("contains", "minContains", "maxContains", "unevaluatedItems"),
@@ -35,6 +37,25 @@ _OF_TYPE = {
 _VALIDATING = {"type"}.union(*_OF_TYPE.values())
 _WHOLE = ("$ref", "anyOf", "oneOf", "allOf", "enum", "const")
 """Each of these says all there is to say, to the compiler: what stands beside it would be ignored."""
+_TIME = "([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\\.[0-9]{1,9})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_DATE = (
+    "([1-9][0-9]{3}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+    "|[1-9][0-9](0[48]|[2468][048]|[13579][26])-02-29)"
+)
+_LABEL = "[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?"
+_BOUNDED = {
+    "time": f"^{_TIME}$",
+    "date-time": f"^{_DATE}T{_TIME}$",
+    "date": f"^{_DATE}$",
+    "email": f"^[A-Za-z0-9_+-]{{1,20}}(\\.[A-Za-z0-9_+-]{{1,20}}){{0,2}}@{_LABEL}(\\.{_LABEL}){{1,3}}$",
+    "hostname": f"^{_LABEL}(\\.{_LABEL}){{0,3}}$",
+}
+"""Formats as patterns, without days that there are not, and with an end: the compiler's own allow digits and letters
+without number, which small models draw for ever."""
+_MAX_COUNTED = 128
+_CHARACTER = '[^"\\\\\\x00-\\x1f]'
+"""Of strings whose length is told; without escapes, as the compiler has it. As a pattern of up to so many its masks are
+made many times faster; beyond, slower."""
 _PYTHON = {
     "string": str,
     "number": int | float,
@@ -105,8 +126,18 @@ def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
         raise BadGrammar("The JSON schema's keyword 'pattern' is not supported beside minLength, maxLength or format.")
     if "string" in types and "format" in schema and not {"minLength", "maxLength"}.isdisjoint(schema):
         raise BadGrammar("The JSON schema's keyword 'format' is not supported beside minLength or maxLength.")
+    if "string" in types and schema.get("format") in _BOUNDED:
+        schema["pattern"] = _BOUNDED[schema.pop("format")]
+    if types == ["string"] and "pattern" not in schema and schema.get("maxLength", _MAX_COUNTED + 1) <= _MAX_COUNTED:
+        least, most = schema.pop("minLength", 0), schema.pop("maxLength")
+        schema["pattern"] = f"^{_CHARACTER}{{{least},{most}}}$"
     if "number" in types and "multipleOf" in schema:
         raise BadGrammar("The JSON schema's keyword 'multipleOf' is supported for integers only.")
+    if types == ["integer"] and "multipleOf" not in schema:
+        if not {"minimum", "exclusiveMinimum"} & schema.keys():
+            schema["minimum"] = -MAX_INTEGER
+        if not {"maximum", "exclusiveMaximum"} & schema.keys():
+            schema["maximum"] = MAX_INTEGER
     if "array" in types:
         if schema.get("uniqueItems"):
             raise BadGrammar("The JSON schema's keyword 'uniqueItems' is not supported.")

@@ -96,9 +96,10 @@ class Workshop:
         return answers
 
     def overdue(self, limit_s: float) -> str:
-        """The digest of a constraint on which the thread has worked for longer; empty if there is none."""
+        """The digest of a constraint on which the thread has worked for longer, not counting what time others took from
+        it; empty if there is none."""
         working = self._working
-        return working[0] if working is not None and time.monotonic() - working[1] > limit_s else ""
+        return working[0] if working is not None and self._spent_s() - working[1] > limit_s else ""
 
     def askers(self, digest: str) -> list[str]:
         """Who waits for a constraint."""
@@ -140,11 +141,17 @@ class Workshop:
         except BadGrammar as error:
             return error
 
+    def _spent_s(self) -> float:
+        """The thread's time on a processor."""
+        assert self._thread is not None
+        assert self._thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+
     def _work(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             digest, constraint = self._wishes.get()
-            self._working = digest, time.monotonic()
+            self._working = digest, self._spent_s()
             try:
                 outcome: Any = self._compile(constraint)
             except Exception as error:

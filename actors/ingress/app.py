@@ -29,6 +29,7 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.openapi import Description
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
@@ -57,6 +58,8 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 class Post(Generic[T]):
     """An endpoint that takes a JSON document. `default`: the one that a request without a body means."""
 
+    public = False
+
     def __init__(
         self,
         service: Service,
@@ -67,47 +70,52 @@ class Post(Generic[T]):
     ) -> None:
         self._service = service
         self._decoder = decoder
-        self._handle = handle
-        self._wire = wire
-        self._default = default
+        self.handle = handle
+        self.body: type[T] = decoder.type
+        self.wire = wire
+        self.default = default
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send, self._wire)
+        exchange = Exchange(scope, receive, send, self.wire)
         with observed(self._service, exchange):
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
         service.authorize(exchange)
-        request = await exchange.body(self._decoder, service.config.max_body_bytes, self._default)
+        request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
         with service.admitted(exchange):
-            await self._handle(service, request, exchange)
+            await self.handle(service, request, exchange)
 
 
 class Get:
     """An endpoint without a request document. `public`: no API key is asked for."""
 
+    body = None
+    default = b""
+    wire = OPENAI
+
     def __init__(
         self, service: Service, handle: Callable[[Service, Exchange], Awaitable[None]], public: bool = False
     ) -> None:
         self._service = service
-        self._handle = handle
-        self._public = public
+        self.handle = handle
+        self.public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send)
-        with observed(self._service, exchange, self._public):
+        with observed(self._service, exchange, self.public):
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
-        if not self._public:
+        if not self.public:
             self._service.authorize(exchange)
-        await self._handle(self._service, exchange)
+        await self.handle(self._service, exchange)
 
 
 def create_app(service: Service) -> Starlette:
     """The application of one ingress worker."""
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/", Get(service, page, public=True), methods=["GET"]),
             Route("/status", Get(service, NodeStatus()), methods=["GET"]),
@@ -141,6 +149,9 @@ def create_app(service: Service) -> Starlette:
         ],
         exception_handlers={HTTPException: _http_error},
     )
+    description = Get(service, Description(app.routes), public=True)
+    app.router.routes.append(Route("/openapi.json", description, methods=["GET"]))
+    return app
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

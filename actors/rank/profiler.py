@@ -112,6 +112,8 @@ def _checked(directory: Path) -> Path:
         status = directory.stat()
     except OSError as error:
         raise Refusal(f"output_dir {directory} cannot be used ({error.strerror})") from None
+    except ValueError as error:  # a zero byte
+        raise Refusal(f"output_dir cannot be used ({error})") from None
     if not directory.is_absolute() or not stat.S_ISDIR(status.st_mode):
         raise Refusal(f"output_dir {directory} is not an absolute path of a directory")
     if status.st_uid != os.getuid() or status.st_mode & 0o022 or not os.access(directory, os.W_OK):

@@ -96,7 +96,11 @@ def _take(event: dict[str, Any], request: Request, answer: Answer) -> None:
         if choice.finish:
             answer.protocol = "text after the finish reason"
         if request.kind == "chat":
-            choice.text += (each.get("delta") or each.get("message") or {}).get("content") or ""
+            message = each.get("delta") or each.get("message") or {}
+            choice.text += message.get("content") or ""
+            for call in message.get("tool_calls") or ():
+                choice.text += call["function"].get("name") or ""
+                choice.text += call["function"].get("arguments") or ""
             for entry in (each.get("logprobs") or {}).get("content") or ():
                 choice.tokens.append(entry["token"])
                 choice.logprobs.append(entry["logprob"])

@@ -101,6 +101,51 @@ def _build(index: int, tokens: int, long_words: int, draw: random.Random, show_t
             return _completion("n=2, penalties", prompt, tokens, seeded | penalties | plain)
 
 
+def build_structured_corpus(count: int, seed: int) -> list[Request]:
+    """`count` different requests whose answers a grammar keeps in form: JSON of a schema, and calls of tools, in turn.
+    Each ends by itself."""
+    draw = random.Random(seed)
+    return [_build_structured(index, draw) for index in range(count)]
+
+
+_ITEM = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "kind": {"enum": ["fruit", "Gemüse", "魚"]},
+        "grams": {"type": "integer", "minimum": 1, "maximum": 5000},
+    },
+    "required": ["name", "kind", "grams"],
+    "additionalProperties": False,
+}
+_LIST = {"type": "array", "items": _ITEM, "minItems": 2, "maxItems": 3}
+_SHOPPING = {"type": "object", "properties": {"items": _LIST}, "required": ["items"], "additionalProperties": False}
+_TOOLS = [
+    {"type": "function", "function": {"name": "buy", "parameters": _SHOPPING}},
+    {"type": "function", "function": {"name": "weigh", "parameters": _ITEM}},
+]
+_LONGEST = 400
+
+
+def _build_structured(index: int, draw: random.Random) -> Request:
+    question = f"Shopping list {index}: {draw.choice(_SUBJECTS)} cooks {draw.choice(_PLACES)}."
+    seeded = {"temperature": 1.0, "seed": draw.randrange(2**31), "ignore_eos": False}
+    schema = {"type": "json_schema", "json_schema": {"name": "shopping", "schema": _SHOPPING, "strict": True}}
+    match index % 4:
+        case 0:
+            return _chat("JSON schema", question, _LONGEST, seeded | {"response_format": schema})
+        case 1:
+            forced = {"tools": _TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+            return _chat("tool call", question, _LONGEST, seeded | forced)
+        case 2:
+            return _completion(
+                "JSON schema, logprobs", question, _LONGEST, seeded | {"guided_json": _LIST, "logprobs": 1}
+            )
+        case _:
+            named = {"tools": _TOOLS, "tool_choice": {"type": "function", "function": {"name": "buy"}}}
+            return _chat("named tool, greedy", question, _LONGEST, seeded | named | {"temperature": 0})
+
+
 def _completion(label: str, prompt: str, tokens: int, fields: dict[str, Any], stream: bool = True) -> Request:
     body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "stream": stream, **fields}
     if stream:

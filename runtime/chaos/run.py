@@ -14,7 +14,7 @@ import aiohttp
 
 from runtime.chaos.client import Answer, send
 from runtime.chaos.compare import Difference, check, compare
-from runtime.chaos.corpus import Request, build_corpus
+from runtime.chaos.corpus import Request, build_corpus, build_structured_corpus
 from runtime.chaos.inject import Fault, Injector, Plan, node_report
 from runtime.errors import UserError
 from supervisors.status import NodeStatus
@@ -36,6 +36,7 @@ class Load:
         long_words: words of the longest prompts.
         fill: so many requests more at once, every few seconds, so that the KV pool runs out of pages.
         timeout_s: after which a request has failed.
+        structured: answers of a form that is asked for, in place of text; they have a length of their own.
     """
 
     streams: int = 8
@@ -44,6 +45,7 @@ class Load:
     fill: int = 0
     timeout_s: float = 300.0
     seed: int = 0
+    structured: bool = False
 
 
 @dataclass
@@ -187,7 +189,10 @@ async def run_chaos(
             f"the node {before.node} has no ingress to send requests to; choose the one that has with --node"
         )
     out = Outcome(before.deterministic)
-    corpus = build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
+    if load.structured:
+        corpus = build_structured_corpus(load.streams, load.seed)
+    else:
+        corpus = build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
     async with _session(api_key) as session:
         clients = _Clients(session, before.url, load, corpus, out)
         if wanted is None:

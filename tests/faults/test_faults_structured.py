@@ -8,8 +8,10 @@ import urllib.error
 from collections.abc import Callable, Mapping
 
 import pytest
-from faults_tools import Node, eventually
+from faults_tools import Node, assert_unnoticed, eventually
 from test_faults_speculation import complete
+
+from runtime.chaos.run import Load
 
 LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5, "maxItems": 6}
 SAMPLING = {"temperature": 1.0, "seed": 5, "max_tokens": 80, "ignore_eos": False}
@@ -36,6 +38,18 @@ def test_the_same_answer_whoever_dies(node: Node) -> None:
     assert answer(node, kills) == wanted
     for name in ("main.rank0", "main.scheduler", "main.grammar"):
         assert node.actor(name).restarts >= 1
+
+
+def test_streams_of_json_and_of_calls_whoever_dies(node: Node) -> None:
+    """Every process, the ingress too; supervisors after those below them, which are away for a moment then."""
+    names = [each.name for each in node.tree().walk()][:0:-1]
+    schedule = [(0.4 + 0.4 * number, name, "KILL") for number, name in enumerate(names)]
+    outcome = node.disturb(schedule, load=Load(streams=3, structured=True, timeout_s=90.0))
+    assert_unnoticed(outcome)
+    assert {fault.actor for fault in outcome.faults} == set(names)
+    for answer in outcome.answers:
+        text = answer.choices[0].text
+        assert json.loads(text[min(at for at in (text.find("{"), text.find("[")) if at >= 0) :])
 
 
 def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: Node) -> None:

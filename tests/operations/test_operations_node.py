@@ -203,7 +203,7 @@ def test_a_profile_has_the_steps_and_ends_by_itself(node: Node, tmp_path: Path) 
 
 
 def test_where_profiles_may_not_go(node: Node, tmp_path: Path) -> None:
-    for directory in ("relative", "/nowhere/at/all", "/tmp"):
+    for directory in ("relative", "/nowhere/at/all", "/tmp", "/a\0b"):
         status, _, answer = node.ask("/start_profile", {"output_dir": directory})
         assert status == 400, answer
         assert "output_dir" in answer["error"]["message"]

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from text_harness import smollm2
 from vocabularies import byte_level_gguf
 
 from actors.grammar import BadGrammar, GrammarCompiler, load_tokens, xgrammar
+from actors.grammar.compiler import CACHE_BYTES
 from actors.messages import Constraint
+from actors.vocabulary import load_vocabulary
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +65,65 @@ ALLOWED: list[tuple[Constraint, list[str], list[str]]] = [
 def test_what_is_allowed(compiler: GrammarCompiler, constraint: Constraint, right: list[str], wrong: list[str]) -> None:
     assert [text for text in right if not allows(compiler, constraint, text)] == []
     assert [text for text in wrong if allows(compiler, constraint, text)] == []
+
+
+KEYS = {"type": "object", "properties": {"größe": {"const": 1}, 'a"色\\f': {"const": 2}}, "required": ["größe"]}
+FORMS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
+    "date": ({"format": "date"}, ["2024-02-29", "2023-12-31"], ["2023-02-29", "2023-04-31", "1900-02-29"]),
+    "time": (
+        {"format": "time"},
+        ["10:00:00Z", "23:59:59.123+01:30"],
+        ["24:00:00Z", "10:00:00", "10:00:00.1234567890Z"],
+    ),
+    "date-time": ({"format": "date-time"}, ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z"]),
+    "email": ({"format": "email"}, ["a.b+c@mail.example.org"], ["a@b", "a b@c.de", "@c.de", "a" * 90 + "@c.de"]),
+    "integer": ({"type": "integer"}, [0, -7, 2**63 - 1], [2**63, -(10**20)]),
+    "integer from": ({"type": "integer", "minimum": 3}, [3, 2**63 - 1], [2, 2**63]),
+    "hostname": ({"format": "hostname"}, ["a-b.example.org"], ["-a", "a..b"]),
+}
+"""Schemas whose answers have an end, whatever a model draws."""
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_that_end(compiler: GrammarCompiler, name: str) -> None:
+    schema, right, wrong = FORMS[name]
+    constraint = Constraint("json_schema", json.dumps(schema))
+    assert [value for value in right if not allows(compiler, constraint, json.dumps(value))] == []
+    assert [value for value in wrong if allows(compiler, constraint, json.dumps(value))] == []
+
+
+@pytest.mark.parametrize("bounds", [{}, {"maxLength": 8}, {"maxLength": 300}, {"minLength": 1}, {"pattern": "^.*$"}])
+def test_strings_hold_no_raw_control_characters(compiler: GrammarCompiler, bounds: dict[str, Any]) -> None:
+    """Which JSON has not, but which patterns and lengths are told without."""
+    compiled = compiler.compile(Constraint("json_schema", json.dumps({"type": "string", **bounds})))
+    matcher = xgrammar().GrammarMatcher(compiled)
+    assert matcher.accept_string('"a')
+    mask = np.zeros((1, compiler.tokens.vocab_size // 32), np.int32)
+    matcher.fill_next_token_bitmask(mask)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    texts = load_vocabulary(smollm2() or Path()).token_bytes
+    assert len(allowed) > 1000
+    assert not [texts[token] for token in allowed.tolist() if min(texts[token], default=32) < 32]
+
+
+def test_lengths_are_counted_in_characters(compiler: GrammarCompiler) -> None:
+    constraint = Constraint("json_schema", '{"type": "string", "minLength": 2, "maxLength": 3}')
+    assert [text for text in ("öö", "日本語", "🙂🙂") if not allows(compiler, constraint, f'"{text}"')] == []
+    assert [text for text in ("", "ö", "日本語x") if allows(compiler, constraint, f'"{text}"')] == []
+
+
+def test_keys_are_told_as_they_are(compiler: GrammarCompiler) -> None:
+    """A letter of two bytes before one that is a hexadecimal digit."""
+    constraint = Constraint("json_schema", json.dumps(KEYS))
+    assert allows(compiler, constraint, '{"größe": 1}')
+    assert allows(compiler, constraint, json.dumps({"größe": 1, 'a"色\\f': 2}, ensure_ascii=False))
+    assert not allows(compiler, constraint, '{"grö": 1}')
+
+
+def test_parts_that_grammars_share_are_kept(compiler: GrammarCompiler) -> None:
+    fresh = GrammarCompiler(compiler.tokens)
+    fresh.compile(Constraint("json_schema", '{"type": "string", "maxLength": 90}'))
+    assert 2**16 < fresh._json_compiler.get_cache_size_bytes() < CACHE_BYTES
 
 
 REFUSED: list[tuple[Constraint, str]] = [

@@ -1,0 +1,85 @@
+"""The description of the HTTP API: that it is complete, and true."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from actors.ingress import openapi
+from actors.ingress.app import create_app
+
+from .conftest import Serve, Served
+
+
+@pytest.fixture(scope="module")
+def document(shared: Served) -> Any:
+    return shared.client.get("/openapi.json").json()
+
+
+def test_every_route_is_described(document: Any) -> None:
+    described = {(path, method) for path, operations in document["paths"].items() for method in operations}
+    routes = {
+        (route.path.replace(":path", ""), method.lower())  # type: ignore[attr-defined]
+        for route in create_app(MagicMock()).routes
+        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
+    }
+    assert described == routes
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            assert operation["summary"], operation
+            assert operation["responses"].keys() == {"200", "default"}
+    identities = [each["operationId"] for operations in document["paths"].values() for each in operations.values()]
+    assert len(identities) == len(set(identities))
+
+
+def test_every_reference_leads_somewhere(document: Any) -> None:
+    def references(value: Any) -> list[str]:
+        if isinstance(value, list):
+            return [found for each in value for found in references(each)]
+        if not isinstance(value, dict):
+            return []
+        own = [value["$ref"]] if isinstance(value.get("$ref"), str) else []
+        return own + [found for each in value.values() for found in references(each)]
+
+    schemas = document["components"]["schemas"]
+    assert {each.rpartition("/")[2] for each in references(document)} <= schemas.keys()
+    for schema in schemas.values():
+        Draft202012Validator.check_schema(schema)
+    assert all(name.isalnum() for name in schemas)
+
+
+def test_what_is_left_out_is_refused(document: Any, shared: Served) -> None:
+    said = {"role": "user", "content": "a"}
+    sent = {
+        "ChatMessage": ("/v1/chat/completions", {}),
+        "CountRequest": (
+            "/v1/messages/count_tokens",
+            {"model": "fake", "messages": [said]},
+        ),
+        "GenerateBody": ("/api/generate", {"model": "fake", "prompt": "a"}),
+        "GenerateRequest": ("/generate", {"text": "a"}),
+        "MessagesRequest": ("/v1/messages", {"model": "fake", "max_tokens": 1, "messages": [said]}),
+        "NativeSamplingParams": ("/generate", {"text": "a"}),
+        "ResponsesRequest": ("/v1/responses", {"model": "fake", "input": "a"}),
+    }
+    assert sent.keys() == openapi._REFUSED.keys()
+    for schema, names in openapi._REFUSED.items():
+        path, body = sent[schema]
+        for name in names:
+            value: Any = True if name == "background" else 1 if name == "top_logprobs" else {"a": 1}
+            asked: Any = {**body, name: value}
+            if schema == "NativeSamplingParams":
+                asked = {**body, "sampling_params": {name: value}}
+            elif schema == "ChatMessage":
+                asked = {"messages": [{**said, name: value}]}
+            assert shared.client.post(path, json=asked).status_code == 400, (schema, name)
+
+
+def test_a_key_is_described_where_it_is_asked_for(serve: Serve) -> None:
+    document = serve(api_key="secret").client.get("/openapi.json").json()
+    assert "security" in document["paths"]["/v1/chat/completions"]["post"]
+    assert "security" not in document["paths"]["/health"]["get"]
+    assert set(document["components"]["securitySchemes"]) == {"bearer", "key"}
