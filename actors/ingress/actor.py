@@ -16,6 +16,7 @@ from actors.actor import Actor, Context, StartFailure, handles, role_of
 from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
 from actors.ingress.control import Control
+from actors.ingress.encoders import Encoders
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
@@ -28,6 +29,8 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     Detokenized,
+    Embedded,
+    EmbedRefused,
     EndRequests,
     Refused,
     Registry,
@@ -63,6 +66,7 @@ class Ingress(Actor):
         self.engines = Engines(self.config.model, self.mailbox.add_peer)
         self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
+        self.encoders = Encoders(self.send, self.config.encoders, self.metrics, self.config.stall_s, time.monotonic)
         self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
             self.config,
@@ -73,6 +77,7 @@ class Ingress(Actor):
             self.actors,
             self.all_stats,
             self.control,
+            self.encoders,
         )
         self._server: Server
         self._crash: asyncio.Future[None]
@@ -157,6 +162,7 @@ class Ingress(Actor):
             self._run_timers()
             self.ledger.watch()
             self.tokenization.watch()
+            self.encoders.watch()
             self.ledger.flush()
             self._server.abort_stalled(self.config.client_stall_s)
             await asyncio.sleep(TICK_S)
@@ -181,6 +187,7 @@ class Ingress(Actor):
         figures["requests_live"] = float(len(self.ledger.live))
         figures["connections_open"] = float(len(self._server.server_state.connections))
         figures["tokenizations_pending"] = float(len(self.tokenization))
+        figures["embeddings_pending"] = float(len(self.encoders))
         return figures
 
     @handles(ActorStats)
@@ -192,6 +199,8 @@ class Ingress(Actor):
     def peer_started(self, peer: str, incarnation: int) -> None:
         if peer == self.config.tokenizer:
             self.tokenization.tokenizer_started()
+        elif peer in self.config.encoders:
+            self.encoders.encoder_started(peer)
         else:
             self.ledger.scheduler_started(peer)
 
@@ -202,6 +211,14 @@ class Ingress(Actor):
     @handles(Refused)
     def refused(self, message: Refused, sender: str) -> None:
         self.ledger.refused(message)
+
+    @handles(Embedded)
+    def embedded(self, message: Embedded, sender: str) -> None:
+        self.encoders.answered(message)
+
+    @handles(EmbedRefused)
+    def embed_refused(self, message: EmbedRefused, sender: str) -> None:
+        self.encoders.refused(message)
 
     @handles(Unknown)
     def unknown(self, message: Unknown, sender: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -37,6 +37,9 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         status_socket: path of a Unix socket at which the node tells its supervision tree; empty if there is none.
         tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
         reasoning_parser: the format of the model's reasoning; None leaves it in the content.
+        task: what the model is for. encoders: the actors that embed or classify, where it is for that.
+        vector_size: numbers of an embedding, or one a label.
+        labels: a classifier's classes. activation: what makes scores of its numbers.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -58,3 +61,8 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     status_socket: str = ""
     tool_call_parser: ToolCallFormat | None = None
     reasoning_parser: ReasoningFormat | None = None
+    task: Literal["generate", "embed", "classify"] = "generate"
+    encoders: list[str] = []
+    vector_size: Annotated[int, Meta(ge=0)] = 0
+    labels: list[str] = []
+    activation: Literal["none", "sigmoid", "softmax"] = "none"

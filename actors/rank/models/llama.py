@@ -83,6 +83,10 @@ class Llama:
             x = self.reduce(self._mlp(x, layer))
         return x, residual
 
+    def final(self, hidden: Tensor) -> Tensor:
+        """States [B, H] behind the final norm: what embeddings are made of."""
+        return kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)[0]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits of states [B, H]: float32 [B, V]."""
         x, _ = kernels.rms_norm(hidden, self.weights.final_norm, self.config.rms_eps)
