@@ -74,25 +74,36 @@ class ChatPrompt(Tagged):
 
 
 class TextPrompt(Tagged):
-    """A plain prompt, encoded as it is, with the model's own BOS token where it has one."""
+    """A plain prompt, encoded as it is, with the model's own BOS token where it has one, and cut off behind
+    `max_tokens` tokens unless that is 0; the special ones count."""
 
     text: str
     add_special_tokens: bool = True
+    max_tokens: Index = 0
+
+
+class PairPrompt(Tagged):
+    """Two texts as a model reads them that compares them, encoded as one with the model's special tokens."""
+
+    text: str
+    pair: str
+    max_tokens: Index = 0
 
 
 class Tokenize(Tagged):
     """Ingress → tokenizer. Answered by `Tokenized` or `TokenizeFailed`. Repeated when the tokenizer is restarted."""
 
     rid: Rid
-    prompt: ChatPrompt | TextPrompt
+    prompt: ChatPrompt | TextPrompt | PairPrompt
     trace: Trace = b""
 
 
 class Tokenized(Tagged):
-    """Tokenizer → ingress: the prompt's token ids (i32)."""
+    """Tokenizer → ingress: the prompt's token ids (i32), and of a pair the token type ids, one byte each."""
 
     rid: Rid
     tokens: bytes
+    types: bytes = b""
 
 
 class TokenizeFailed(Tagged):
@@ -219,7 +230,7 @@ class Generate(Tagged):
 
 
 class Abort(Tagged):
-    """Ingress → scheduler: the client is gone or the time is up; free what the request holds. No answer."""
+    """Ingress → scheduler or encoder: the client is gone or the time is up; free what the request holds. No answer."""
 
     rid: Rid
 
@@ -717,6 +728,48 @@ class ReceiveCancelled(Tagged):
     transfer: TransferId
 
 
+# -- ingress ↔ encoder ---------------------------------------------------------------------------------------------
+
+
+class Sequence(Struct, array_like=True, frozen=True, gc=False):
+    """One input of a model that embeds or classifies.
+
+    Attributes:
+        place: its place among the inputs of the request.
+        tokens: token ids (i32). types: token type ids, one byte a token, or nothing for zeros.
+    """
+
+    place: Index
+    tokens: bytes
+    types: bytes = b""
+
+
+class Embed(Tagged):
+    """Ingress → encoder: make a vector of each sequence. Repeated, with the sequences that are not yet answered, when
+    the encoder is restarted or silent; what is sent again takes the place of what the encoder has of the request.
+    Answered by `Embedded`, or `EmbedRefused`; given up with `Abort`."""
+
+    rid: Rid
+    sequences: list[Sequence]
+
+
+class Embedded(Tagged):
+    """Encoder → ingress: vectors (f32, one after the other) of the sequences at these places (i32)."""
+
+    rid: Rid
+    places: bytes
+    vectors: bytes
+
+
+class EmbedRefused(Tagged):
+    """Encoder → ingress: the request will not be served; as `Refused`."""
+
+    rid: Rid
+    status: Annotated[int, Meta(ge=400, le=599)]
+    message: str
+    retry_after_s: float = 0.0
+
+
 # -- scheduler → bootstrap → ingress, scheduler --------------------------------------------------------------------
 
 
@@ -778,6 +831,9 @@ Message = (
     | Profile
     | Profiled
     | EndRequests
+    | Embed
+    | Embedded
+    | EmbedRefused
     | Compile
     | Compiled
     | Attach

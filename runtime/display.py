@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -59,11 +60,11 @@ class Display:
                     self._live.start()
             case Happened(event=event):
                 self._happened(event)
-            case Ready(node=node, url=url, model=model):
+            case Ready(node=node, url=url, model=model, task=task):
                 self._end_live()
                 self._ready = True
                 self._console.print(self._tree(node))
-                self._console.print(self._invitation(url, model), soft_wrap=True, markup=False)
+                self._console.print(self._invitation(url, model, task), soft_wrap=True, markup=False)
             case Stopped(error=error, log=log):
                 self._end_live()
                 if error:
@@ -109,12 +110,21 @@ class Display:
             self._live.stop()
             self._live = None
 
-    def _invitation(self, url: str, model: str) -> str:
+    def _invitation(self, url: str, model: str, task: str) -> str:
         elapsed = time.monotonic() - self._began
         if not url:
             return f"\nready after {elapsed:.1f} s. The node with the ingress finds its engines by itself.\n"
-        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Name the capital of France."}]})
+        questions: dict[str, tuple[str, dict[str, Any]]] = {
+            "generate": (
+                "chat/completions",
+                {"messages": [{"role": "user", "content": "Name the capital of France."}]},
+            ),
+            "embed": ("embeddings", {"input": "Paris is the capital of France."}),
+            "classify": ("classify", {"input": "Paris is the capital of France."}),
+        }
+        path, question = questions[task]
+        body = json.dumps({"model": model, **question})
         return (
             f"\nready at {url}/v1 after {elapsed:.1f} s. Try:\n\n"
-            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+            f"  curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'\n"
         )

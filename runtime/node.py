@@ -155,7 +155,8 @@ class _Root:
         if event.kind == "ready" and event.id in self.waiting_for:
             self.waiting_for.discard(event.id)
             if not self.waiting_for:
-                self.tell(Ready(self.plan.name, self.plan.url, self.plan.served_name))
+                plan = self.plan
+                self.tell(Ready(plan.name, plan.url, plan.served_name, plan.task))
 
     def owner_ended(self) -> None:
         assert self.owner is not None

@@ -10,8 +10,17 @@ from pathlib import Path
 
 import jinja2
 
-from actors.checkpoint import CheckpointError, ModelConfig, read_config
+from actors.checkpoint import (
+    CheckpointError,
+    ModelConfig,
+    PoolingConfig,
+    Task,
+    read_config,
+    read_pooling_config,
+    task_of,
+)
 from actors.tokenizer.chat_template import ChatTemplate
+from runtime.encoder_plan import EncoderPlan, check_keys, plan_encoder
 from runtime.engine_plan import EnginePlan, plan_engine, share_arenas
 from runtime.errors import UserError
 from runtime.models import NotLocal, ResolvedModel, resolve_model
@@ -26,7 +35,8 @@ class NodePlan:
 
     Attributes:
         url: where clients on this machine reach it; empty if the ingress is on another one.
-        engines: those of all nodes.
+        task: what the model is for.
+        engines: those of all nodes, if it generates. encoders: those if it does not.
         placement: which of them, and of the other actors, live here.
         max_model_len: most tokens of one request, prompt and output together.
     """
@@ -37,11 +47,13 @@ class NodePlan:
     file: Path
     model: ResolvedModel
     served_name: str
-    config: ModelConfig
+    task: Task
+    config: ModelConfig | PoolingConfig
     chat_template: Path | None
     max_model_len: int
     api_key: str | None
     engines: list[EnginePlan]
+    encoders: list[EncoderPlan]
     placement: Placement
     crash_dump_dir: Path | None = None
 
@@ -69,21 +81,29 @@ def plan_node(
         raise
     except UserError as error:
         raise loaded.error("model.path", str(error)) from None
-    try:
-        config = read_config(model.path)
-    except CheckpointError as error:
-        raise loaded.error("model.path", str(error)) from None
     if topology.tracing.endpoint and placement.is_here("ingress") and not _can_trace():
         problem = 'needs OpenTelemetry, which is not installed: pip install "llm-runtime[otel]", or remove the key'
         raise loaded.error("tracing.endpoint", problem)
+    task, config = _task(loaded, model)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")
     threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
-    engines = share_arenas(
-        [plan_engine(loaded, name, config, threads) for name in topology.engine], topology, placement
-    )
+    max_model_len = _max_model_len(loaded, config)
+    engines: list[EnginePlan] = []
+    encoders: list[EncoderPlan] = []
+    if isinstance(config, ModelConfig):
+        engines = share_arenas(
+            [plan_engine(loaded, name, config, threads) for name in topology.engine], topology, placement
+        )
+    else:
+        check_keys(loaded, task)
+        encoders = [plan_encoder(loaded, name, config, model, max_model_len, threads) for name in topology.engine]
     if node is not None or not placement.machines:
-        check_needs(loaded, [engine for engine in engines if placement.is_here(engine.name)])
+        check_needs(
+            loaded,
+            [engine for engine in engines if placement.is_here(engine.name)],
+            [engine for engine in encoders if placement.is_here(engine.name)],
+        )
     return NodePlan(
         name=_name(loaded, node),
         url=_url(topology.ingress.host, topology.ingress.port) if placement.is_here("ingress") else "",
@@ -91,11 +111,13 @@ def plan_node(
         file=loaded.file,
         model=model,
         served_name=topology.model.served_name or model.name,
+        task=task,
         config=config,
         chat_template=_chat_template(loaded),
-        max_model_len=_max_model_len(loaded, config),
+        max_model_len=max_model_len,
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         engines=engines,
+        encoders=encoders,
         placement=placement,
         crash_dump_dir=_crash_dump_dir(loaded),
     )
@@ -125,9 +147,22 @@ def _name(loaded: LoadedTopology, node: str | None) -> str:
     return topology.node.name or f"{loaded.file.stem}-{topology.ingress.port}"
 
 
-def _max_model_len(loaded: LoadedTopology, config: ModelConfig) -> int:
+def _task(loaded: LoadedTopology, model: ResolvedModel) -> tuple[Task, ModelConfig | PoolingConfig]:
+    """What the model is for, and its configuration for that."""
+    wanted = loaded.topology.model.task
+    key = "model.path" if wanted == "auto" else "model.task"
+    try:
+        task = task_of(model.path) if wanted == "auto" else wanted
+        return task, read_config(model.path) if task == "generate" else read_pooling_config(model.path, task)
+    except CheckpointError as error:
+        raise loaded.error(key, str(error)) from None
+
+
+def _max_model_len(loaded: LoadedTopology, config: ModelConfig | PoolingConfig) -> int:
     topology = loaded.topology
     wanted = topology.model.max_model_len
+    if wanted is None and isinstance(config, PoolingConfig):
+        return config.max_length
     if wanted is None:
         return min(config.max_position, *(engine.kv_tokens for engine in topology.engine.values()))
     if wanted > config.max_position:

@@ -36,6 +36,7 @@ class Ready(Struct, tag=True, frozen=True):
     node: str
     url: str
     model: str
+    task: str = "generate"
 
 
 class Stopped(Struct, tag=True, frozen=True):

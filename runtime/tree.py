@@ -9,7 +9,9 @@ from typing import Any
 
 import msgspec
 
+from actors.checkpoint import PoolingConfig
 from actors.ingress.journal import slot_bytes
+from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
 from runtime.needs import arena_sizes_of
 from runtime.nodes import ip_address, part_of
@@ -35,6 +37,7 @@ def arena_sizes(plan: NodePlan) -> dict[str, int]:
     sizes = {_journal(name): slots * slot_bytes(ingress.max_body_bytes) for name in _ingress_names(plan)}
     ledgers = {f"{engine.name}.pages": engine.ledger_bytes for engine in plan.engines}
     sizes |= ledgers | arena_sizes_of(plan.engines)
+    sizes |= {each.weights_arena: each.weight_bytes for each in plan.encoders if each.weights_arena}
     return {name: size for name, size in sizes.items() if plan.placement.is_here(name)}
 
 
@@ -46,8 +49,11 @@ def actor_names(plan: NodePlan) -> list[str]:
         for name in (*engine.rank_names, engine.transfer_actor, engine.scheduler, engine.grammar)
         if name
     ]
+    encoders = [each.actor for each in plan.encoders]
     ingresses = _ingress_names(plan)
-    return ["bootstrap", *engines, "detokenizer", "tokenizer", *ingresses]
+    if not engines:
+        return [*encoders, "tokenizer", *ingresses]
+    return ["bootstrap", *engines, *encoders, "detokenizer", "tokenizer", *ingresses]
 
 
 def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
@@ -55,7 +61,8 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
     prefills or decodes, its scheduler, and its grammar actor), detokenizer, tokenizer, ingress (a supervisor of the
-    HTTP workers). With several nodes, what of this lives on this one.
+    HTTP workers). An engine that embeds or classifies has but an encoder; where there are only such, bootstrap and
+    detokenizer have nothing to do and are left out. With several nodes, what of this lives on this one.
     """
     return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
 
@@ -94,17 +101,10 @@ class _Builder:
     def root(self) -> SupervisorSpec:
         return self._supervisor(
             [
-                self._worker(
-                    "bootstrap", "bootstrap", "actors.bootstrap:Bootstrap", peers=[*self.ingresses, *self.schedulers]
-                ),
+                *([self._bootstrap()] if self.schedulers else []),
                 *(self._engine(engine) for engine in self.plan.engines),
-                self._worker(
-                    "detokenizer",
-                    "detokenizer",
-                    "actors.detokenizer:Detokenizer",
-                    peers=[*self.serving, *self.ingresses],
-                    config={"model": str(self.plan.model.path)},
-                ),
+                *(self._encoder(engine) for engine in self.plan.encoders),
+                *([self._detokenizer()] if self.schedulers else []),
                 self._worker(
                     "tokenizer",
                     "tokenizer",
@@ -115,6 +115,39 @@ class _Builder:
                 self._nested("ingress", "ingress", [self._ingress(name) for name in self.ingresses]),
             ]
         )
+
+    def _bootstrap(self) -> ChildSpec:
+        peers = [*self.ingresses, *self.schedulers]
+        return self._worker("bootstrap", "bootstrap", "actors.bootstrap:Bootstrap", peers=peers)
+
+    def _detokenizer(self) -> ChildSpec:
+        return self._worker(
+            "detokenizer",
+            "detokenizer",
+            "actors.detokenizer:Detokenizer",
+            peers=[*self.serving, *self.ingresses],
+            config={"model": str(self.plan.model.path)},
+        )
+
+    def _encoder(self, engine: EncoderPlan) -> ChildSpec:
+        encoder = self._worker(
+            engine.actor,
+            "encoder",
+            "actors.encoder.actor:Encoder",
+            peers=self.ingresses,
+            descriptors=[engine.weights_arena] if engine.weights_arena else [],
+            config={
+                "model": str(self.plan.model.path),
+                "task": self.plan.task,
+                "dtype": engine.dtype,
+                "weights_arena": engine.weights_arena,
+                "max_model_len": self.plan.max_model_len,
+                "chunk_tokens": engine.settings.chunk_tokens,
+                "max_queue": engine.settings.max_queue,
+                "threads": engine.threads,
+            },
+        )
+        return self._nested(engine.name, "engine", [encoder])
 
     def _engine(self, engine: EnginePlan) -> ChildSpec:
         ranks = [self._rank(engine, rank) for rank in range(engine.settings.tp)]
@@ -285,9 +318,8 @@ class _Builder:
             "actors.ingress:Ingress",
             peers=[
                 "tokenizer",
-                "bootstrap",
-                "detokenizer",
-                *self.schedulers,
+                *(["bootstrap", "detokenizer", *self.schedulers] if self.schedulers else []),
+                *(engine.actor for engine in plan.encoders),
                 *(peer for peer in self.ingresses if peer != name),
             ],
             descriptors=[LISTENER, _journal(name)],
@@ -309,13 +341,22 @@ class _Builder:
                 "cache_report": settings.cache_report,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),
                 **self._tracing_config(),
-                **output_formats(plan),
+                "task": plan.task,
+                "encoders": [engine.actor for engine in plan.encoders],
+                **self._classes(),
+                **(output_formats(plan) if plan.engines else {}),
             },
         )
 
     def _tracing_config(self) -> dict[str, Any]:
         settings = self.plan.topology.tracing
         return {"tracing": {**msgspec.to_builtins(settings), "node": self.plan.name}} if settings.endpoint else {}
+
+    def _classes(self) -> dict[str, Any]:
+        config = self.plan.config
+        if not isinstance(config, PoolingConfig):
+            return {}
+        return {"vector_size": config.vector_size, "labels": config.labels, "activation": config.activation}
 
     def _worker(
         self,

@@ -3,6 +3,7 @@
 from actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
 from actors.checkpoint.errors import CheckpointError
 from actors.checkpoint.gguf import GGUFFile, TensorInfo
+from actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
 from actors.checkpoint.read import checkpoint_identity, read_config
 
 __all__ = [
@@ -12,7 +13,11 @@ __all__ = [
     "GGUFFile",
     "Latent",
     "ModelConfig",
+    "PoolingConfig",
+    "Task",
     "TensorInfo",
     "checkpoint_identity",
     "read_config",
+    "read_pooling_config",
+    "task_of",
 ]

@@ -92,10 +92,14 @@ class _GenerationConfig(msgspec.Struct):
     eos_token_id: int | list[int] | None = None
 
 
-def config_of_directory(path: Path) -> ModelConfig:
-    """The configuration, not checked. Raises CheckpointError if a part is missing or not supported."""
+def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
+    """The configuration, not checked. Raises CheckpointError if a part is missing or not supported.
+
+    Args:
+        read_as: an architecture to take in the place of the one that is stated.
+    """
     any_config = _decode(path / "config.json", _AnyConfig)
-    architecture = any_config.architectures[0] if any_config.architectures else "of no name"
+    architecture = read_as or (any_config.architectures[0] if any_config.architectures else "of no name")
     generation_path = path / "generation_config.json"
     generation = _decode(generation_path, _GenerationConfig) if generation_path.exists() else _GenerationConfig()
     common: dict[str, Any] = {

@@ -18,6 +18,7 @@ from actors.ingress.app import create_app
 from actors.ingress.config import IngressConfig
 from actors.ingress.control import Control
 from actors.ingress.crash_dumps import CrashDumps
+from actors.ingress.encoders import Encoders
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, slot_bytes
@@ -32,6 +33,8 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     Detokenized,
+    Embedded,
+    EmbedRefused,
     EndRequests,
     Profiled,
     Refused,
@@ -70,6 +73,7 @@ class Ingress(Actor):
         self.tracing = self._tracing()
         self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic, self.tracing)
         self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
+        self.encoders = Encoders(self.send, self.config.encoders, self.metrics, self.config.stall_s, time.monotonic)
         self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
             self.config,
@@ -80,6 +84,7 @@ class Ingress(Actor):
             self.actors,
             self.all_stats,
             self.control,
+            self.encoders,
             self.tracing,
             self._recent(),
         )
@@ -184,6 +189,7 @@ class Ingress(Actor):
             self._run_timers()
             self.ledger.watch()
             self.tokenization.watch()
+            self.encoders.watch()
             self.ledger.flush()
             self._server.abort_stalled(self.config.client_stall_s)
             await asyncio.sleep(TICK_S)
@@ -209,6 +215,7 @@ class Ingress(Actor):
         figures["requests_live"] = float(len(self.ledger.live))
         figures["connections_open"] = float(len(self._server.server_state.connections))
         figures["tokenizations_pending"] = float(len(self.tokenization))
+        figures["embeddings_pending"] = float(len(self.encoders))
         return figures
 
     @handles(ActorStats)
@@ -227,6 +234,8 @@ class Ingress(Actor):
             self.crash_dumps.peer_started(peer, incarnation)
         if peer == self.config.tokenizer:
             self.tokenization.tokenizer_started()
+        elif peer in self.config.encoders:
+            self.encoders.encoder_started(peer)
         else:
             self.ledger.scheduler_started(peer)
 
@@ -237,6 +246,14 @@ class Ingress(Actor):
     @handles(Refused)
     def refused(self, message: Refused, sender: str) -> None:
         self.ledger.refused(message)
+
+    @handles(Embedded)
+    def embedded(self, message: Embedded, sender: str) -> None:
+        self.encoders.answered(message)
+
+    @handles(EmbedRefused)
+    def embed_refused(self, message: EmbedRefused, sender: str) -> None:
+        self.encoders.refused(message)
 
     @handles(Unknown)
     def unknown(self, message: Unknown, sender: str) -> None:

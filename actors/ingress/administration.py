@@ -38,7 +38,7 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
 async def flush_cache(service: Service, exchange: Exchange) -> None:
     """Answers when all engines have forgotten what they had cached. Raises ApiError where requests are running."""
     schedulers = [info.scheduler for info in service.ledger.engines.infos]
-    if not schedulers:
+    if not schedulers and service.config.task == "generate":
         raise ApiError(503, "No engine is known.", retry_after_s=1.0)
     refusals = await service.control.flush(schedulers)
     if refusals:
@@ -63,7 +63,7 @@ async def get_model_info(service: Service, exchange: Exchange) -> None:
     document = {
         "model_path": model,
         "tokenizer_path": model,
-        "is_generation": True,
+        "is_generation": service.config.task == "generate",
         "preferred_sampling_params": None,
         "weight_version": "default",
         "max_model_len": service.config.max_model_len,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from actors.checkpoint.pooling import Task
 from actors.ingress import administration as admin
 from actors.ingress.anthropic.endpoints import count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
@@ -25,11 +26,14 @@ from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
+from actors.ingress.openai.embeddings import EmbeddingsRequest, embeddings
 from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.openapi import Description
+from actors.ingress.pooling.classify import ClassifyRequest, classify
+from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
@@ -39,6 +43,13 @@ from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire
 T = TypeVar("T")
 
 # Made before the worker's process is forked, so that it starts at once.
+TASKS: tuple[Task, ...] = ("generate", "embed", "classify")
+"""All of them, for endpoints that do not care."""
+
+_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsRequest)
+_RERANK = msgspec.json.Decoder(RerankRequest)
+_SCORE = msgspec.json.Decoder(ScoreRequest)
+_CLASSIFY = msgspec.json.Decoder(ClassifyRequest)
 _CHAT = msgspec.json.Decoder(ChatRequest)
 _COMPLETION = msgspec.json.Decoder(CompletionRequest)
 _ABORT = msgspec.json.Decoder(admin.AbortBody)
@@ -56,7 +67,8 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 class Post(Generic[T]):
-    """An endpoint that takes a JSON document. `default`: the one that a request without a body means."""
+    """An endpoint that takes a JSON document, of models for some tasks. `default`: the one that is meant by a request
+    without a body."""
 
     public = False
 
@@ -67,9 +79,11 @@ class Post(Generic[T]):
         handle: Callable[[Service, T, Exchange], Awaitable[None]],
         wire: Wire = OPENAI,
         default: bytes = b"",
+        tasks: Sequence[Task] = ("generate",),
     ) -> None:
         self._service = service
         self._decoder = decoder
+        self._tasks = tasks
         self.handle = handle
         self.body: type[T] = decoder.type
         self.wire = wire
@@ -84,6 +98,7 @@ class Post(Generic[T]):
         service = self._service
         service.authorize(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
+        service.check_task(self._tasks)
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
 
@@ -123,24 +138,48 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),
             Route("/v1/models/{model:path}", Get(service, get_model), methods=["GET"]),
+            *(
+                Route(path, Post(service, _EMBEDDINGS, embeddings, tasks=("embed",)), methods=["POST"])
+                for path in ("/v1/embeddings", "/embeddings")
+            ),
+            *(
+                Route(path, Post(service, _RERANK, rerank, tasks=("embed", "classify")), methods=["POST"])
+                for path in ("/v1/rerank", "/v2/rerank", "/rerank")
+            ),
+            *(
+                Route(path, Post(service, _SCORE, score, tasks=("embed", "classify")), methods=["POST"])
+                for path in ("/v1/score", "/score")
+            ),
+            *(
+                Route(path, Post(service, _CLASSIFY, classify, tasks=("classify",)), methods=["POST"])
+                for path in ("/v1/classify", "/classify")
+            ),
             Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
             Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
-            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA), methods=["POST"]),
+            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA, tasks=TASKS), methods=["POST"]),
             Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
             Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
             Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, _TOKENIZE, tokenize), methods=["POST"]),
-            Route("/detokenize", Post(service, _DETOKENIZE, detokenize), methods=["POST"]),
+            Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
+            Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
             Route("/health", Get(service, health, public=True), methods=["GET"]),
             Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
-            Route("/abort_request", Post(service, _ABORT, admin.abort_request), methods=["POST"]),
+            Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
             Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
-            Route("/start_profile", Post(service, _START_PROFILE, start_profile, default=b"{}"), methods=["POST"]),
-            Route("/stop_profile", Post(service, _STOP_PROFILE, stop_profile, default=b"{}"), methods=["POST"]),
+            Route(
+                "/start_profile",
+                Post(service, _START_PROFILE, start_profile, default=b"{}"),
+                methods=["POST"],
+            ),
+            Route(
+                "/stop_profile",
+                Post(service, _STOP_PROFILE, stop_profile, default=b"{}"),
+                methods=["POST"],
+            ),
             Route("/load", Get(service, admin.load), methods=["GET"]),
             Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
             Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),

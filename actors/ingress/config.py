@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
@@ -42,6 +42,9 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         access_log: one line for each request that has been answered.
         cache_report: whether answers say how many tokens of the prompt were cached.
         crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
+        task: what the model is for. encoders: the actors that embed or classify, where it is for that.
+        vector_size: numbers of an embedding, or one a label.
+        labels: a classifier's classes. activation: what makes scores of its numbers.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -67,3 +70,8 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     access_log: bool = False
     cache_report: bool = True
     crash_dump_dir: str = ""
+    task: Literal["generate", "embed", "classify"] = "generate"
+    encoders: list[str] = []
+    vector_size: Annotated[int, Meta(ge=0)] = 0
+    labels: list[str] = []
+    activation: Literal["none", "sigmoid", "softmax"] = "none"

@@ -22,17 +22,20 @@ async def health(service: Service, exchange: Exchange) -> None:
 
 
 async def health_generate(service: Service, exchange: Exchange) -> None:
-    """Answers when an engine has made one token. Raises ApiError when none has in time."""
+    """Answers when an engine has made one token, or a vector of one. Raises ApiError when none has in time."""
     config = service.config
     token = config.eos_token_ids[0] if config.eos_token_ids else 0
     prompt = array("i", [token]).tobytes()
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
-            with service.generate(exchange, [(prompt, 1)], sampling, TextParams()) as generation:
-                await generation.progress()
+            if config.task != "generate":
+                await service.encoders.vectors(exchange.work, [(prompt, b"")])
+            else:
+                with service.generate(exchange, [(prompt, 1)], sampling, TextParams()) as generation:
+                    await generation.progress()
     except TimeoutError:
-        raise ApiError(503, f"No engine made a token within {HEALTH_GENERATE_TIMEOUT_S:g} seconds.") from None
+        raise ApiError(503, f"No engine answered within {HEALTH_GENERATE_TIMEOUT_S:g} seconds.") from None
     await exchange.answer(b"{}")
 
 

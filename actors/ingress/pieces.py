@@ -33,7 +33,8 @@ class Identity(Struct, array_like=True, frozen=True, gc=False):
 
 
 class Piece(Struct, array_like=True, frozen=True, gc=False):
-    """What has arrived of a choice at once, without what was known before; see `TextEvent`."""
+    """What has arrived of a choice at once, without what was known before; see `TextEvent`. Of a request that is
+    embedded or classified, the `vector` (f32) of an input."""
 
     tokens: list[int]
     text: str
@@ -42,6 +43,7 @@ class Piece(Struct, array_like=True, frozen=True, gc=False):
     stop_reason: str | int | None
     cached_tokens: int
     prompt_logprobs: list[TextLogprob] | None
+    vector: bytes = b""
 
 
 def new_rid() -> str:

@@ -10,8 +10,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+from actors.checkpoint.pooling import Task
 from actors.ingress.config import IngressConfig
 from actors.ingress.control import Control
+from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import ClientGone, Exchange
 from actors.ingress.generation import Generation
@@ -21,10 +23,25 @@ from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
-from actors.messages import ChatPrompt, Detokenize, Detokenized, SamplingParams, TextParams, TextPrompt, Tokenize
+from actors.messages import (
+    ChatPrompt,
+    Detokenize,
+    Detokenized,
+    PairPrompt,
+    SamplingParams,
+    TextParams,
+    TextPrompt,
+    Tokenize,
+)
 
 MAX_CHOICES = 1024
 """Prompts × answers to each of one HTTP request."""
+
+_WHAT_IT_DOES = {
+    "generate": 'generates text. To embed with it, serve it with task = "embed" under [model].',
+    "embed": "is an embedding model: use /v1/embeddings, /v1/rerank or /v1/score.",
+    "classify": "is a classifier: use /v1/classify, or, if it has one class, /v1/rerank or /v1/score.",
+}
 
 Prompt = ChatPrompt | TextPrompt | list[int]
 
@@ -37,6 +54,7 @@ class Service:
         control: what other actors are asked to do beside generating.
         tracing: None if nothing is traced.
         recent: None if no requests are kept for the case of a crash.
+        encoders: what the model is asked that embeds or classifies.
         actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -52,6 +70,7 @@ class Service:
         actors: ActorFigures,
         figures: Callable[[], dict[str, float]],
         control: Control,
+        encoders: Encoders,
         tracing: Tracing | None = None,
         recent: RecentRequests | None = None,
     ) -> None:
@@ -65,6 +84,7 @@ class Service:
         self.control = control
         self.tracing = tracing
         self.recent = recent
+        self.encoders = encoders
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._names: dict[str, list[Entry]] = {}
@@ -114,6 +134,13 @@ class Service:
         raise ApiError(
             404, f"The model '{model}' does not exist. Served here: {', '.join(names)}.", "model", "model_not_found"
         )
+
+    def check_task(self, tasks: Sequence[Task]) -> None:
+        """Raises ApiError unless the model is for one of these tasks."""
+        task = self.config.task
+        if task not in tasks:
+            name = self.config.served_model_names[0]
+            raise invalid(f"The model '{name}' {_WHAT_IT_DOES[task]}", "model", "unsupported_model")
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -166,6 +193,21 @@ class Service:
                 "context_length_exceeded",
             )
         return max_tokens
+
+    async def tokenize_pairs(self, exchange: Exchange, pairs: Sequence[PairPrompt]) -> list[tuple[bytes, bytes]]:
+        """Token ids (i32) and token type ids, one byte each, of pairs of texts. Raises ApiError as `tokenize`."""
+        known = exchange.work.prompts
+        if known is not None:
+            return list(zip(known[::2], known[1::2], strict=True))
+        questions = (self.tokenization.pair(Tokenize(new_rid(), pair)) for pair in pairs)
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        encoded: list[tuple[bytes, bytes]] = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            encoded.append(answer)
+        exchange.work.prompts = [part for each in encoded for part in each]
+        return encoded
 
     # -- generations ----------------------------------------------------------------------------------------------
 

@@ -46,6 +46,12 @@ class Tokenization:
         assert isinstance(answer, Tokenized)
         return answer.tokens
 
+    async def pair(self, question: Tokenize) -> tuple[bytes, bytes]:
+        """Token ids (i32) of a pair, and its token type ids, one byte each. Raises ApiError as `tokens`."""
+        answer = await self._ask(question)
+        assert isinstance(answer, Tokenized)
+        return answer.tokens, answer.types
+
     async def text(self, question: Detokenize) -> Detokenized:
         """The text of token ids. Raises ApiError when there is none."""
         answer = await self._ask(question)

@@ -12,7 +12,16 @@ import msgspec
 
 from actors.actor import Actor, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.messages import ChatPrompt, Detokenize, Detokenized, TextPrompt, Tokenize, Tokenized, TokenizeFailed
+from actors.messages import (
+    ChatPrompt,
+    Detokenize,
+    Detokenized,
+    PairPrompt,
+    TextPrompt,
+    Tokenize,
+    Tokenized,
+    TokenizeFailed,
+)
 from actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
 from actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
 
@@ -61,14 +70,14 @@ class Tokenizer(Actor):
         """Renders and encodes a prompt."""
         began_ns = time.time_ns()
         try:
-            tokens = self._encode(message.prompt)
+            tokens, types = self._encode(message.prompt)
         except (Refusal, TemplateFailure) as failure:
             self.spans.ended(message.trace, "tokenize", began_ns, error=str(failure))
             self._fail(sender, message.rid, str(failure))
             return
         self.spans.ended(message.trace, "tokenize", began_ns, {"tokens": len(tokens)})
         self.encoded_tokens += len(tokens)
-        if not self.send(sender, Tokenized(message.rid, pack_ids(tokens))):
+        if not self.send(sender, Tokenized(message.rid, pack_ids(tokens), types)):
             self._fail(sender, message.rid, f"The prompt of {len(tokens)} tokens is too long to be passed on.")
 
     @handles(Detokenize)
@@ -94,17 +103,27 @@ class Tokenizer(Actor):
         """Prompt tokens encoded and prompts refused since the start."""
         return {"tokenizer_tokens": float(self.encoded_tokens), "tokenizer_failures": float(self.failures)}
 
-    def _encode(self, prompt: ChatPrompt | TextPrompt) -> list[int]:
-        if isinstance(prompt, TextPrompt):
-            text, add_special = prompt.text, prompt.add_special_tokens
+    def _encode(self, prompt: ChatPrompt | TextPrompt | PairPrompt) -> tuple[list[int], bytes]:
+        """Token ids, and the token type ids of a pair."""
+        pair, add_special, max_tokens = "", False, 0
+        if isinstance(prompt, ChatPrompt):
+            text = self._render(prompt)  # the template writes the special tokens itself
         else:
-            text, add_special = self._render(prompt), False  # the template writes the special tokens itself
-        if len(text) > self.config.max_characters:
+            text, max_tokens = prompt.text, prompt.max_tokens
+            if isinstance(prompt, TextPrompt):
+                add_special = prompt.add_special_tokens
+            else:
+                pair = prompt.pair
+        if len(text) + len(pair) > self.config.max_characters:
             raise Refusal(
-                f"The prompt has {len(text)} characters, and the longest one allowed has {self.config.max_characters}."
+                f"The prompt has {len(text) + len(pair)} characters, and the longest one allowed has "
+                f"{self.config.max_characters}."
             )
         try:
-            return self.vocabulary.encode(text, add_special)
+            if isinstance(prompt, PairPrompt):
+                tokens, types = self.vocabulary.encode_pair(text, pair, max_tokens)
+                return tokens, bytes(types)
+            return self.vocabulary.encode(text, add_special, max_tokens), b""
         except Exception as error:  # whatever a text does to the library must not end the process again and again
             raise Refusal(f"The prompt cannot be encoded ({type(error).__name__}: {error}).") from None
 

@@ -135,16 +135,24 @@ def vocabulary_from_directory(path: Path) -> Vocabulary:
 
 
 class _Spelling(msgspec.Struct, frozen=True):
-    """How tokens are spelled: in the byte-level alphabet, or as sentencepiece does."""
+    """How tokens are spelled: in the byte-level alphabet, as sentencepiece does, or as words and their continuations
+    behind a `continuation` mark (WordPiece)."""
 
     byte_level: bool
     strips_leading_space: bool = False
+    continuation: str = ""
 
     def token_bytes(self, ids: Mapping[str, int], size: int, added: set[str]) -> list[bytes]:
         if self.byte_level:
             spelled = tokens_to_bytes(list(ids))
             spelled = [
                 content.encode() if content in added else each for content, each in zip(ids, spelled, strict=True)
+            ]
+        elif self.continuation:
+            mark = self.continuation
+            spelled = [
+                (each.removeprefix(mark) if each.startswith(mark) else f" {each}").encode("utf-8", "surrogateescape")
+                for each in ids
             ]
         else:
             spelled = [piece_to_bytes(content) for content in ids]
@@ -166,9 +174,12 @@ def _spelling(file: Path, tokenizer_file: _TokenizerFile) -> _Spelling:
             return _Spelling(byte_level=False, strips_leading_space=strips != "never")
         if kinds[:2] == ["Replace", "ByteFallback"] and set(kinds[2:]) <= {"Fuse", "Strip"}:
             return _Spelling(byte_level=False, strips_leading_space="Strip" in kinds)
+    if tokenizer_file.model.type == "WordPiece" and kinds == ["WordPiece"]:
+        mark = str(decoder.get("prefix") or "##")
+        return _Spelling(byte_level=False, strips_leading_space=True, continuation=mark)
     raise CheckpointError(
         f"{file}: a {tokenizer_file.model.type} tokenizer with the decoder {'+'.join(kinds)} is "
-        "not supported; byte-level and sentencepiece tokenizers are"
+        "not supported; byte-level, sentencepiece and WordPiece tokenizers are"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 from tokenizers import Tokenizer
@@ -63,16 +64,43 @@ class Vocabulary:
         tokenizer.no_padding()
         return tokenizer
 
-    def encode(self, text: str, add_special: bool) -> list[int]:
+    def encode(self, text: str, add_special: bool, max_tokens: int = 0) -> list[int]:
         """The token ids of a text. Names of special tokens in the text become these tokens.
 
         Args:
             add_special: put the tokens around it that the model wants around a text, such as BOS.
+            max_tokens: what is beyond so many tokens, the special ones included, is cut off the text; 0 for all of it.
+
+        Raises ValueError where there is no room for a text.
         """
-        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
-        if add_special and (self._prefix_ids or self._suffix_ids):
+        added = len(self._prefix_ids) + len(self._suffix_ids) if add_special else 0
+        with self._truncated(max_tokens, added):
+            ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
+        if added:
             return [*self._prefix_ids, *ids, *self._suffix_ids]
         return ids
+
+    def encode_pair(self, text: str, pair: str, max_tokens: int = 0) -> tuple[list[int], list[int]]:
+        """The token ids of two texts as one, and their token type ids; see `encode`. Of texts that are too long, the
+        longer one is cut. Raises ValueError for a vocabulary that does not say how pairs are written."""
+        if self.tokenizer.num_special_tokens_to_add(is_pair=True) == 0:
+            raise ValueError("the model's tokenizer has no special tokens between two texts")
+        with self._truncated(max_tokens, 0):
+            encoding = self.tokenizer.encode_batch([(text, pair)])[0]
+        return encoding.ids, encoding.type_ids
+
+    @contextmanager
+    def _truncated(self, max_tokens: int, added: int) -> Iterator[None]:
+        if not max_tokens:
+            yield
+            return
+        if max_tokens <= added + self.tokenizer.num_special_tokens_to_add(is_pair=False):
+            raise ValueError(f"{max_tokens} tokens are too few for the special ones alone")
+        self.tokenizer.enable_truncation(max_tokens - added)
+        try:
+            yield
+        finally:
+            self.tokenizer.no_truncation()
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of token ids. Raises IndexError for an id that is not in the vocabulary."""

@@ -147,6 +147,8 @@ def _run_executor(options: argparse.Namespace, requests: int) -> list[Timing]:
     from runtime.bench.executor import Batch, executor_for, run_batch
 
     plan = plan_node(topology_of(options))
+    if not plan.engines:
+        raise UserError(f"{plan.served_name} does not generate text, and this is a benchmark of models that do")
     batch = Batch(
         requests=requests,
         slots=min(options.batch, requests),

@@ -7,7 +7,7 @@ import argparse
 from runtime.cli.options import add_topology, topology_of
 from runtime.cli.output import say
 from runtime.models import NotLocal
-from runtime.needs import describe_needs
+from runtime.needs import describe_encoders, describe_needs
 from runtime.plan import NodePlan, plan_node
 from runtime.ports import check_ports, listening
 from runtime.tree import actor_names
@@ -34,7 +34,11 @@ def run(options: argparse.Namespace) -> int:
     say(f"  model   {plan.served_name}, {plan.model.path}, requests of up to {plan.max_model_len} tokens")
     here = plan.engines if not plan.placement.machines or plan.placement.here else []
     here = [engine for engine in here if plan.placement.is_here(engine.name)]
-    for line in describe_needs(plan.engines, here, plan.topology.model.dtype):
+    dtype = plan.topology.model.dtype
+    for line in (
+        *describe_needs(plan.engines, here, dtype),
+        *describe_encoders(plan.encoders, [] if plan.placement.machines else plan.encoders, dtype),
+    ):
         say(f"  {line}")
     return 0
 

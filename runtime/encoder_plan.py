@@ -1,0 +1,83 @@
+"""Engines of models that embed or classify, as they are decided before a node starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from actors.actor import StartFailure
+from actors.checkpoint import PoolingConfig
+from actors.dtypes import WeightDType
+from actors.encoder import scratch_bytes
+from actors.rank.precision import auto_dtype
+from actors.rank.shard import weight_bytes
+from runtime.models import ResolvedModel
+from runtime.topology import Engine, LoadedTopology
+
+ENGINE_KEYS = ("node", "threads", "chunk_tokens", "max_queue")
+"""What such an engine can be told."""
+_MODEL_KEYS = ("deterministic", "chat_template")
+_INGRESS_KEYS = ("tool_call_parser", "reasoning_parser")
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """One engine that is an encoder process.
+
+    Attributes:
+        dtype: of the weights.
+        weight_bytes: their size. weights_arena: the arena that holds them; empty where the checkpoint's file is mapped.
+        scratch_bytes: memory for keys and values of a batch, which a decoder needs.
+        threads: of the process.
+    """
+
+    name: str
+    settings: Engine
+    dtype: WeightDType
+    weight_bytes: int
+    weights_arena: str
+    scratch_bytes: int
+    threads: int
+
+    @property
+    def actor(self) -> str:
+        return f"{self.name}.encoder"
+
+
+def plan_encoder(
+    loaded: LoadedTopology, name: str, config: PoolingConfig, model: ResolvedModel, max_model_len: int, threads: int
+) -> EncoderPlan:
+    """One engine. Raises TopologyError for what the model does not allow.
+
+    Args:
+        threads: where the topology does not say.
+    """
+    engine, dtype = loaded.topology.engine[name], loaded.topology.model.dtype
+    arena, scratch = "", 0
+    if config.decoder is None:
+        if dtype not in ("auto", "float32"):
+            raise loaded.error("model.dtype", f'is "{dtype}", and encoders are computed in float32; remove the key')
+        dtype = "float32"
+        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+    else:
+        if dtype == "auto":
+            dtype = auto_dtype(config.decoder)
+        arena = f"{name}.encoder.weights"
+        try:
+            size = weight_bytes(config.decoder, dtype, 1, 0)
+            scratch = scratch_bytes(config.decoder, dtype, max(engine.chunk_tokens, max_model_len))
+        except StartFailure as failure:
+            raise loaded.error("model.dtype", str(failure)) from None
+    return EncoderPlan(name, engine, dtype, size, arena, scratch, engine.threads or threads)
+
+
+def check_keys(loaded: LoadedTopology, task: str) -> None:
+    """Raises TopologyError for a key that is given and would do nothing for a model of this task."""
+    engines = [(name, key) for name in loaded.topology.engine for key in Engine.__struct_fields__]
+    keys = [
+        *(f"model.{key}" for key in _MODEL_KEYS),
+        *(f"ingress.{key}" for key in _INGRESS_KEYS),
+        *(f"engine.{name}.{key}" for name, key in engines if key not in ENGINE_KEYS),
+    ]
+    for key in keys:
+        if loaded.is_given(key):
+            raise loaded.error(key, f"is for models that generate, and this one is for the task {task}; remove the key")
