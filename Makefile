@@ -2,7 +2,7 @@
 #
 #   make serve              serve SmolLM2-135M-Instruct on http://127.0.0.1:8000/v1; Ctrl-C stops it
 #   make serve PORT=8123    … on another port; TOPOLOGY=FILE serves something else
-#   make test               the whole test suite
+#   make test               the whole test suite, two files at a time
 #   make lint               ruff and mypy
 #   make bench              a serving benchmark of the embedded model
 #   make clean              remove .venv and everything that can be built again
@@ -34,7 +34,8 @@ test: $(INSTALLED_DEV)
 		(apt-get update -qq && apt-get install -qq -y iproute2) >/dev/null 2>&1 || \
 			echo "make: iproute2 could not be installed, so the tests with two hosts are skipped" >&2; \
 	fi
-	@exec $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@tmp=$$(mktemp -d /tmp/t-XXXXXX); trap 'rm -rf "$$tmp"' EXIT; \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --basetemp=$$tmp $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --quiet .

@@ -61,7 +61,11 @@ def test_wide_result_is_what_a_narrow_one_is_rounded_from(kind: str, determinist
         x = torch.randn(rows, 96).bfloat16()
         wide = kernels.linear(x, given, bias, deterministic, wide=True)
         assert wide.dtype == torch.float32
-        assert torch.equal(wide.bfloat16(), kernels.linear(x, given, bias, deterministic))
+        narrow = kernels.linear(x, given, bias, deterministic)
+        if kernels.backend() == "torch":  # its products of bfloat16 add in another order than those of float32
+            torch.testing.assert_close(wide.bfloat16(), narrow, rtol=2**-7, atol=2**-7)
+        else:
+            assert torch.equal(wide.bfloat16(), narrow)
         if rows and kind != "plain" and kernels.backend() != "torch":
             assert not torch.equal(wide, wide.bfloat16().float()), "it was rounded"
 

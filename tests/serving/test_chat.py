@@ -42,6 +42,8 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"})
+        self._readable = select.poll()  # takes descriptors beyond 1024
+        self._readable.register(self.fd, select.POLLIN)
         self.shown = ""
 
     def expect(self, text: str) -> str:
@@ -49,7 +51,7 @@ class Terminal:
         deadline = time.monotonic() + DEADLINE_S
         while text not in self.shown:
             assert time.monotonic() < deadline, f"waited in vain for {text!r} after {self.shown!r}"
-            if select.select([self.fd], [], [], 0.1)[0]:
+            if self._readable.poll(100):
                 self.shown += os.read(self.fd, 4096).decode(errors="replace")
         before, _, self.shown = self.shown.partition(text)
         return before
