@@ -68,7 +68,7 @@ class Bench:
         self.now = 100.0
         self.sent: list[tuple[str, Message]] = []
         self.metrics = IngressMetrics()
-        self.engines = Engines("m", lambda name, address: None)
+        self.engines = Engines(["m"], lambda name, address: None)
         self.ledger = Ledger(self._send, self.engines, self.metrics, 10.0, lambda: self.now)
         if engines is None:
             engines = [engine()]

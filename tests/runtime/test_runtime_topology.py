@@ -30,7 +30,7 @@ def errors(tmp_path: Path, text: str, *settings: str, port: int | None = None) -
 def test_defaults(tmp_path: Path) -> None:
     topology = load(tmp_path, MINIMAL)
     assert topology.engine == {"main": Engine()}
-    assert topology.model.path == "m"
+    assert topology.models[0].path == "m"
     assert (topology.ingress.host, topology.ingress.port) == ("127.0.0.1", 8000)
 
 
@@ -166,7 +166,10 @@ def test_lines_of_keys() -> None:
         ("t", "date"): 15,
         ("t", "sub"): 16,
         ("many",): 17,
-        ("many", "k"): 18,
+        ("many", "0"): 17,
+        ("many", "0", "k"): 18,
+        ("many", "1"): 19,
+        ("many", "1", "k"): 20,
     }
     assert key_lines(text.replace("\n", "\r\n")) == key_lines(text)
 
@@ -186,10 +189,10 @@ def test_set(tmp_path: Path) -> None:
         port=8123,
     )
     assert topology.engine["main"] == Engine(tp=3, policy="lpm")
-    assert topology.model.path == "/a/b=c.gguf"
-    assert topology.model.deterministic is True
+    assert topology.models[0].path == "/a/b=c.gguf"
+    assert topology.models[0].deterministic is True
     assert topology.ingress.api_key == "123"
-    assert topology.model.served_name == "quoted"
+    assert topology.models[0].served_name == "quoted"
     assert topology.supervision.period_s == 3.0
     assert topology.ingress.port == 8123
 
