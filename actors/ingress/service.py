@@ -176,7 +176,8 @@ class Service:
             engine = actor.partition(".")[0]
             of_engine = {info.engine: info.model for info in self.ledger.engines.infos}.get(engine)
             for model in self.models:
-                if actor == model.tokenizer or actor in model.encoders or model.model == of_engine:
+                owners = (actor, f"{engine}.tokenizer") if actor.endswith(".detokenizer") else (actor,)
+                if model.tokenizer in owners or actor in model.encoders or model.model == of_engine:
                     return model.name
         return ",".join(model.name for model in self.models)
 
