@@ -99,6 +99,7 @@ class Post(Generic[T]):
         service.authorize(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
         service = service.about(_model_named(request), self._tasks)
+        exchange.model = service.model.name
         service.check_task(self._tasks)
         with service.admitted(exchange):
             await self.handle(service, request, exchange)

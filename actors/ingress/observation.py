@@ -41,7 +41,7 @@ def observed(service: Service, exchange: Exchange, public: bool = False) -> Iter
                 "http.request.method": method,
                 "url.path": path,
                 "http.response.status_code": status,
-                "gen_ai.request.model": service.model.name,
+                "gen_ai.request.model": exchange.model or service.model.name,
                 "runtime.request_id": exchange.request_id,
                 "runtime.rid": identity.rid,
             }

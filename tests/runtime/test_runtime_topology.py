@@ -220,6 +220,52 @@ def test_an_error_of_an_argument_names_the_argument(tmp_path: Path, setting: str
     assert found[0].startswith(f"--set {setting}: {expected}")
 
 
+TWO = """[[model]]
+path = "m"
+[[model]]
+path = "some/other"
+served_name = "o"
+[engine.main]
+model = "m"
+[engine.second]
+model = "o"
+"""
+
+
+def test_several_models(tmp_path: Path) -> None:
+    topology = load(tmp_path, TWO, "model.1.dtype=float32", "model.0.max_model_len=100")
+    assert [model.served_name for model in topology.models] == ["m", "o"]
+    assert (topology.models[1].dtype, topology.models[0].max_model_len) == ("float32", 100)
+    assert [list(topology.engines_of(index)) for index in range(2)] == [["main"], ["second"]]
+    assert load(tmp_path, MINIMAL + 'model = "m"\n').engine["main"].model == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "expected"),
+    [
+        (TWO.replace('model = "o"\n', ""), (), 'x.toml:8: engine.second.model: missing; give "m" or "o"'),
+        (TWO + "[engine.x]\n", (), 'x.toml:10: engine.x.model: missing; give "m" or "o"'),
+        (TWO + '[engine.x]\nmodel = "p"', (), 'x.toml:11: engine.x.model: is "p", which is not served; give "m" or'),
+        (TWO.replace('"o"', '"m"'), (), 'x.toml:5: model.1.served_name: is "m", and so is that of model.0; give'),
+        (TWO + '[[model]]\npath = "x"', (), 'x.toml:10: model.2: "x" has no engine; add a table [engine.NAME]'),
+        (TWO + "[[model]]", (), 'x.toml:10: model.2.path: missing; add path = "smollm2-135m-instruct" under [[model]]'),
+        (TWO + "[engine.model0]", (), "x.toml:10: engine.model0: the name is taken by another process"),
+        (TWO + '[engine.p]\nmodel = "m"\nrole = "prefill"\n[engine.d]\nmodel = "o"\nrole = "decode"', (),
+         'x.toml:12: engine.p.role: is "prefill", and no engine of its model has the role "decode"'),
+        (TWO, ("model.0.max_model_len=40000",),
+         "x.toml:6: engine.main.kv_tokens: is 32768, too small for one request of model.0.max_model_len = 40000"),
+        (TWO, ("model.path=x",), "--set model.path=x: model.path: unknown key; did you mean model.0.path?"),
+        (TWO, ("model.2.path=x",), "--set model.2.path=x: model.2.path: unknown key; did you mean model.0.path?"),
+        (TWO, ("model.1.dtype=x",), '--set model.1.dtype=x: model.1.dtype: is "x"; give one of "auto"'),
+        ("model = [1]\n[engine.main]", ("model.0.path=x",), "--set model.0.path=x: model.0.path: unknown key"),
+        ("model = []\n[engine.main]", (), "x.toml:1: model.path: missing; add path"),
+        (MINIMAL + 'model = "o"', (), 'x.toml:4: engine.main.model: is "o", which is not served; give "m"'),
+    ],
+)  # fmt: skip
+def test_errors_of_several_models(tmp_path: Path, text: str, setting: tuple[str, ...], expected: str) -> None:
+    assert errors(tmp_path, text, *setting)[0].startswith(expected)
+
+
 def test_an_error_of_the_port_names_the_option(tmp_path: Path) -> None:
     assert errors(tmp_path, MINIMAL, port=70000) == [
         "--port 70000: ingress.port: is 70000; give an integer from 1 to 65535"

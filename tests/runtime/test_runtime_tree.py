@@ -49,9 +49,9 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
     monkeypatch.delenv("RUNTIME_API_KEY", raising=False)
 
-    def plan(*settings: str, text: str = "") -> NodePlan:
+    def plan(*settings: str, head: str = '[model]\npath = "m"\n[engine.main]\n', text: str = "") -> NodePlan:
         file = tmp_path / "small.toml"
-        file.write_text('[model]\npath = "m"\n[engine.main]\n' + text)
+        file.write_text(head + text)
         return plan_node(load_topology(file, settings))
 
     return plan
@@ -309,6 +309,35 @@ kv_tokens = 4096
 role = "decode"
 kv_tokens = 2048
 """
+
+
+def test_models_share_neither_engines_nor_memory(plan_of: Any, tmp_path: Path) -> None:
+    apart = "".join(
+        f'[engine.{role[0]}{index}]\nmodel = "m{index}"\nrole = "{role}"\n'
+        for index in range(2)
+        for role in ("prefill", "decode")
+    )
+    models = "".join(f'[[model]]\npath = "m"\nserved_name = "m{index}"\n' for index in range(2))
+    plan = plan_of(head=models, text=apart)
+    spec = build_tree(plan, tmp_path)
+    assert [child.id for child in spec.descendants() if child.type == "worker"] == actor_names(plan)
+    for index, other in ((0, 1), (1, 0)):
+        scheduler = find(spec, f"d{index}.scheduler").args
+        assert scheduler["config"]["model"] == f"m{index}"
+        assert scheduler["config"]["prefill_schedulers"] == [f"p{index}.scheduler"]
+        assert {f"p{index}.scheduler", f"model{index}.detokenizer"} <= scheduler["peers"].keys()
+        assert not any(name.startswith((f"p{other}.", f"d{other}.", f"model{other}.")) for name in scheduler["peers"])
+        receiver = find(spec, f"d{index}.kv_receiver")
+        assert f"p{other}.kv_sender" not in receiver.args["peers"]
+        assert receiver.descriptors == (f"d{index}.rank0.kv",)
+        assert find(spec, f"p{index}.rank0").descriptors == (f"p{index}.rank0.weights", f"d{index}.rank0.kv")
+        detokenizer = find(spec, f"model{index}.detokenizer").args["peers"]
+        assert set(detokenizer) == {f"d{index}.scheduler", "ingress0"}
+    ingress = msgspec.convert(find(spec, "ingress0").args["config"], IngressConfig)
+    assert [(model.model, model.tokenizer) for model in ingress.models] == [
+        ("m0", "model0.tokenizer"),
+        ("m1", "model1.tokenizer"),
+    ]
 
 
 def test_prefill_and_decode_engines_share_memory(plan_of: Any, tmp_path: Path) -> None:

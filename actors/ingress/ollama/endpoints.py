@@ -81,7 +81,7 @@ async def show(service: Service, body: ShowBody, exchange: Exchange) -> None:
         raise invalid("The request needs the name of a model.", "model")
     served_name(service, name)
     model = service.model
-    capabilities = ["completion"]
+    capabilities = {"generate": ["completion"], "embed": ["embedding"]}.get(model.task, [])
     if model.tool_call_parser is not None:
         capabilities.append("tools")
     if model.reasoning_parser is not None:
