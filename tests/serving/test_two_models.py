@@ -57,6 +57,12 @@ def vector(node: Node) -> list[float]:
     return numbers
 
 
+@pytest.fixture(scope="module")
+def undisturbed(both: Node) -> tuple[str, list[float]]:
+    """What the two models answer while nobody is killed."""
+    return answer(both), vector(both)
+
+
 def refusal(node: Node, path: str, body: Any) -> tuple[int, str]:
     with pytest.raises(urllib.error.HTTPError) as caught:
         node.post(path, body)
@@ -112,13 +118,15 @@ def test_figures_name_the_model(both: Node) -> None:
         *("embed.encoder", "model1.tokenizer", "bootstrap", "ingress0"),
     ],
 )
-def test_a_kill_changes_no_model_s_answers(both: Node, pids: dict[str, int], victim: str) -> None:
-    expected, numbers = answer(both), vector(both)
+def test_a_kill_changes_no_model_s_answers(
+    both: Node, pids: dict[str, int], undisturbed: tuple[str, list[float]], victim: str
+) -> None:
+    expected, numbers = undisturbed
     over = Event()
 
     def embed() -> int:
         count = 0
-        while not over.is_set() or count < 3:
+        while not over.wait(0.02) or count < 3:
             assert vector(both) == numbers
             count += 1
         return count
