@@ -60,10 +60,7 @@ class Check:
             )
             others = {path[0]: values for path, values in tables.items() if len(path) == 1 and path not in models}
             written = {"models": [tables[path] for path in models], "array": self._array}
-            topology = msgspec.convert(
-                {**others, **written, "engine": engines, "nodes": nodes},
-                Topology,
-            )
+            topology = msgspec.convert({**others, **written, "engine": engines, "nodes": nodes}, Topology)
             topology = self._named(topology)
             self._cross_check(topology)
             self.topology = None if self.problems else topology
@@ -178,6 +175,8 @@ class Check:
 
     def _check_models(self, topology: Topology) -> None:
         """Each model has a name and an engine of its own, each engine a model."""
+        if not self._array and all(engine.model is None for engine in topology.engine.values()):
+            return
         names = [self._name_of(topology, index) for index in range(len(topology.models))]
         known = " or ".join(f'"{name}"' for name in dict.fromkeys(names))
         for index, name in enumerate(names):
