@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from actors.actor import StartFailure
@@ -11,9 +12,9 @@ from actors.encoder import scratch_bytes
 from actors.rank.precision import auto_dtype
 from actors.rank.shard import weight_bytes
 from runtime.models import ResolvedModel
-from runtime.topology import Engine, LoadedTopology
+from runtime.topology import Engine, LoadedTopology, Model
 
-ENGINE_KEYS = ("node", "threads", "chunk_tokens", "max_queue")
+ENGINE_KEYS = ("model", "node", "threads", "chunk_tokens", "max_queue")
 """What such an engine can be told."""
 _MODEL_KEYS = ("deterministic", "chat_template")
 _INGRESS_KEYS = ("tool_call_parser", "reasoning_parser")
@@ -28,6 +29,7 @@ class EncoderPlan:
         weight_bytes: their size. weights_arena: the arena that holds them; empty where the checkpoint's file is mapped.
         scratch_bytes: memory for keys and values of a batch, which a decoder needs.
         threads: of the process.
+        model_key: the table of its model in the topology.
     """
 
     name: str
@@ -37,6 +39,7 @@ class EncoderPlan:
     weights_arena: str
     scratch_bytes: int
     threads: int
+    model_key: str = "model"
 
     @property
     def actor(self) -> str:
@@ -44,18 +47,26 @@ class EncoderPlan:
 
 
 def plan_encoder(
-    loaded: LoadedTopology, name: str, config: PoolingConfig, model: ResolvedModel, max_model_len: int, threads: int
+    loaded: LoadedTopology,
+    name: str,
+    config: PoolingConfig,
+    settings: Model,
+    key: str,
+    model: ResolvedModel,
+    max_model_len: int,
+    threads: int,
 ) -> EncoderPlan:
     """One engine. Raises TopologyError for what the model does not allow.
 
     Args:
+        settings: its model's. key: the model's table.
         threads: where the topology does not say.
     """
-    engine, dtype = loaded.topology.engine[name], loaded.topology.model.dtype
+    engine, dtype = loaded.topology.engine[name], settings.dtype
     arena, scratch = "", 0
     if config.decoder is None:
         if dtype not in ("auto", "float32"):
-            raise loaded.error("model.dtype", f'is "{dtype}", and encoders are computed in float32; remove the key')
+            raise loaded.error(f"{key}.dtype", f'is "{dtype}", and encoders are computed in float32; remove the key')
         dtype = "float32"
         size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
     else:
@@ -66,17 +77,21 @@ def plan_encoder(
             size = weight_bytes(config.decoder, dtype, 1, 0)
             scratch = scratch_bytes(config.decoder, dtype, max(engine.chunk_tokens, max_model_len))
         except StartFailure as failure:
-            raise loaded.error("model.dtype", str(failure)) from None
-    return EncoderPlan(name, engine, dtype, size, arena, scratch, engine.threads or threads)
+            raise loaded.error(f"{key}.dtype", str(failure)) from None
+    return EncoderPlan(name, engine, dtype, size, arena, scratch, engine.threads or threads, key)
 
 
-def check_keys(loaded: LoadedTopology, task: str) -> None:
-    """Raises TopologyError for a key that is given and would do nothing for a model of this task."""
-    engines = [(name, key) for name in loaded.topology.engine for key in Engine.__struct_fields__]
+def check_keys(loaded: LoadedTopology, task: str, model_key: str, engines: Iterable[str]) -> None:
+    """Raises TopologyError for a key that is given and would do nothing for a model of this task.
+
+    Args:
+        model_key: the model's table. engines: its engines' names.
+    """
+    of_engines = [(name, key) for name in engines for key in Engine.__struct_fields__]
     keys = [
-        *(f"model.{key}" for key in _MODEL_KEYS),
-        *(f"ingress.{key}" for key in _INGRESS_KEYS),
-        *(f"engine.{name}.{key}" for name, key in engines if key not in ENGINE_KEYS),
+        *(f"{model_key}.{key}" for key in _MODEL_KEYS),
+        *(f"ingress.{key}" for key in _INGRESS_KEYS if len(loaded.topology.models) == 1),
+        *(f"engine.{name}.{key}" for name, key in of_engines if key not in ENGINE_KEYS),
     ]
     for key in keys:
         if loaded.is_given(key):

@@ -13,7 +13,7 @@ from actors.rank.precision import auto_dtype
 from actors.rank.shard import kv_format, shard_of, weight_bytes
 from actors.scheduler.pages import page_ledger_bytes
 from runtime.nodes import Placement
-from runtime.topology import Engine, LoadedTopology, Topology
+from runtime.topology import Engine, LoadedTopology, Model, Topology
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class EnginePlan:
     """One engine, with the sizes that follow from its model.
 
     Attributes:
+        model_key: the table of its model in the topology.
         dtype: of the weights. kv_dtype: of cached keys and values.
         num_pages: pages of the KV pool.
         threads: of each rank.
@@ -49,6 +50,7 @@ class EnginePlan:
     shared_kv: bool = False
     first_page: int = 0
     arena_pages: int = 0
+    model_key: str = "model"
 
     @property
     def role(self) -> str:
@@ -73,14 +75,17 @@ class EnginePlan:
         return f"{self.name}.{actor}" if actor else ""
 
 
-def plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads: int) -> EnginePlan:
+def plan_engine(
+    loaded: LoadedTopology, name: str, config: ModelConfig, model: Model, model_key: str, threads: int
+) -> EnginePlan:
     """One engine with arenas of its own. Raises TopologyError for what the model does not allow.
 
     Args:
+        model: its model. model_key: the model's table.
         threads: of a rank, where the topology does not say.
     """
     engine = loaded.topology.engine[name]
-    dtype = loaded.topology.model.dtype
+    dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
     kv_dtype = compute_dtype(dtype) if engine.kv_dtype == "auto" else engine.kv_dtype
@@ -110,13 +115,14 @@ def plan_engine(loaded: LoadedTopology, name: str, config: ModelConfig, threads:
         kv_bytes=[num_pages * each.page_bytes for each in formats],
         ledger_bytes=page_ledger_bytes(num_pages, engine.page_size),
         arena_pages=num_pages,
+        model_key=model_key,
     )
 
 
 def share_arenas(engines: list[EnginePlan], topology: Topology, placement: Placement) -> list[EnginePlan]:
-    """Gives engines on the CPU of a node that hold the same weights the same arena of them, and, where nothing stands
-    against it, prefill engines the KV arenas of the decode engines: these then have their pages one after the
-    other in them."""
+    """Gives engines of one model on the CPU of a node that hold the same weights the same arena of them, and, where
+    nothing stands against it, prefill engines the KV arenas of the decode engines: these then have their pages one
+    after the other in them."""
     first: dict[tuple[str, str, int], EnginePlan] = {}
     shared = []
     for engine in engines:

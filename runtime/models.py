@@ -74,19 +74,31 @@ def resolve_model(
         return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(note))
     if text == MINILM:
         return ResolvedModel(MINILM, _minilm())
-    path = Path(os.path.abspath(base / Path(text).expanduser()))
+    path, name = _local(text, base), default_name(text, base)
     if path.is_dir():
         _check_directory(path)
-        return ResolvedModel(path.name, path)
+        return ResolvedModel(name, path)
     if path.is_file():
         _check_gguf(path)
-        return ResolvedModel(path.stem, path)
+        return ResolvedModel(name, path)
     if _HUGGING_FACE_ID.fullmatch(text) and not text.endswith(".gguf"):
         return ResolvedModel(text, _from_hub(text, download, note))
     raise UserError(
         f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}", '
         f'"{MINILM}", "{TINY_DEEPSEEK}" nor a Hugging Face id such as Qwen/Qwen3-0.6B'
     )
+
+
+def default_name(text: str, base: Path) -> str:
+    """What a model is called unless the topology says otherwise; arguments as above."""
+    path = _local(text, base)
+    if text in (EMBEDDED, TINY_DEEPSEEK, MINILM) or not path.exists():
+        return text
+    return path.name if path.is_dir() else path.stem
+
+
+def _local(text: str, base: Path) -> Path:
+    return Path(os.path.abspath(base / Path(text).expanduser()))
 
 
 def _embedded(note: Callable[[str], None]) -> Path:

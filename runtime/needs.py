@@ -37,9 +37,9 @@ def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan], encoders:
     memory = memory_bytes() - encoder_bytes(encoders)
     if memory < 0:
         raise loaded.error(
-            "model.path",
+            f"{max(encoders, key=lambda each: each.weight_bytes + each.scratch_bytes).model_key}.path",
             f"needs {gib(encoder_bytes(encoders))} of memory, and this machine has {gib(memory_bytes())}; choose a "
-            "smaller model, or lower model.max_model_len",
+            "smaller model, or lower its max_model_len",
         )
     for engine in engines:
         gpus = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
@@ -61,9 +61,9 @@ def check_needs(loaded: LoadedTopology, engines: Sequence[EnginePlan], encoders:
     largest = _largest_pool(on_cpu)
     left = tokens_that_fit(largest, memory - (needed - sum(largest.kv_bytes)))
     if left < largest.settings.page_size:
-        smaller = "" if largest.dtype == "int4" else ', or model.dtype = "int4"'
+        smaller = "" if largest.dtype == "int4" else f', or {largest.model_key}.dtype = "int4"'
         raise loaded.error(
-            "model.path", f"{problem}; choose a smaller model{smaller}, or spread the engines over nodes"
+            f"{largest.model_key}.path", f"{problem}; choose a smaller model{smaller}, or spread the engines over nodes"
         )
     key = f"engine.{largest.name}.kv_tokens"
     raise loaded.error(key, f"is {largest.settings.kv_tokens}, which {problem}; give at most {left}")
@@ -81,8 +81,8 @@ def _check_rdma(loaded: LoadedTopology) -> None:
         raise loaded.error("transfer.device", f'is "{transfer.device}"; this machine has {", ".join(devices)}')
 
 
-def describe_encoders(encoders: Sequence[EncoderPlan], here: Sequence[EncoderPlan], wanted: str) -> list[str]:
-    """Lines for `runtime check` about engines that embed or classify; as `describe_needs`."""
+def describe_encoders(encoders: Sequence[EncoderPlan], wanted: str) -> list[str]:
+    """Lines for `runtime check` about a model's engines that embed or classify; as `describe_engines`."""
     auto = " (auto)" if wanted == "auto" else ""
     lines = []
     for each in encoders:
@@ -91,16 +91,14 @@ def describe_encoders(encoders: Sequence[EncoderPlan], here: Sequence[EncoderPla
             f"engine  {each.name}: an encoder with {each.threads} thread(s); it maps {mib(each.weight_bytes)} of "
             f"{each.dtype}{auto} weights{scratch}"
         )
-    if here:
-        lines.append(f"memory  {mib(encoder_bytes(here))} of {mib(memory_bytes())}")
     return lines
 
 
-def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan], wanted: str) -> list[str]:
-    """Lines for `runtime check`: each engine's needs, and those of the engines of this machine together.
+def describe_engines(engines: Sequence[EnginePlan], wanted: str) -> list[str]:
+    """Lines for `runtime check`: the needs of each of a model's engines.
 
     Args:
-        wanted: `model.dtype` of the topology.
+        wanted: `dtype` of the model in the topology.
     """
     auto = " (auto)" if wanted == "auto" else ""
     lines = []
@@ -114,15 +112,23 @@ def describe_needs(engines: Sequence[EnginePlan], here: Sequence[EnginePlan], wa
             f"{mib(max(engine.weight_bytes))} of {engine.dtype}{auto} weights{weights}, and "
             f"{mib(max(engine.kv_bytes))} of {engine.kv_dtype} KV{kv}{pool}"
         )
-    on_cpu = [engine for engine in here if engine.settings.device == "cpu"]
+    return lines
+
+
+def describe_needs(engines: Sequence[EnginePlan], encoders: Sequence[EncoderPlan]) -> list[str]:
+    """Lines for `runtime check`: what the engines of this machine need together."""
+    lines = []
+    on_cpu = [engine for engine in engines if engine.settings.device == "cpu"]
+    memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values()) + encoder_bytes(encoders)
     if on_cpu:
-        memory, needed = memory_bytes(), sum(arena_sizes_of(on_cpu).values())
         largest = _largest_pool(on_cpu)
         fit = tokens_that_fit(largest, memory - (needed - sum(largest.kv_bytes)))
         lines.append(
             f"memory  {mib(needed)} of {mib(memory)}; beside the rest, {fit:,} KV tokens of {largest.name} would fit"
         )
-    gpus = max((engine.settings.tp for engine in here if engine.settings.device == "cuda"), default=0)
+    elif encoders:
+        lines.append(f"memory  {mib(needed)} of {mib(memory)}")
+    gpus = max((engine.settings.tp for engine in engines if engine.settings.device == "cuda"), default=0)
     if gpus:
         lines.append(f"devices {gpus} GPU(s), one a rank")
     return lines

@@ -23,6 +23,7 @@ from actors.grammar import available, load_tokens
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
+from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
 from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
 from runtime.report import as_json
@@ -119,10 +120,11 @@ class _Root:
         _import_actors(spec, plan.topology.node.log_level)
         if plan.topology.tracing.endpoint and plan.placement.is_here("ingress"):
             importlib.import_module("actors.ingress.span_export")
-        if plan.placement.is_here("tokenizer"):
-            _load_vocabulary(plan)
-        if available() and any(plan.placement.is_here(engine.scheduler) for engine in plan.engines):
-            _load_grammars(plan)
+        for model in plan.models:
+            if plan.placement.is_here(model.tokenizer):
+                _load_vocabulary(model)
+            if available() and any(plan.placement.is_here(engine.scheduler) for engine in model.engines):
+                _load_grammars(model)
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
         if listener is not None:
@@ -156,7 +158,8 @@ class _Root:
             self.waiting_for.discard(event.id)
             if not self.waiting_for:
                 plan = self.plan
-                self.tell(Ready(plan.name, plan.url, plan.served_name, plan.task))
+                model = plan.models[0]
+                self.tell(Ready(plan.name, plan.url, model.served_name, model.task))
 
     def owner_ended(self) -> None:
         assert self.owner is not None
@@ -186,7 +189,7 @@ class _Root:
 
     def report(self) -> NodeReport:
         tree = self.supervisor.tree()
-        deterministic = self.plan.topology.model.deterministic
+        deterministic = all(model.settings.deterministic for model in self.plan.models if model.engines)
         return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree, deterministic)
 
     def state(self, tree: NodeStatus) -> NodeState:
@@ -213,7 +216,7 @@ def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     gc.enable()
 
 
-def _load_vocabulary(plan: NodePlan) -> None:
+def _load_vocabulary(plan: ModelPlan) -> None:
     """Loads the vocabulary once for all: tokenizer and detokenizer are forked with it and start again in no time."""
     try:
         _ = load_vocabulary(plan.model.path).tokenizer
@@ -221,7 +224,7 @@ def _load_vocabulary(plan: NodePlan) -> None:
         pass  # the actor that needs it says what is wrong
 
 
-def _load_grammars(plan: NodePlan) -> None:
+def _load_grammars(plan: ModelPlan) -> None:
     """The same for what compiles constraints: a rank that draws the first constrained token has no time to load it."""
     try:
         load_tokens(plan.model.path, plan.config.vocab_size)

@@ -1,4 +1,4 @@
-"""In which formats a node's model calls tools and reasons."""
+"""In which formats a model calls tools and reasons."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from actors.checkpoint import CheckpointError
 from actors.checkpoint.gguf import GGUFFile
 from actors.ingress.parsers.detect import detect_reasoning, detect_tool_calls
-from runtime.plan import NodePlan
+from runtime.model_plan import ModelPlan
+from runtime.topology import Ingress
 
 
-def output_formats(plan: NodePlan) -> dict[str, str | None]:
-    """The settings `tool_call_parser` and `reasoning_parser` of the ingress; None for a format that is not known."""
-    ingress = plan.topology.ingress
+def output_formats(plan: ModelPlan, ingress: Ingress) -> dict[str, str | None]:
+    """What the ingress is told of a model, `tool_call_parser` and `reasoning_parser`; None for an unknown format."""
     given = {"tool_call_parser": ingress.tool_call_parser, "reasoning_parser": ingress.reasoning_parser}
     found: dict[str, str | None] = {key: None if value == "none" else value for key, value in given.items()}
     if "auto" in given.values():

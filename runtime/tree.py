@@ -13,6 +13,7 @@ from actors.checkpoint import PoolingConfig
 from actors.ingress.journal import slot_bytes
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
+from runtime.model_plan import ModelPlan
 from runtime.needs import arena_sizes_of
 from runtime.nodes import ip_address, part_of
 from runtime.output_formats import output_formats
@@ -51,18 +52,18 @@ def actor_names(plan: NodePlan) -> list[str]:
     ]
     encoders = [each.actor for each in plan.encoders]
     ingresses = _ingress_names(plan)
-    if not engines:
-        return [*encoders, "tokenizer", *ingresses]
-    return ["bootstrap", *engines, *encoders, "detokenizer", "tokenizer", *ingresses]
+    detokenizers = [model.detokenizer for model in plan.models if model.engines]
+    tokenizers = [model.tokenizer for model in plan.models]
+    return [*(["bootstrap"] if engines else []), *engines, *encoders, *detokenizers, *tokenizers, *ingresses]
 
 
 def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
-    prefills or decodes, its scheduler, and its grammar actor), detokenizer, tokenizer, ingress (a supervisor of the
-    HTTP workers). An engine that embeds or classifies has but an encoder; where there are only such, bootstrap and
-    detokenizer have nothing to do and are left out. With several nodes, what of this lives on this one.
+    prefills or decodes, its scheduler, and its grammar actor), each model's detokenizer and tokenizer, ingress (a
+    supervisor of the HTTP workers). An engine that embeds or classifies has but an encoder; where there are only such,
+    bootstrap and detokenizer have nothing to do and are left out. With several nodes, what of this lives on this one.
     """
     return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
 
@@ -85,6 +86,17 @@ def _faults(faults: Faults) -> dict[str, float]:
     }
 
 
+def _of_role(model: ModelPlan, role: str) -> list[EnginePlan]:
+    return [engine for engine in model.engines if engine.role == role]
+
+
+def _classes(model: ModelPlan) -> dict[str, Any]:
+    config = model.config
+    if not isinstance(config, PoolingConfig):
+        return {}
+    return {"vector_size": config.vector_size, "labels": config.labels, "activation": config.activation}
+
+
 class _Builder:
     def __init__(self, plan: NodePlan, run_dir: Path) -> None:
         self.plan = plan
@@ -93,25 +105,15 @@ class _Builder:
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
         self.ingresses = _ingress_names(plan)
         self.schedulers = [engine.scheduler for engine in plan.engines]
-        # Whose requests come from the ingresses and whose tokens go to the detokenizer.
-        self.serving = [engine.scheduler for engine in plan.engines if engine.role != "prefill"]
-        self.prefills = [engine for engine in plan.engines if engine.role == "prefill"]
-        self.decodes = [engine for engine in plan.engines if engine.role == "decode"]
 
     def root(self) -> SupervisorSpec:
         return self._supervisor(
             [
                 *([self._bootstrap()] if self.schedulers else []),
-                *(self._engine(engine) for engine in self.plan.engines),
-                *(self._encoder(engine) for engine in self.plan.encoders),
-                *([self._detokenizer()] if self.schedulers else []),
-                self._worker(
-                    "tokenizer",
-                    "tokenizer",
-                    "actors.tokenizer:Tokenizer",
-                    peers=self.ingresses,
-                    config=self._tokenizer_config(),
-                ),
+                *(self._engine(model, engine) for model in self.plan.models for engine in model.engines),
+                *(self._encoder(model, engine) for model in self.plan.models for engine in model.encoders),
+                *(self._detokenizer(model) for model in self.plan.models if model.engines),
+                *(self._tokenizer(model) for model in self.plan.models),
                 self._nested("ingress", "ingress", [self._ingress(name) for name in self.ingresses]),
             ]
         )
@@ -120,16 +122,27 @@ class _Builder:
         peers = [*self.ingresses, *self.schedulers]
         return self._worker("bootstrap", "bootstrap", "actors.bootstrap:Bootstrap", peers=peers)
 
-    def _detokenizer(self) -> ChildSpec:
+    def _detokenizer(self, model: ModelPlan) -> ChildSpec:
+        serving = [engine.scheduler for engine in model.engines if engine.role != "prefill"]
         return self._worker(
-            "detokenizer",
+            model.detokenizer,
             "detokenizer",
             "actors.detokenizer:Detokenizer",
-            peers=[*self.serving, *self.ingresses],
-            config={"model": str(self.plan.model.path)},
+            peers=[*serving, *self.ingresses],
+            config={"model": str(model.model.path)},
         )
 
-    def _encoder(self, engine: EncoderPlan) -> ChildSpec:
+    def _tokenizer(self, model: ModelPlan) -> ChildSpec:
+        template = {"chat_template": str(model.chat_template)} if model.chat_template else {}
+        return self._worker(
+            model.tokenizer,
+            "tokenizer",
+            "actors.tokenizer:Tokenizer",
+            peers=self.ingresses,
+            config={"model": str(model.model.path), **template},
+        )
+
+    def _encoder(self, model: ModelPlan, engine: EncoderPlan) -> ChildSpec:
         encoder = self._worker(
             engine.actor,
             "encoder",
@@ -137,11 +150,11 @@ class _Builder:
             peers=self.ingresses,
             descriptors=[engine.weights_arena] if engine.weights_arena else [],
             config={
-                "model": str(self.plan.model.path),
-                "task": self.plan.task,
+                "model": str(model.model.path),
+                "task": model.task,
                 "dtype": engine.dtype,
                 "weights_arena": engine.weights_arena,
-                "max_model_len": self.plan.max_model_len,
+                "max_model_len": model.max_model_len,
                 "chunk_tokens": engine.settings.chunk_tokens,
                 "max_queue": engine.settings.max_queue,
                 "threads": engine.threads,
@@ -149,21 +162,21 @@ class _Builder:
         )
         return self._nested(engine.name, "engine", [encoder])
 
-    def _engine(self, engine: EnginePlan) -> ChildSpec:
-        ranks = [self._rank(engine, rank) for rank in range(engine.settings.tp)]
+    def _engine(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
+        ranks = [self._rank(model, engine, rank) for rank in range(engine.settings.tp)]
         transfer = {"prefill": self._kv_sender, "decode": self._kv_receiver}.get(engine.role)
         return self._nested(
             engine.name,
             "engine",
             [
                 self._nested(f"{engine.name}.ranks", "ranks", ranks, "one_for_all"),
-                *([transfer(engine)] if transfer else []),
-                self._scheduler(engine),
-                self._grammar(engine),
+                *([transfer(model, engine)] if transfer else []),
+                self._scheduler(model, engine),
+                self._grammar(model, engine),
             ],
         )
 
-    def _rank(self, engine: EnginePlan, rank: int) -> ChildSpec:
+    def _rank(self, model: ModelPlan, engine: EnginePlan, rank: int) -> ChildSpec:
         name, settings = f"{engine.name}.rank{rank}", engine.settings
         on_cpu = settings.device == "cpu"
         return self._worker(
@@ -177,10 +190,10 @@ class _Builder:
             ],
             descriptors=[engine.weight_arenas[rank], engine.kv_arenas[rank]] if on_cpu else [],
             config={
-                "model": str(self.plan.model.path),
+                "model": str(model.model.path),
                 "dtype": engine.dtype,
                 "kv_dtype": engine.kv_dtype,
-                "deterministic": self.plan.topology.model.deterministic,
+                "deterministic": model.settings.deterministic,
                 "device": settings.device,
                 "rank": rank,
                 "tp": settings.tp,
@@ -188,31 +201,35 @@ class _Builder:
                 "num_pages": engine.arena_pages,
                 **({"weights_arena": engine.weight_arenas[rank], "kv_arena": engine.kv_arenas[rank]} if on_cpu else {}),
                 "max_slots": settings.max_running,
-                "max_model_len": self.plan.max_model_len,
+                "max_model_len": model.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
             },
         )
 
-    def _kv_sender(self, engine: EnginePlan) -> ChildSpec:
+    def _kv_sender(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         return self._worker(
             engine.transfer_actor,
             "kv_sender",
             "actors.kv_sender:KvSender",
-            peers=[engine.scheduler, *(each.transfer_actor for each in self.decodes), *self.ingresses],
+            peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "decode")), *self.ingresses],
             descriptors=engine.kv_arenas,
             config=self._transfer_config(engine),
         )
 
-    def _kv_receiver(self, engine: EnginePlan) -> ChildSpec:
+    def _kv_receiver(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         copies = self.plan.topology.transfer.engine == "shm" and not engine.shared_kv
-        sources = list(dict.fromkeys(arena for each in self.prefills for arena in each.kv_arenas)) if copies else []
+        sources = (
+            list(dict.fromkeys(arena for each in _of_role(model, "prefill") for arena in each.kv_arenas))
+            if copies
+            else []
+        )
         return self._worker(
             engine.transfer_actor,
             "kv_receiver",
             "actors.kv_receiver:KvReceiver",
-            peers=[engine.scheduler, *(each.transfer_actor for each in self.prefills), *self.ingresses],
+            peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "prefill")), *self.ingresses],
             descriptors=[*engine.kv_arenas, *sources],
             config={**self._transfer_config(engine), "sources": sources},
         )
@@ -235,13 +252,13 @@ class _Builder:
             },
         }
 
-    def _grammar(self, engine: EnginePlan) -> ChildSpec:
+    def _grammar(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         return self._worker(
             engine.grammar,
             "grammar",
             "actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={"model": str(self.plan.model.path), "vocab_size": self.plan.config.vocab_size},
+            config={"model": str(model.model.path), "vocab_size": model.config.vocab_size},
         )
 
     def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
@@ -251,11 +268,11 @@ class _Builder:
             return {}
         return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
 
-    def _scheduler(self, engine: EnginePlan) -> ChildSpec:
+    def _scheduler(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         name, settings, role = engine.scheduler, engine.settings, engine.role
         others = {
-            "prefill": [each.scheduler for each in self.decodes],
-            "decode": [each.scheduler for each in self.prefills],
+            "prefill": [each.scheduler for each in _of_role(model, "decode")],
+            "decode": [each.scheduler for each in _of_role(model, "prefill")],
         }
         return self._worker(
             name,
@@ -266,7 +283,7 @@ class _Builder:
                 *([engine.transfer_actor] if engine.transfer_actor else []),
                 engine.grammar,
                 *others.get(role, []),
-                *(["detokenizer"] if role != "prefill" else []),
+                *([model.detokenizer] if role != "prefill" else []),
                 "bootstrap",
                 *self.ingresses,
             ],
@@ -278,17 +295,17 @@ class _Builder:
                 "shared_kv": engine.shared_kv,
                 "prefill_schedulers": others["decode"] if role == "decode" else [],
                 "local_prefill_tokens": settings.local_prefill_tokens,
-                "model": self.plan.served_name,
+                "model": model.served_name,
                 "address": self.addresses[name],
                 "leader": engine.rank_names[0],
-                "detokenizer": "detokenizer",
+                "detokenizer": model.detokenizer,
                 "bootstrap": "bootstrap",
                 "grammar": engine.grammar,
                 "page_size": settings.page_size,
                 "num_pages": engine.num_pages,
                 "first_page": engine.first_page,
                 "arena_pages": engine.arena_pages,
-                "max_model_len": self.plan.max_model_len,
+                "max_model_len": model.max_model_len,
                 "tp": settings.tp,
                 "chunk_tokens": settings.chunk_tokens,
                 "max_step_ms": settings.max_step_ms if role != "prefill" else 0,
@@ -306,10 +323,6 @@ class _Builder:
             },
         )
 
-    def _tokenizer_config(self) -> dict[str, Any]:
-        template = self.plan.chat_template
-        return {"model": str(self.plan.model.path)} | ({"chat_template": str(template)} if template else {})
-
     def _ingress(self, name: str) -> ChildSpec:
         settings, plan = self.plan.topology.ingress, self.plan
         return self._worker(
@@ -317,46 +330,48 @@ class _Builder:
             "ingress",
             "actors.ingress:Ingress",
             peers=[
-                "tokenizer",
-                *(["bootstrap", "detokenizer", *self.schedulers] if self.schedulers else []),
+                *(model.tokenizer for model in plan.models),
+                *(["bootstrap"] if self.schedulers else []),
+                *(model.detokenizer for model in plan.models if model.engines),
+                *self.schedulers,
                 *(engine.actor for engine in plan.encoders),
                 *(peer for peer in self.ingresses if peer != name),
             ],
             descriptors=[LISTENER, _journal(name)],
             shutdown_s=settings.drain_s + _STOP_MARGIN_S,
             config={
-                "model": plan.served_name,
-                "served_model_names": [plan.served_name],
-                "max_model_len": plan.max_model_len,
-                "vocab_size": plan.config.vocab_size,
-                "eos_token_ids": plan.config.eos_token_ids,
+                "models": [self._served_model(model) for model in plan.models],
                 "api_key": plan.api_key,
                 "request_timeout_s": settings.request_timeout_s,
                 "drain_s": settings.drain_s,
                 "max_body_bytes": settings.max_body_bytes,
                 "max_concurrent": settings.max_concurrent,
-                "tokenizer": "tokenizer",
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),
                 **self._tracing_config(),
-                "task": plan.task,
-                "encoders": [engine.actor for engine in plan.encoders],
-                **self._classes(),
-                **(output_formats(plan) if plan.engines else {}),
             },
         )
+
+    def _served_model(self, model: ModelPlan) -> dict[str, Any]:
+        """What an ingress worker is told of a model."""
+        return {
+            "model": model.served_name,
+            "served_model_names": [model.served_name],
+            "max_model_len": model.max_model_len,
+            "vocab_size": model.config.vocab_size,
+            "eos_token_ids": model.config.eos_token_ids,
+            "tokenizer": model.tokenizer,
+            "task": model.task,
+            "encoders": [engine.actor for engine in model.encoders],
+            **_classes(model),
+            **(output_formats(model, self.plan.topology.ingress) if model.engines else {}),
+        }
 
     def _tracing_config(self) -> dict[str, Any]:
         settings = self.plan.topology.tracing
         return {"tracing": {**msgspec.to_builtins(settings), "node": self.plan.name}} if settings.endpoint else {}
-
-    def _classes(self) -> dict[str, Any]:
-        config = self.plan.config
-        if not isinstance(config, PoolingConfig):
-            return {}
-        return {"vector_size": config.vector_size, "labels": config.labels, "activation": config.activation}
 
     def _worker(
         self,

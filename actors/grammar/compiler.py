@@ -54,7 +54,7 @@ class Tokens:
         return asked or self.ends
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _tokens(vocabulary: Vocabulary, vocab_size: int) -> Tokens:
     """Kept in the process, so that processes forked from one that has made it start with it."""
     return Tokens(vocabulary, vocab_size)

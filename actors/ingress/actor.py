@@ -15,7 +15,7 @@ import zmq
 
 from actors.actor import Actor, Context, StartFailure, handles, role_of
 from actors.ingress.app import create_app
-from actors.ingress.config import IngressConfig
+from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.control import Control
 from actors.ingress.crash_dumps import CrashDumps
 from actors.ingress.encoders import Encoders
@@ -26,7 +26,7 @@ from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
 from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
-from actors.ingress.service import Service
+from actors.ingress.service import Served, Service
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
 from actors.messages import (
@@ -69,22 +69,20 @@ class Ingress(Actor):
         self.config = msgspec.convert(self.args.config, IngressConfig)
         self.metrics = IngressMetrics()
         self.actors = ActorFigures()
-        self.engines = Engines(self.config.model, self.mailbox.add_peer)
+        self.engines = Engines([each.model for each in self.config.models], self.mailbox.add_peer)
         self.tracing = self._tracing()
         self.ledger = Ledger(self.send, self.engines, self.metrics, self.config.stall_s, time.monotonic, self.tracing)
-        self.tokenization = Tokenization(self.send, self.config.tokenizer, self.config.stall_s, time.monotonic)
-        self.encoders = Encoders(self.send, self.config.encoders, self.metrics, self.config.stall_s, time.monotonic)
+        self.models = [self._served(model) for model in self.config.models]
         self.control = Control(self.send, [peer for peer in self.args.peers if role_of(peer) == "ingress"])
         self.service = Service(
             self.config,
             self.name,
             self.ledger,
-            self.tokenization,
+            self.models,
             self.metrics,
             self.actors,
             self.all_stats,
             self.control,
-            self.encoders,
             self.tracing,
             self._recent(),
         )
@@ -114,6 +112,14 @@ class Ingress(Actor):
             timeout_graceful_shutdown=int(self.config.drain_s) + END_S,
         )
         self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
+
+    def _served(self, model: ServedModel) -> Served:
+        stall_s = self.config.stall_s
+        return Served(
+            model,
+            Tokenization(self.send, model.tokenizer, stall_s, time.monotonic),
+            Encoders(self.send, model.encoders, self.metrics, stall_s, time.monotonic),
+        )
 
     def _recent(self) -> RecentRequests | None:
         if not self.config.crash_dump_dir:
@@ -188,8 +194,9 @@ class Ingress(Actor):
             self._guarded_drain()
             self._run_timers()
             self.ledger.watch()
-            self.tokenization.watch()
-            self.encoders.watch()
+            for each in self.models:
+                each.tokenization.watch()
+                each.encoders.watch()
             self.ledger.flush()
             self._server.abort_stalled(self.config.client_stall_s)
             await asyncio.sleep(TICK_S)
@@ -214,8 +221,8 @@ class Ingress(Actor):
         figures["requests_in_progress"] = float(len(self.service.in_progress))
         figures["requests_live"] = float(len(self.ledger.live))
         figures["connections_open"] = float(len(self._server.server_state.connections))
-        figures["tokenizations_pending"] = float(len(self.tokenization))
-        figures["embeddings_pending"] = float(len(self.encoders))
+        figures["tokenizations_pending"] = float(sum(len(each.tokenization) for each in self.models))
+        figures["embeddings_pending"] = float(sum(len(each.encoders) for each in self.models))
         return figures
 
     @handles(ActorStats)
@@ -232,12 +239,14 @@ class Ingress(Actor):
     def peer_started(self, peer: str, incarnation: int) -> None:
         if self.crash_dumps is not None:
             self.crash_dumps.peer_started(peer, incarnation)
-        if peer == self.config.tokenizer:
-            self.tokenization.tokenizer_started()
-        elif peer in self.config.encoders:
-            self.encoders.encoder_started(peer)
-        else:
-            self.ledger.scheduler_started(peer)
+        for each in self.models:
+            if peer == each.model.tokenizer:
+                each.tokenization.tokenizer_started()
+                return
+            if peer in each.model.encoders:
+                each.encoders.encoder_started(peer)
+                return
+        self.ledger.scheduler_started(peer)
 
     @handles(Texts)
     def texts(self, message: Texts, sender: str) -> None:
@@ -249,11 +258,13 @@ class Ingress(Actor):
 
     @handles(Embedded)
     def embedded(self, message: Embedded, sender: str) -> None:
-        self.encoders.answered(message)
+        for each in self._of_encoder(sender):
+            each.answered(message)
 
     @handles(EmbedRefused)
     def embed_refused(self, message: EmbedRefused, sender: str) -> None:
-        self.encoders.refused(message)
+        for each in self._of_encoder(sender):
+            each.refused(message)
 
     @handles(Unknown)
     def unknown(self, message: Unknown, sender: str) -> None:
@@ -277,12 +288,20 @@ class Ingress(Actor):
 
     @handles(Tokenized)
     def tokenized(self, message: Tokenized, sender: str) -> None:
-        self.tokenization.answered(message)
+        self._tokenizer_answered(message)
 
     @handles(TokenizeFailed)
     def tokenize_failed(self, message: TokenizeFailed, sender: str) -> None:
-        self.tokenization.answered(message)
+        self._tokenizer_answered(message)
 
     @handles(Detokenized)
     def detokenized(self, message: Detokenized, sender: str) -> None:
-        self.tokenization.answered(message)
+        self._tokenizer_answered(message)
+
+    def _of_encoder(self, sender: str) -> list[Encoders]:
+        """Who waits for an encoder."""
+        return [each.encoders for each in self.models if sender in each.model.encoders]
+
+    def _tokenizer_answered(self, message: Tokenized | TokenizeFailed | Detokenized) -> None:
+        for each in self.models:
+            each.tokenization.answered(message)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Struct
 
+from actors.ingress.config import ServedModel
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
@@ -38,7 +40,7 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
 async def flush_cache(service: Service, exchange: Exchange) -> None:
     """Answers when all engines have forgotten what they had cached. Raises ApiError where requests are running."""
     schedulers = [info.scheduler for info in service.ledger.engines.infos]
-    if not schedulers and service.config.task == "generate":
+    if not schedulers and any(model.task == "generate" for model in service.models):
         raise ApiError(503, "No engine is known.", retry_after_s=1.0)
     refusals = await service.control.flush(schedulers)
     if refusals:
@@ -58,32 +60,40 @@ async def get_load(service: Service, exchange: Exchange) -> None:
 
 
 async def get_model_info(service: Service, exchange: Exchange) -> None:
-    """What is served."""
-    model = service.config.model or service.config.served_model_names[0]
+    """What is served: of several models the first, or the one that `?model=` names."""
+    model = _asked(service, exchange)
     document = {
-        "model_path": model,
-        "tokenizer_path": model,
-        "is_generation": service.config.task == "generate",
+        "model_path": model.root,
+        "tokenizer_path": model.root,
+        "is_generation": model.task == "generate",
         "preferred_sampling_params": None,
         "weight_version": "default",
-        "max_model_len": service.config.max_model_len,
+        "max_model_len": model.max_model_len,
     }
     await exchange.answer(_encode(document))
 
 
 async def get_server_info(service: Service, exchange: Exchange) -> None:
-    """How it is served: settings that are no secret, and each engine with its figures."""
-    config = service.config
+    """How it is served: settings that are no secret, of the model as above, and each engine with its figures."""
+    model = _asked(service, exchange)
     document = {
-        "model_path": config.model or config.served_model_names[0],
-        "served_model_name": config.served_model_names[0],
-        "context_length": config.max_model_len,
-        "tool_call_parser": config.tool_call_parser,
-        "reasoning_parser": config.reasoning_parser,
+        "model_path": model.root,
+        "served_model_name": model.name,
+        "context_length": model.max_model_len,
+        "tool_call_parser": model.tool_call_parser,
+        "reasoning_parser": model.reasoning_parser,
         "version": VERSION,
         "internal_states": [_engine(service, info) for info in service.ledger.engines.infos],
     }
     await exchange.answer(_encode(document))
+
+
+def _asked(service: Service, exchange: Exchange) -> ServedModel:
+    """The model that `?model=` names, else the first. Raises ApiError for one that is not served."""
+    (name, *_) = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("model", [None])
+    service = service.about(name)
+    service.check_model(name)
+    return service.model
 
 
 def _load(service: Service, rank: int, info: EngineInfo) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class Post(Generic[T]):
         service = self._service
         service.authorize(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
+        service = service.about(_model_named(request), self._tasks)
+        exchange.model = service.model.name
         service.check_task(self._tasks)
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
@@ -126,6 +128,11 @@ class Get:
         if not self.public:
             self._service.authorize(exchange)
         await self.handle(self._service, exchange)
+
+
+def _model_named(request: object) -> str | None:
+    """The model that a request asks for, in whatever protocol; None if it leaves that open."""
+    return getattr(request, "model", None) or (request.name if isinstance(request, ShowBody) else None)
 
 
 def create_app(service: Service) -> Starlette:

@@ -14,8 +14,8 @@ Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
 
 
-class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The `config` of an ingress worker's child spec.
+class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model that clients can ask for.
 
     Attributes:
         model: the model that engines must have registered with, `EngineInfo.model`. Empty: any.
@@ -23,6 +23,44 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         max_model_len: context length in tokens, prompt and output together.
         vocab_size: token ids of clients must be below this.
         eos_token_ids: ids that end an answer, unless the client asks for `ignore_eos`.
+        tokenizer: name of the actor that tokenizes.
+        tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
+        reasoning_parser: the format of the model's reasoning; None leaves it in the content.
+        task: what the model is for. encoders: the actors that embed or classify, where it is for that.
+        vector_size: numbers of an embedding, or one a label.
+        labels: a classifier's classes. activation: what makes scores of its numbers.
+    """
+
+    served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
+    max_model_len: Count
+    vocab_size: Count
+    model: str = ""
+    eos_token_ids: list[Annotated[int, Meta(ge=0, lt=2**31)]] = []
+    tokenizer: str = "tokenizer"
+    tool_call_parser: ToolCallFormat | None = None
+    reasoning_parser: ReasoningFormat | None = None
+    task: Literal["generate", "embed", "classify"] = "generate"
+    encoders: list[str] = []
+    vector_size: Annotated[int, Meta(ge=0)] = 0
+    labels: list[str] = []
+    activation: Literal["none", "sigmoid", "softmax"] = "none"
+
+    @property
+    def name(self) -> str:
+        """The name that is used in answers to requests that give none."""
+        return self.served_model_names[0]
+
+    @property
+    def root(self) -> str:
+        """What the engines call it."""
+        return self.model or self.name
+
+
+class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The `config` of an ingress worker's child spec.
+
+    Attributes:
+        models: what is served; no two share a name.
         api_key: what clients must send as `Authorization: Bearer KEY`; None lets everybody in.
         request_timeout_s: a request that takes longer ends with an error.
         drain_s: after a shutdown request, how long running answers may go on. Must be below the child spec's
@@ -34,24 +72,14 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         max_n: how many answers to one prompt a client may ask for.
         max_concurrent: requests in progress in this worker; more are refused with status 503.
         journal_bytes: memory that the journal of open connections may take; those beyond it do not survive this worker.
-        tokenizer: name of the actor that tokenizes.
         status_socket: path of a Unix socket at which the node tells its supervision tree; empty if there is none.
-        tool_call_parser: the format in which the model calls tools; None leaves its calls in the content.
-        reasoning_parser: the format of the model's reasoning; None leaves it in the content.
         tracing: where spans go; None traces nothing.
         access_log: one line for each request that has been answered.
         cache_report: whether answers say how many tokens of the prompt were cached.
         crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
-        task: what the model is for. encoders: the actors that embed or classify, where it is for that.
-        vector_size: numbers of an embedding, or one a label.
-        labels: a classifier's classes. activation: what makes scores of its numbers.
     """
 
-    served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
-    max_model_len: Count
-    vocab_size: Count
-    model: str = ""
-    eos_token_ids: list[Annotated[int, Meta(ge=0, lt=2**31)]] = []
+    models: Annotated[list[ServedModel], Meta(min_length=1)]
     api_key: Annotated[str, Meta(min_length=1)] | None = None
     request_timeout_s: Seconds = 3600.0
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
@@ -62,16 +90,8 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     max_n: Count = 128
     max_concurrent: Count = 1024
     journal_bytes: Count = 512 * 2**20
-    tokenizer: str = "tokenizer"
     status_socket: str = ""
-    tool_call_parser: ToolCallFormat | None = None
-    reasoning_parser: ReasoningFormat | None = None
     tracing: TracingConfig | None = None
     access_log: bool = False
     cache_report: bool = True
     crash_dump_dir: str = ""
-    task: Literal["generate", "embed", "classify"] = "generate"
-    encoders: list[str] = []
-    vector_size: Annotated[int, Meta(ge=0)] = 0
-    labels: list[str] = []
-    activation: Literal["none", "sigmoid", "softmax"] = "none"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from actors.messages import EngineInfo
 
@@ -30,16 +30,16 @@ class _Engine:
 
 
 class Engines:
-    """Engines that serve this ingress's model, by the name of their scheduler. The last registry is kept while the
+    """Engines that serve this ingress's models, by the name of their scheduler. The last registry is kept while the
     bootstrap server is away.
 
     Args:
-        model: the model that an engine must serve; empty for any.
+        models: those of which an engine must serve one; an empty name stands for any.
         add_peer: called with (scheduler's name, address) of each engine. Raises ValueError for a bad address.
     """
 
-    def __init__(self, model: str, add_peer: Callable[[str, str], None]) -> None:
-        self._model = model
+    def __init__(self, models: Iterable[str], add_peer: Callable[[str, str], None]) -> None:
+        self._models = frozenset(models)
         self._add_peer = add_peer
         self._engines: dict[str, _Engine] = {}
         self._prefills: dict[str, _Engine] = {}
@@ -47,6 +47,10 @@ class Engines:
 
     def __len__(self) -> int:
         return len(self._engines)
+
+    def serve(self, model: str) -> bool:
+        """Whether some engine that takes requests serves a model; any, if its name is empty."""
+        return any(not model or engine.info.model == model for engine in self._engines.values())
 
     def __contains__(self, scheduler: str) -> bool:
         return scheduler in self._engines
@@ -76,18 +80,24 @@ class Engines:
         engines = [engine.info for engine in (*self._engines.values(), *self._prefills.values())]
         return sorted(engines, key=lambda info: info.engine)
 
-    def choose(self) -> str | None:
-        """The scheduler of the engine with the least waiting and running requests, None while no engine is known."""
-        if not self._engines:
+    def choose(self, model: str = "") -> str | None:
+        """The scheduler of the engine with the least waiting and running requests, None while no engine is known.
+
+        Args:
+            model: what it must serve; empty for any.
+        """
+        able = [name for name, engine in self._engines.items() if not model or engine.info.model == model]
+        if not able:
             return None
-        name = min(self._engines, key=lambda each: self._engines[each].load)
+        name = min(able, key=lambda each: self._engines[each].load)
         self._engines[name].sent += 1
         return name
 
     def _serves_model(self, info: EngineInfo) -> bool:
-        if not self._model or info.model == self._model:
+        if not self._models.isdisjoint(("", info.model)):
             return True
         if info.engine not in self._foreign:
             self._foreign.add(info.engine)
-            logger.warning("engine %s serves %s, not %s: it gets no requests", info.engine, info.model, self._model)
+            wanted = " or ".join(sorted(self._models))
+            logger.warning("engine %s serves %s, not %s: it gets no requests", info.engine, info.model, wanted)
         return False

@@ -42,6 +42,7 @@ class Exchange:
         work: what is journalled of the request.
         status: of the answer, once it has begun.
         on_body: told the request's body, if it is a right one.
+        model: name of the model that the request is about, once it is known.
         request_id: the client's own name for the request (`X-Request-Id`), else its identity; the answer repeats it.
     """
 
@@ -54,6 +55,7 @@ class Exchange:
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
         self.on_body: Callable[[bytes], None] | None = None
+        self.model = ""
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None

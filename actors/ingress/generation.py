@@ -28,6 +28,7 @@ class Generation:
     What an earlier incarnation of this worker has received comes first: the choices then go to an engine with it.
 
     Args:
+        model: what engines must serve; empty for any.
         work: the request's identity and what is known of it; choices are known to engines as `rid/0`, `rid/1` …, a
             single one as `rid`.
         prompts: token ids (i32) of each prompt, and how many tokens its answers may have.
@@ -50,6 +51,7 @@ class Generation:
         extra_key: str = "",
         eager: bool = False,
         cache_report: bool = True,
+        model: str = "",
     ) -> None:
         identity = work.identity
         rid, arrived_at = identity.rid, identity.arrived_at
@@ -67,6 +69,7 @@ class Generation:
                 priority,
                 extra_key,
                 work.trace,
+                model,
             )
             for i, (prompt, max_tokens) in enumerate(prompts)
             for j in range(n)

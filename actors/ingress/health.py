@@ -10,7 +10,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
+from actors.ingress.journal import Past
 from actors.ingress.service import Service
+from actors.ingress.work import Work
 from actors.messages import SamplingParams, TextParams
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
@@ -22,26 +24,33 @@ async def health(service: Service, exchange: Exchange) -> None:
 
 
 async def health_generate(service: Service, exchange: Exchange) -> None:
-    """Answers when an engine has made one token, or a vector of one. Raises ApiError when none has in time."""
-    config = service.config
-    token = config.eos_token_ids[0] if config.eos_token_ids else 0
+    """Answers when an engine of each model has made one token, or a vector of one. Raises ApiError when none of some
+    model's has in time."""
+    await asyncio.gather(*(_try(service.about(model.name)) for model in service.models))
+    await exchange.answer(b"{}")
+
+
+async def _try(service: Service) -> None:
+    model = service.model
+    token = model.eos_token_ids[0] if model.eos_token_ids else 0
     prompt = array("i", [token]).tobytes()
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+    work = Work(None, Past())
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
-            if config.task != "generate":
-                await service.encoders.vectors(exchange.work, [(prompt, b"")])
+            if model.task != "generate":
+                await service.encoders.vectors(work, [(prompt, b"")])
             else:
-                with service.generate(exchange, [(prompt, 1)], sampling, TextParams()) as generation:
+                with service.generate(work, [(prompt, 1)], sampling, TextParams()) as generation:
                     await generation.progress()
     except TimeoutError:
-        raise ApiError(503, f"No engine answered within {HEALTH_GENERATE_TIMEOUT_S:g} seconds.") from None
-    await exchange.answer(b"{}")
+        which = f" of the model '{model.name}'" if len(service.models) > 1 else ""
+        raise ApiError(503, f"No engine{which} answered within {HEALTH_GENERATE_TIMEOUT_S:g} seconds.") from None
 
 
 async def metrics(service: Service, exchange: Exchange) -> None:
     """All actors' figures for Prometheus."""
     now = time.monotonic()
     service.actors.update(service.name, service.figures(), now)
-    body = service.actors.render(service.config.served_model_names[0], now)
+    body = service.actors.render(service.model_of_actor, now)
     await exchange.answer(body, headers=[(b"content-type", CONTENT_TYPE_LATEST.encode())])

@@ -77,6 +77,7 @@ class Entry:
         finish: why it ended, None while it is live.
         prompt_logprobs: once they have arrived.
         trace: context of the trace that it belongs to; empty if it is not traced.
+        model: what the engine must serve; empty for any.
         placed_ns: when it was handed to the scheduler, since 1970, if it is traced. events: since then.
     """
 
@@ -94,6 +95,7 @@ class Entry:
         "finish",
         "index",
         "listener",
+        "model",
         "output",
         "placed_ns",
         "priority",
@@ -125,6 +127,7 @@ class Entry:
         priority: int = 0,
         extra_key: str = "",
         trace: bytes = b"",
+        model: str = "",
     ) -> None:
         self.rid = rid
         self.index = index
@@ -136,6 +139,7 @@ class Entry:
         self.priority = priority
         self.extra_key = extra_key
         self.trace = trace
+        self.model = model
         self.placed_ns = 0
         self.events: list[tuple[int, str]] = []
         self.output = array("i")
@@ -283,9 +287,12 @@ class Ledger:
     def registry(self, infos: list[EngineInfo]) -> None:
         """The engines that there are: requests that wait for one go out, those of a vanished one go to another."""
         self.engines.update(infos, self._clock())
-        if not len(self.engines):
-            return
+        served: dict[str, bool] = {}
         for entry in list(self.live.values()):
+            if entry.model not in served:
+                served[entry.model] = self.engines.serve(entry.model)
+            if not served[entry.model]:
+                continue
             if entry.scheduler is None:
                 self._place(entry)
             elif entry.scheduler not in self.engines:
@@ -386,7 +393,7 @@ class Ledger:
 
     def _place(self, entry: Entry) -> None:
         if entry.scheduler is None:
-            entry.scheduler = self.engines.choose()
+            entry.scheduler = self.engines.choose(entry.model)
             if entry.scheduler is None:
                 return
         now = self._clock()

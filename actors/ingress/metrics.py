@@ -7,7 +7,7 @@ whichever worker a scrape reaches can answer for all of them; each series carrie
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -106,22 +106,26 @@ class ActorFigures:
         """The last figures of one actor, empty if it has not reported."""
         return self._figures.get(actor, (0.0, {}))[1]
 
-    def render(self, model: str, now: float) -> bytes:
-        """All figures in Prometheus' text format."""
+    def render(self, model_of: Callable[[str], str], now: float) -> bytes:
+        """All figures in Prometheus' text format.
+
+        Args:
+            model_of: the model that an actor works for.
+        """
         current = {
             actor: figures for actor, (at, figures) in sorted(self._figures.items()) if now - at <= FORGET_AFTER_S
         }
         registry = CollectorRegistry()
-        registry.register(_Exposition(current, model))
+        registry.register(_Exposition(current, model_of))
         return generate_latest(registry)
 
 
 class _Exposition(Collector):
     """Sorts actors' figures into metric families."""
 
-    def __init__(self, figures: dict[str, dict[str, float]], model: str) -> None:
+    def __init__(self, figures: dict[str, dict[str, float]], model_of: Callable[[str], str]) -> None:
         self._figures = figures
-        self._model = model
+        self._model_of = model_of
 
     def collect(self) -> Iterator[Metric]:
         labels = ["model_name", "actor"]
@@ -129,13 +133,13 @@ class _Exposition(Collector):
         for name, (prefix, text) in COUNTERS.items():
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=labels)
             for actor, figures in ingresses.items():
-                counter.add_metric([self._model, actor], figures.get(name, 0.0))
+                counter.add_metric([self._model_of(actor), actor], figures.get(name, 0.0))
             yield counter
         for name, (text, bounds) in HISTOGRAMS.items():
             histogram = HistogramMetricFamily(f"sglang:{name}", text, labels=labels)
             for actor, figures in ingresses.items():
                 sum_of_values = figures.get(f"{name}:sum", 0.0)
-                histogram.add_metric([self._model, actor], _cumulative(figures, name, bounds), sum_of_values)
+                histogram.add_metric([self._model_of(actor), actor], _cumulative(figures, name, bounds), sum_of_values)
             yield histogram
         responses = CounterMetricFamily("runtime:http_responses", "HTTP responses.", labels=["status", "actor"])
         for actor, figures in ingresses.items():
@@ -151,7 +155,7 @@ class _Exposition(Collector):
         """What SGLang's schedulers count; as there, the label `engine_type` says what an engine does."""
         labels = [*labels, "engine_type"]
         schedulers = {
-            actor: ([self._model, actor, _engine_type(figures)], figures)
+            actor: ([self._model_of(actor), actor, _engine_type(figures)], figures)
             for actor, figures in self._figures.items()
             if not figures.keys().isdisjoint(SCHEDULER_GAUGES)
         }
@@ -178,9 +182,9 @@ class _Exposition(Collector):
         text = "Messages of an actor that were lost, late, refused or not understood."
         errors = CounterMetricFamily("runtime:message_errors", text, labels=[*labels, "kind"])
         for actor, figures in self._figures.items():
-            restarts.add_metric([self._model, actor], max(0.0, figures.get(INCARNATION, 1.0) - 1.0))
+            restarts.add_metric([self._model_of(actor), actor], max(0.0, figures.get(INCARNATION, 1.0) - 1.0))
             for kind in MESSAGE_ERRORS:
-                errors.add_metric([self._model, actor, kind], figures.get(f"messages_{kind}", 0.0))
+                errors.add_metric([self._model_of(actor), actor, kind], figures.get(f"messages_{kind}", 0.0))
         yield restarts
         yield errors
 
@@ -196,7 +200,7 @@ class _Exposition(Collector):
                 family = families.setdefault(
                     full_name, GaugeMetricFamily(full_name, f"{name} of an actor.", labels=labels)
                 )
-                family.add_metric([self._model, actor], value)
+                family.add_metric([self._model_of(actor), actor], value)
         yield from families.values()
 
 

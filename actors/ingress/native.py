@@ -76,10 +76,12 @@ class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST /generate. `return_logprob`, `top_logprobs_num` and `logprob_start_len` are for the whole batch."""
+    """Body of POST /generate. `return_logprob`, `top_logprobs_num` and `logprob_start_len` are for the whole batch.
+    `model` is this server's own: SGLang serves one."""
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
+    model: str | None = None
     sampling_params: NativeSamplingParams | None = None
     rid: str | list[str] | None = None
     stream: bool = False
@@ -152,6 +154,7 @@ class _Answer:
 
 async def generate(service: Service, request: GenerateRequest, exchange: Exchange) -> None:
     """Answers with one object, or a list of them for a batch or n > 1."""
+    service.check_model(request.model)
     params = request.sampling_params or NativeSamplingParams()
     _refuse_unsupported(request, params)
     prompts, batch = _prompts(request)
@@ -161,7 +164,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     identities = _identities(request.rid, drawn.rid, len(prompts), n)
     top = request.top_logprobs_num if request.return_logprob else -1
     sampling = sampling_params(
-        service.config,
+        service.model,
         seed=drawn.seed if params.sampling_seed is None else params.sampling_seed,
         temperature=params.temperature,
         top_p=params.top_p,
@@ -192,7 +195,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     ]
     with (
         service.generate(
-            exchange,
+            exchange.work,
             list(zip(tokens, limits, strict=True)),
             sampling,
             text,

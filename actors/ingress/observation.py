@@ -41,7 +41,7 @@ def observed(service: Service, exchange: Exchange, public: bool = False) -> Iter
                 "http.request.method": method,
                 "url.path": path,
                 "http.response.status_code": status,
-                "gen_ai.request.model": service.config.served_model_names[0],
+                "gen_ai.request.model": exchange.model or service.model.name,
                 "runtime.request_id": exchange.request_id,
                 "runtime.rid": identity.rid,
             }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from actors.ingress.config import IngressConfig
+from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.errors import invalid
 from actors.messages import Constraint, SamplingParams, TextParams
 
@@ -29,7 +29,7 @@ MIN_TEMPERATURE = 1e-4
 
 
 def sampling_params(
-    config: IngressConfig,
+    model: ServedModel,
     *,
     seed: int,
     temperature: float | None,
@@ -58,17 +58,17 @@ def sampling_params(
     at_least, at_most = limit_names
     for param, ids in (("stop_token_ids", stop_token_ids or ()), ("logit_bias", logit_bias or ())):
         for token in ids:
-            if not 0 <= token < config.vocab_size:
+            if not 0 <= token < model.vocab_size:
                 raise invalid(
-                    f"Invalid value for '{param}': token ids must be 0 to {config.vocab_size - 1}.",
+                    f"Invalid value for '{param}': token ids must be 0 to {model.vocab_size - 1}.",
                     param,
                     "invalid_value",
                 )
     if min_tokens and max_tokens is not None and min_tokens > max_tokens:
         raise invalid(f"{at_least} ({min_tokens}) is larger than {at_most} ({max_tokens}).", at_least)
-    if min_tokens and min_tokens > config.max_model_len:
+    if min_tokens and min_tokens > model.max_model_len:
         raise invalid(
-            f"{at_least} ({min_tokens}) is larger than the context length of {config.max_model_len} tokens.",
+            f"{at_least} ({min_tokens}) is larger than the context length of {model.max_model_len} tokens.",
             at_least,
             "context_length_exceeded",
         )
@@ -84,7 +84,7 @@ def sampling_params(
         presence_penalty=presence_penalty or 0.0,
         repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty,
         min_tokens=min_tokens or 0,
-        stop_token_ids=list(dict.fromkeys([*(() if ignore_eos else config.eos_token_ids), *(stop_token_ids or ())])),
+        stop_token_ids=list(dict.fromkeys([*(() if ignore_eos else model.eos_token_ids), *(stop_token_ids or ())])),
         logit_bias=logit_bias or {},
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,

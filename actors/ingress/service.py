@@ -9,9 +9,11 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from typing import NamedTuple
 
 from actors.checkpoint.pooling import Task
-from actors.ingress.config import IngressConfig
+from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.control import Control
 from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
@@ -23,6 +25,7 @@ from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
+from actors.ingress.work import Work
 from actors.messages import (
     ChatPrompt,
     Detokenize,
@@ -43,18 +46,33 @@ _WHAT_IT_DOES = {
     "classify": "is a classifier: use /v1/classify, or, if it has one class, /v1/rerank or /v1/score.",
 }
 
+ANY_TASK: tuple[Task, ...] = ("generate", "embed", "classify")
+LATEST = ":latest"
+"""Ollama's tag of a model's newest version, which its clients add to names."""
+
 Prompt = ChatPrompt | TextPrompt | list[int]
 
 
+class Served(NamedTuple):
+    """A model with those that are asked for it."""
+
+    model: ServedModel
+    tokenization: Tokenization
+    encoders: Encoders
+
+
 class Service:
-    """What endpoints work with.
+    """What endpoints work with: all that the requests of this worker share, and the model that one of them is about.
 
     Attributes:
+        models: what is served.
+        model: the one that the request is about; the first one where `about` was not asked.
+        tokenization: of its prompts.
         metrics: what this worker counts; `figures` gives all of its figures.
         control: what other actors are asked to do beside generating.
         tracing: None if nothing is traced.
         recent: None if no requests are kept for the case of a crash.
-        encoders: what the model is asked that embeds or classifies.
+        encoders: what it is asked that embeds or classifies.
         actors: the figures of the others.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -65,28 +83,29 @@ class Service:
         config: IngressConfig,
         name: str,
         ledger: Ledger,
-        tokenization: Tokenization,
+        models: Sequence[Served],
         metrics: IngressMetrics,
         actors: ActorFigures,
         figures: Callable[[], dict[str, float]],
         control: Control,
-        encoders: Encoders,
         tracing: Tracing | None = None,
         recent: RecentRequests | None = None,
     ) -> None:
         self.config = config
         self.name = name
         self.ledger = ledger
-        self.tokenization = tokenization
+        self.models = [each.model for each in models]
+        self.model, self.tokenization, self.encoders = models[0]
         self.metrics = metrics
         self.actors = actors
         self.figures = figures
         self.control = control
         self.tracing = tracing
         self.recent = recent
-        self.encoders = encoders
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
+        self._served = list(models)
+        self._by_name = {name: each for each in models for name in each.model.served_model_names}
         self._names: dict[str, list[Entry]] = {}
         self._key = config.api_key.encode() if config.api_key is not None else None
 
@@ -126,21 +145,47 @@ class Service:
             watcher.cancel()
             timer.cancel()
 
+    def about(self, name: str | None, tasks: Sequence[Task] = ANY_TASK) -> Service:
+        """This service for a request that asks for a model by its name: the same in everything but the model.
+
+        One that names no model is about the first that is for one of the tasks, and so is one that names an unknown
+        model: `check_model` tells its client.
+        """
+        served = self._by_name.get(name or "") or self._by_name.get((name or "").removesuffix(LATEST))
+        if served is None:
+            served = next((each for each in self._served if each.model.task in tasks), self._served[0])
+        if served.model is self.model:
+            return self
+        other = copy(self)
+        other.model, other.tokenization, other.encoders = served
+        return other
+
     def check_model(self, model: str | None) -> str:
-        """The name to answer with. Raises ApiError for a model that is not served here."""
-        names = self.config.served_model_names
-        if model is None or model in names:
-            return model or names[0]
+        """The name to answer with. Raises ApiError for a model that is not served here, or not the one that the
+        request is about."""
+        if model is None or model in self.model.served_model_names:
+            return model or self.model.name
+        names = self._by_name
         raise ApiError(
             404, f"The model '{model}' does not exist. Served here: {', '.join(names)}.", "model", "model_not_found"
         )
 
+    def model_of_actor(self, actor: str) -> str:
+        """Name of the model for which an actor works; names of all of them if it works for all."""
+        if len(self.models) > 1:
+            engine = actor.partition(".")[0]
+            of_engine = {info.engine: info.model for info in self.ledger.engines.infos}.get(engine)
+            for model in self.models:
+                owners = (actor, f"{engine}.tokenizer") if actor.endswith(".detokenizer") else (actor,)
+                if model.tokenizer in owners or actor in model.encoders or model.model == of_engine:
+                    return model.name
+        return ",".join(model.name for model in self.models)
+
     def check_task(self, tasks: Sequence[Task]) -> None:
         """Raises ApiError unless the model is for one of these tasks."""
-        task = self.config.task
+        task = self.model.task
         if task not in tasks:
-            name = self.config.served_model_names[0]
-            raise invalid(f"The model '{name}' {_WHAT_IT_DOES[task]}", "model", "unsupported_model")
+            raise invalid(f"The model '{self.model.name}' {_WHAT_IT_DOES[task]}", "model", "unsupported_model")
 
     # -- prompts --------------------------------------------------------------------------------------------------
 
@@ -166,8 +211,8 @@ class Service:
 
     def check_token_ids(self, tokens: Sequence[int], param: str) -> None:
         """Raises ApiError for token ids that the model does not have."""
-        if tokens and not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
-            limit = self.config.vocab_size
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self.model.vocab_size):
+            limit = self.model.vocab_size
             raise invalid(f"Invalid value for '{param}': token ids must be 0 to {limit - 1}.", param, "invalid_value")
 
     def check_length(
@@ -178,7 +223,7 @@ class Service:
         Raises ApiError when the prompt does not fit the context, or does not with what is asked for explicitly, as
         vLLM and SGLang do. The last two arguments name the request's fields.
         """
-        limit = self.config.max_model_len
+        limit = self.model.max_model_len
         if prompt_tokens == 0:
             raise invalid("The prompt is empty: it must have at least one token.", prompt_param)
         if max_tokens is None:
@@ -213,7 +258,7 @@ class Service:
 
     def generate(
         self,
-        exchange: Exchange,
+        work: Work,
         prompts: Sequence[tuple[bytes, int]],
         sampling: SamplingParams,
         text: TextParams,
@@ -226,7 +271,7 @@ class Service:
         """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
         return Generation(
             self.ledger,
-            exchange.work,
+            work,
             prompts,
             sampling,
             text,
@@ -236,6 +281,7 @@ class Service:
             extra_key=extra_key,
             eager=eager,
             cache_report=self.config.cache_report,
+            model=self.model.model,
         )
 
     def check_choices(self, prompts: int, n: int) -> None:

@@ -57,7 +57,7 @@ async def tokenize(service: Service, request: TokenizeRequest, exchange: Exchang
     tokens = array("i", packed)
     document: dict[str, Any] = {
         "count": len(tokens),
-        "max_model_len": service.config.max_model_len,
+        "max_model_len": service.model.max_model_len,
         "tokens": tokens.tolist(),
     }
     if request.return_token_strs:

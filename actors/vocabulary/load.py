@@ -24,7 +24,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
     return _load(path, status and (status.st_ino, status.st_mtime_ns, status.st_size))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)
 def _load(path: Path, version: tuple[int, int, int] | None) -> Vocabulary:
     """Kept in the process, so that processes forked from one that has loaded it start with it."""
     if path.is_dir():

@@ -56,16 +56,16 @@ def executor_for(plan: NodePlan, batch: Batch) -> Executor:
 
     Raises UserError if the topology or the batch cannot be run in one process.
     """
-    engine = plan.engines[0]
+    engine, model = plan.engines[0], plan.models[0]
     if engine.settings.tp > 1:
         raise UserError(f"the bare executor is one process: add --set engine.{engine.name}.tp=1")
     length = batch.input_tokens + batch.output_tokens
-    if length > plan.config.max_position:
+    if length > model.config.max_position:
         raise UserError(
-            f"{length} tokens are over the model's limit of {plan.config.max_position}: shorten the requests"
+            f"{length} tokens are over the model's limit of {model.config.max_position}: shorten the requests"
         )
     config = RankConfig(
-        model=str(plan.model.path),
+        model=str(model.model.path),
         dtype=engine.dtype,
         kv_dtype=engine.kv_dtype,
         num_pages=batch.slots * _pages_each(length, engine.settings.page_size),
@@ -73,7 +73,7 @@ def executor_for(plan: NodePlan, batch: Batch) -> Executor:
         max_model_len=length,
         page_size=engine.settings.page_size,
         max_step_tokens=batch.chunk_tokens + batch.slots,
-        deterministic=plan.topology.model.deterministic,
+        deterministic=model.settings.deterministic,
         device=engine.settings.device,
         threads=engine.threads,
     )

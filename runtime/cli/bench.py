@@ -146,9 +146,14 @@ def _one_batch(options: argparse.Namespace) -> dict[str, float]:
 def _run_executor(options: argparse.Namespace, requests: int) -> list[Timing]:
     from runtime.bench.executor import Batch, executor_for, run_batch
 
-    plan = plan_node(topology_of(options))
+    loaded = topology_of(options)
+    if len(loaded.topology.models) > 1:
+        raise UserError(f"{loaded.file} serves several models, and this is a benchmark of one: give a file with one")
+    plan = plan_node(loaded)
     if not plan.engines:
-        raise UserError(f"{plan.served_name} does not generate text, and this is a benchmark of models that do")
+        raise UserError(
+            f"{plan.models[0].served_name} does not generate text, and this is a benchmark of models that do"
+        )
     batch = Batch(
         requests=requests,
         slots=min(options.batch, requests),

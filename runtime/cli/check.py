@@ -7,7 +7,7 @@ import argparse
 from runtime.cli.options import add_topology, topology_of
 from runtime.cli.output import say
 from runtime.models import NotLocal
-from runtime.needs import describe_encoders, describe_needs
+from runtime.needs import describe_encoders, describe_engines, describe_needs
 from runtime.plan import NodePlan, plan_node
 from runtime.ports import check_ports, listening
 from runtime.tree import actor_names
@@ -31,14 +31,17 @@ def run(options: argparse.Namespace) -> int:
         _say_nodes(plan)
     else:
         say(f"  node    {plan.name}, {plan.url}")
-    say(f"  model   {plan.served_name}, {plan.model.path}, requests of up to {plan.max_model_len} tokens")
-    here = plan.engines if not plan.placement.machines or plan.placement.here else []
+    for model in plan.models:
+        say(f"  model   {model.served_name}, {model.model.path}, requests of up to {model.max_model_len} tokens")
+        for line in (
+            *describe_engines(model.engines, model.settings.dtype),
+            *describe_encoders(model.encoders, model.settings.dtype),
+        ):
+            say(f"  {line}")
+    whole = not plan.placement.machines
+    here = plan.engines if whole or plan.placement.here else []
     here = [engine for engine in here if plan.placement.is_here(engine.name)]
-    dtype = plan.topology.model.dtype
-    for line in (
-        *describe_needs(plan.engines, here, dtype),
-        *describe_encoders(plan.encoders, [] if plan.placement.machines else plan.encoders, dtype),
-    ):
+    for line in describe_needs(here, plan.encoders if whole else []):
         say(f"  {line}")
     return 0
 

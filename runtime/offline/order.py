@@ -70,6 +70,8 @@ def _run(order: Order) -> int:
     listener = socket.socket(fileno=order.listener)
     try:
         loaded = load_topology(Path(order.file), order.settings, listener.getsockname()[1])
+        if len(loaded.topology.models) > 1:
+            raise UserError(f"{loaded.file} serves several models, and LLM is for one: serve them with `runtime up`")
         node = node_to_start(loaded.topology, None)
         from runtime.node import Owner, run_node  # torch and all: only when the topology is right
         from runtime.plan import plan_node

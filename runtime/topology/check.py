@@ -8,13 +8,16 @@ import json
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
+from runtime.models import default_name
 from runtime.topology.positions import KeyPath
-from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Model, Node, Topology, describe, fields_of
+from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Node, Topology, describe, fields_of
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
@@ -27,21 +30,27 @@ class Check:
     Args:
         data: what the file and the arguments hold together.
         raw: texts of the values given as arguments: `--set ingress.api_key=123` means a string.
+        base_of: where a relative path starts that is the value of a key.
 
     Attributes:
         problems: what is wrong with which key.
         topology: None if there are problems.
     """
 
-    def __init__(self, data: dict[str, Any], raw: dict[KeyPath, str]) -> None:
+    def __init__(self, data: dict[str, Any], raw: dict[KeyPath, str], base_of: Callable[[KeyPath], Path]) -> None:
         self.problems: list[tuple[KeyPath, str]] = []
         self.topology: Topology | None = None
         self._raw = raw
+        self._base_of = base_of
+        self._array = isinstance(data.get("model"), list)
         self._known = known_keys(data)
         tables = {path: self._table(path, content) for path, content in self._tables(data).items()}
-        model = data.get("model", {})
-        if isinstance(model, dict) and "path" not in model:
+        if data.get("model", {}) in ({}, []):
             self._report(("model", "path"), 'missing; add path = "smollm2-135m-instruct" under [model]')
+        models = [path for path in tables if path[0] == "model"]
+        for path in models:
+            if "path" not in tables[path] and "path" not in _content(data, path) and data["model"]:
+                self._report((*path, "path"), f'missing; add path = "smollm2-135m-instruct" under {self._header}')
         if not data.get("engine"):
             self._report(("engine",), "missing; add a table [engine.main], which may be empty")
         if not self.problems:
@@ -49,8 +58,10 @@ class Check:
                 {path[1]: values for path, values in tables.items() if len(path) == 2 and path[0] == family}
                 for family in ("engine", "node")
             )
-            others = {path[0]: values for path, values in tables.items() if len(path) == 1}
-            topology = msgspec.convert({**others, "engine": engines, "nodes": nodes}, Topology)
+            others = {path[0]: values for path, values in tables.items() if len(path) == 1 and path not in models}
+            written = {"models": [tables[path] for path in models], "array": self._array}
+            topology = msgspec.convert({**others, **written, "engine": engines, "nodes": nodes}, Topology)
+            topology = self._named(topology)
             self._cross_check(topology)
             self.topology = None if self.problems else topology
 
@@ -63,6 +74,8 @@ class Check:
         for name, content in data.items():
             if name not in TABLES and name != "engine":
                 self._report((name,), "unknown table" + _nearest_table(name))
+            elif name == "model" and isinstance(content, list) and all(isinstance(each, dict) for each in content):
+                tables |= {("model", str(index)): each for index, each in enumerate(content)}
             elif not isinstance(content, dict):
                 self._report(
                     (name,), f"is {_toml(content)}; write a table [{name if name in TABLES else 'engine.main'}]"
@@ -79,13 +92,30 @@ class Check:
                 }
         return tables
 
+    @property
+    def _header(self) -> str:
+        return "[[model]]" if self._array else "[model]"
+
+    def _named(self, topology: Topology) -> Topology:
+        """Fills in the names by which models of an array are served."""
+        if not self._array:
+            return topology
+        names = [self._name_of(topology, index) for index in range(len(topology.models))]
+        models = [structs.replace(model, served_name=name) for model, name in zip(topology.models, names, strict=True)]
+        return structs.replace(topology, models=models)
+
+    def _name_of(self, topology: Topology, index: int) -> str:
+        model = topology.models[index]
+        key = tuple(topology.model_key(index, "path").split("."))
+        return model.served_name or default_name(model.path, self._base_of(key))
+
     def _is_engine(self, name: str, content: Any) -> bool:
         path = ("engine", name)
         if not isinstance(content, dict):
             self._report(path, "the keys of an engine stand under its name; write [engine.main] above it")
         elif not _ENGINE_NAME.fullmatch(name):
             self._report(path, "an engine's name has lower-case letters, digits, '_' and '-', and starts with a letter")
-        elif name.rstrip("0123456789") in ROOT_CHILDREN:
+        elif name.rstrip("0123456789") in (*ROOT_CHILDREN, *(["model"] if self._array else [])):
             self._report(path, "the name is taken by another process; choose another, such as engine.main")
         else:
             return True
@@ -99,7 +129,7 @@ class Check:
 
     def _table(self, path: KeyPath, content: dict[str, Any]) -> dict[str, Any]:
         """The checked values of one table; reports the others."""
-        table = TABLES[path[0] if len(path) == 1 else f"{path[0]}.NAME"]
+        table = TABLES[path[0] if len(path) == 1 or path[0] == "model" else f"{path[0]}.NAME"]
         infos, hints = fields_of(table), typing.get_type_hints(table, include_extras=True)
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -114,15 +144,20 @@ class Check:
             else:
                 values[key] = converted
         for key, info in infos.items():
-            if info.required and key not in content and len(path) == 2:
+            if info.required and key not in content and len(path) == 2 and path[0] != "model":
                 self._report((*path, key), f"missing; give {describe(info.type)}")
         return values
 
     def _cross_check(self, topology: Topology) -> None:
+        self._check_models(topology)
+        for index in range(len(topology.models)):
+            engines = topology.engines_of(index)
+            for name, engine in engines.items():
+                self._check_engine(("engine", name), engine, topology, index)
+            self._check_roles(engines, topology)
         for name, engine in topology.engine.items():
-            self._check_engine(("engine", name), engine, topology.model)
             self._check_node(("engine", name, "node"), engine.node, topology)
-        self._check_roles(topology)
+        self._check_transfer(topology)
         self._check_node(("ingress", "node"), topology.ingress.node, topology)
         for name, machine in topology.nodes.items():
             if not _is_host(machine.address):
@@ -138,16 +173,40 @@ class Check:
                 'machine, and add keys = "transport.keys" under [transport]',
             )
 
-    def _check_roles(self, topology: Topology) -> None:
-        """Prefill and decode engines need each other, and exchange pages of one form."""
-        engines = topology.engine
+    def _check_models(self, topology: Topology) -> None:
+        """Each model has a name and an engine of its own, each engine a model."""
+        if not self._array and all(engine.model is None for engine in topology.engine.values()):
+            return
+        names = [self._name_of(topology, index) for index in range(len(topology.models))]
+        known = " or ".join(f'"{name}"' for name in dict.fromkeys(names))
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                self._report(
+                    ("model", str(index), "served_name"),
+                    f'is "{name}", and so is that of model.{names.index(name)}; give another',
+                )
+        for name, engine in topology.engine.items():
+            if engine.model is None and len(names) > 1:
+                self._report(("engine", name, "model"), f"missing; give {known}")
+            elif engine.model is not None and engine.model not in names:
+                self._report(("engine", name, "model"), f"is {_toml(engine.model)}, which is not served; give {known}")
+        for index, name in enumerate(names):
+            if not topology.engines_of(index):
+                self._report(
+                    ("model", str(index)),
+                    f'"{name}" has no engine; add a table [engine.NAME] with model = "{name}", or remove the model',
+                )
+
+    def _check_roles(self, engines: dict[str, Engine], topology: Topology) -> None:
+        """A model's prefill and decode engines need each other, and exchange pages of one form."""
+        of_model = " of its model" if len(topology.models) > 1 else ""
         apart = {name: engine for name, engine in engines.items() if engine.role != "unified"}
         for role, other in (("prefill", "decode"), ("decode", "prefill")):
             alone = [name for name, engine in apart.items() if engine.role == role]
             if alone and not any(engine.role == other for engine in apart.values()):
                 self._report(
                     ("engine", alone[0], "role"),
-                    f'is "{role}", and no engine has the role "{other}"; add one, or give the role "unified"',
+                    f'is "{role}", and no engine{of_model} has the role "{other}"; add one, or give the role "unified"',
                 )
         for key in ("page_size", "kv_dtype"):
             values = {name: getattr(engine, key) for name, engine in apart.items()}
@@ -159,14 +218,6 @@ class Check:
                         f"is {_toml(value)}, and engine.{first[0]}.{key} is {_toml(first[1])}; engines that exchange "
                         "pages need the same",
                     )
-        transfer = topology.transfer
-        if transfer.protocol == "rdma" and transfer.engine != "mooncake":
-            self._report(
-                ("transfer", "protocol"),
-                'is "rdma", which is for mooncake; give engine = "mooncake", or remove the key',
-            )
-        if transfer.device and transfer.protocol != "rdma" and transfer.engine != "nixl":
-            self._report(("transfer", "device"), 'is for RDMA; give protocol = "rdma" with mooncake, or remove the key')
         first_node = next(iter(topology.nodes), None)
         nodes = {engine.node or first_node for engine in apart.values()}
         if len(nodes) > 1 and topology.transfer.engine == "shm":
@@ -175,13 +226,25 @@ class Check:
                 'is "shm", which needs prefill and decode engines on one node; give "mooncake" or "nixl"',
             )
 
+    def _check_transfer(self, topology: Topology) -> None:
+        transfer = topology.transfer
+        if transfer.protocol == "rdma" and transfer.engine != "mooncake":
+            self._report(
+                ("transfer", "protocol"),
+                'is "rdma", which is for mooncake; give engine = "mooncake", or remove the key',
+            )
+        if transfer.device and transfer.protocol != "rdma" and transfer.engine != "nixl":
+            self._report(("transfer", "device"), 'is for RDMA; give protocol = "rdma" with mooncake, or remove the key')
+
     def _check_node(self, path: KeyPath, node: str | None, topology: Topology) -> None:
         if node is not None and node not in topology.nodes:
             known = " or ".join(f'"{name}"' for name in topology.nodes)
             remedy = f"give {known}" if known else f'add address = "10.0.0.2" under [node.{node}], or remove the key'
             self._report(path, f"is {_toml(node)}, and there is no such node; {remedy}")
 
-    def _check_engine(self, path: KeyPath, engine: Engine, model: Model) -> None:
+    def _check_engine(self, path: KeyPath, engine: Engine, topology: Topology, index: int) -> None:
+        model = topology.models[index]
+        limit = topology.model_key(index, "max_model_len")
         max_model_len = model.max_model_len
         if engine.role != "unified" and engine.device == "cuda":
             self._report(
@@ -191,7 +254,7 @@ class Check:
             )
         if engine.device == "cuda" and model.dtype in ("int8", "int4"):
             self._report(
-                ("model", "dtype"),
+                tuple(topology.model_key(index, "dtype").split(".")),
                 f'is "{model.dtype}", which is for the CPU, and {".".join(path)}.device is "cuda"; give "bfloat16"',
             )
         if engine.kv_tokens < engine.page_size:
@@ -203,17 +266,23 @@ class Check:
         elif max_model_len is not None and engine.kv_tokens < max_model_len:
             self._report(
                 (*path, "kv_tokens"),
-                f"is {engine.kv_tokens}, too small for one request of model.max_model_len = {max_model_len} tokens; "
-                f"give at least {max_model_len}, or lower model.max_model_len",
+                f"is {engine.kv_tokens}, too small for one request of {limit} = {max_model_len} tokens; "
+                f"give at least {max_model_len}, or lower {limit}",
             )
 
 
 def known_keys(data: dict[str, Any]) -> list[KeyPath]:
     """All keys that a topology may hold, those of its own engines among them."""
     engines, nodes = (value if isinstance(value, dict) else {} for value in (data.get("engine"), data.get("node")))
+    models = data.get("model")
     paths: dict[str, list[KeyPath]] = {
         "engine.NAME": [("engine", name) for name in engines],
         "node.NAME": [("node", name) for name in _machines(nodes)],
+        **(
+            {"model": [("model", str(index)) for index, each in enumerate(models) if isinstance(each, dict)]}
+            if isinstance(models, list)
+            else {}
+        ),
     }
     return [
         (*path, key)
@@ -221,6 +290,12 @@ def known_keys(data: dict[str, Any]) -> list[KeyPath]:
         for path in paths.get(header, [(header,)])
         for key in table.__struct_fields__
     ]
+
+
+def _content(data: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    """What stands in a model's table."""
+    content: dict[str, Any] = data[path[0]] if len(path) == 1 else data[path[0]][int(path[1])]
+    return content
 
 
 def _machines(node: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ class LoadedTopology:
 
     def base_of(self, key: str) -> Path:
         """Where a relative path in a key starts: beside the file, or the current directory for `--set`."""
-        return Path.cwd() if tuple(key.split(".")) in self._sources.arguments else self.file.resolve().parent
+        return self._sources.base_of(tuple(key.split(".")))
 
 
 def load_topology(file: Path, settings: Sequence[str] = (), port: int | None = None) -> LoadedTopology:
@@ -77,11 +77,12 @@ def load_topology(file: Path, settings: Sequence[str] = (), port: int | None = N
         _put(data, path, _parse(text))
     sources = _Sources(file, lines, arguments)
     if port is not None:
-        replaced = [(path, problem) for path, problem in Check(data, raw).problems if path == ("ingress", "port")]
+        problems = Check(data, raw, sources.base_of).problems
+        replaced = [(path, problem) for path, problem in problems if path == ("ingress", "port")]
         errors += [f"{sources.where(path)}: {'.'.join(path)}: {problem}" for path, problem in replaced]
         arguments["ingress", "port"] = f"--port {port}"
         _put(data, ("ingress", "port"), port)
-    check = Check(data, raw)
+    check = Check(data, raw, sources.base_of)
     errors += [f"{sources.where(path)}: {'.'.join(path)}: {problem}" for path, problem in check.problems]
     if errors or check.topology is None:
         raise TopologyError(errors)
@@ -95,6 +96,10 @@ class _Sources:
         self.file = file
         self.lines = lines
         self.arguments = arguments
+
+    def base_of(self, path: KeyPath) -> Path:
+        """Where a relative path starts that is the value of a key."""
+        return Path.cwd() if path in self.arguments else self.file.resolve().parent
 
     def where(self, path: KeyPath) -> str:
         """The argument, or file and line, of a key; of the table around it where the key itself is not written."""
@@ -137,10 +142,10 @@ def _parse(text: str) -> Any:
     return parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def _put(data: dict[str, Any], path: KeyPath, value: Any) -> None:
+def _put(data: Any, path: KeyPath, value: Any) -> None:
     for part in path[:-1]:
-        inner = data.get(part)
-        if not isinstance(inner, dict):
+        inner = data[int(part)] if isinstance(data, list) else data.get(part)
+        if not isinstance(inner, dict) and not (part == "model" and isinstance(inner, list)):
             inner = data[part] = {}
         data = inner
     data[path[-1]] = value

@@ -24,8 +24,8 @@ _SCALAR = re.compile(r"[^,\]}#\n]*")
 def key_lines(text: str) -> dict[KeyPath, int]:
     """Line, from 1, at which each table and key of a valid TOML text is first written, by its path.
 
-    Tables that are only implied (`a` in `[a.b]`) have the line of what implies them. All tables of an array of
-    tables share one path.
+    Tables that are only implied (`a` in `[a.b]`) have the line of what implies them. Tables of an array `[[a]]` are
+    `a.0`, `a.1` and so on.
     """
     return _Scanner(text).scan()
 
@@ -37,6 +37,7 @@ class _Scanner:
         self.text = text
         self.at = 0
         self.lines: dict[KeyPath, int] = {}
+        self.counts: dict[KeyPath, int] = {}
 
     def scan(self) -> dict[KeyPath, int]:
         table: KeyPath = ()
@@ -44,8 +45,13 @@ class _Scanner:
             if self.text[self.at] == "[":
                 brackets = 2 if self.text.startswith("[[", self.at) else 1
                 self.at += brackets
+                line = self.text.count("\n", 0, self.at) + 1
                 table = self._key(())
                 self.at += brackets
+                if brackets == 2:
+                    count = self.counts[table] = self.counts.get(table, -1) + 1
+                    table = (*table, str(count))
+                    self.lines[table] = line
             else:
                 self._pair(table)
         return self.lines

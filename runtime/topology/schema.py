@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
-"""Names of the tree that an engine must not take."""
+"""Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Meta(min_length=1)]
@@ -86,7 +86,8 @@ class Transport(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Model(Struct, frozen=True, forbid_unknown_fields=True):
-    """What is served."""
+    """What is served. A node that serves several models has a table `[[model]]` for each, in place of this one; an
+    argument then names one by its place, from 0: `--set model.1.dtype=float32`."""
 
     path: Annotated[
         Text,
@@ -105,8 +106,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
             description="What the model is for. `auto` goes by its architecture: `BertModel`, `RobertaModel` and "
             "`XLMRobertaModel` embed, `…ForSequenceClassification` classifies, all others generate. `embed` makes a "
             "decoder's vectors of its last token's state. An engine that embeds or classifies is one process; of "
-            "the keys of `[engine.NAME]` it takes `node`, `threads`, `chunk_tokens` and `max_queue`, and refuses the "
-            "others."
+            "the keys of `[engine.NAME]` it takes `model`, `node`, `threads`, `chunk_tokens` and `max_queue`, and "
+            "refuses the others."
         ),
     ] = "auto"
     dtype: Annotated[
@@ -135,7 +136,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     served_name: Annotated[
         Text | None,
         Meta(
-            description="Name of the model in the API. By default the alias, the id, or the file's or directory's name."
+            description="Name of the model in the API. By default the alias, the id, or the file's or directory's "
+            "name. No two models of a node have the same."
         ),
     ] = None
     chat_template: Annotated[
@@ -243,9 +245,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["unified", "prefill", "decode"],
         Meta(
             description="`unified` prefills and decodes. `decode` owns requests and has `prefill` engines compute "
-            "their prompts; a topology has both or neither of these."
+            "their prompts; a model has both or neither of these."
         ),
     ] = "unified"
+    model: Annotated[
+        Text | None,
+        Meta(description="Served name of the model that the engine computes. Required where there are several models."),
+    ] = None
     node: Annotated[
         Name | None,
         Meta(description="The `[node.NAME]` on which the engine runs. By default the first one."),
@@ -415,10 +421,14 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole topology file; `nodes` are its tables `[node.NAME]`."""
+    """A whole topology file; `nodes` are its tables `[node.NAME]`.
 
-    model: Model
+    `models` has what stands in `[model]`, or in the tables `[[model]]`, `array`, with the names they are served by.
+    """
+
+    models: list[Model]
     engine: dict[str, Engine]
+    array: bool = False
     node: Node = field(default_factory=Node)
     nodes: dict[str, Machine] = field(default_factory=dict)
     ingress: Ingress = field(default_factory=Ingress)
@@ -427,6 +437,17 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     transport: Transport = field(default_factory=Transport)
     tracing: Tracing = field(default_factory=Tracing)
     faults: Faults = field(default_factory=Faults)
+
+    def model_key(self, index: int, key: str = "") -> str:
+        """The path of a model's table, or of a key in it."""
+        table = f"model.{index}" if self.array else "model"
+        return f"{table}.{key}" if key else table
+
+    def engines_of(self, index: int) -> dict[str, Engine]:
+        """A model's engines: all of them if it is the only one."""
+        if len(self.models) == 1:
+            return self.engine
+        return {name: engine for name, engine in self.engine.items() if engine.model == self.models[index].served_name}
 
 
 TABLES: dict[str, type[Struct]] = {

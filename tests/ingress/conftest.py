@@ -16,6 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
+from actors.ingress.config import ServedModel
+
 from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Fakes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +32,19 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -
     return value
 
 
+def ingress_config(**settings: Any) -> dict[str, Any]:
+    """Settings of an ingress worker that serves the fakes' model; those of a model are that one's."""
+    model = {
+        "model": MODEL,
+        "served_model_names": ["fake", "alias"],
+        "max_model_len": MAX_MODEL_LEN,
+        "vocab_size": VOCAB_SIZE,
+        "eos_token_ids": [EOS],
+        **{key: settings.pop(key) for key in ServedModel.__struct_fields__ if key in settings},
+    }
+    return {"models": [model], "request_timeout_s": 60, "stall_s": 0.5, **settings}
+
+
 class Served:
     """A running ingress worker."""
 
@@ -40,16 +55,7 @@ class Served:
         shutdown, self._shutdown = os.pipe()
         peers = {each: fakes.address(each) for each in ("bootstrap", "tokenizer", "detokenizer", fakes.scheduler)}
         peers |= {each: fakes.address(each) for each in fakes.ingresses if each != name}
-        settings = {
-            "model": MODEL,
-            "served_model_names": ["fake", "alias"],
-            "max_model_len": MAX_MODEL_LEN,
-            "vocab_size": VOCAB_SIZE,
-            "eos_token_ids": [EOS],
-            "request_timeout_s": 60,
-            "stall_s": 0.5,
-            **config,
-        }
+        settings = ingress_config(**config)
         arguments = {
             "id": name,
             "incarnation": 1,

@@ -28,7 +28,7 @@ class Stream:
     """
 
     def __init__(self, direct: bool) -> None:
-        engines = Engines("m", lambda name, address: None)
+        engines = Engines(["m"], lambda name, address: None)
         self.ledger = Ledger(lambda peer, message: True, engines, IngressMetrics(), 10.0, lambda: 0.0)
         info = EngineInfo("main", "unified", "main.scheduler", "ipc:///x", "m", "f", 1, 16, 64, 512)
         self.ledger.registry([info])

@@ -68,7 +68,7 @@ class Bench:
         self.now = 100.0
         self.sent: list[tuple[str, Message]] = []
         self.metrics = IngressMetrics()
-        self.engines = Engines("m", lambda name, address: None)
+        self.engines = Engines(["m"], lambda name, address: None)
         self.ledger = Ledger(self._send, self.engines, self.metrics, 10.0, lambda: self.now)
         if engines is None:
             engines = [engine()]
@@ -256,6 +256,29 @@ def test_the_least_loaded_engine_takes_the_next_request() -> None:
 def test_prefill_engines_and_other_models_get_no_requests() -> None:
     bench = Bench([replace(engine("p"), role="prefill"), replace(engine("o"), model="other")])
     assert bench.engines.choose() is None
+
+
+def test_requests_wait_for_an_engine_of_their_own_model() -> None:
+    bench = Bench([])
+    bench.engines = bench.ledger.engines = Engines(["m", "n"], lambda name, address: None)
+    entries = {}
+    for model in ("m", "n"):
+        entry = Entry(model, 0, packed("prompt"), SamplingParams(5, 7), TextParams(), Client(), bench.now, model=model)
+        entries[model] = entry
+        bench.ledger.submit(entry)
+    bench.ledger.registry([engine("a")])
+    assert [(peer, getattr(message, "rid", "")) for peer, message in bench.take()] == [("a.scheduler", "m")]
+    assert entries["n"].scheduler is None
+    # Nor does an engine of another model take over where a model's last one is gone.
+    bench.ledger.registry([replace(engine("b"), model="n")])
+    assert sent_generate(bench).rid == "n"
+    bench.now += 10
+    bench.ledger.registry([replace(engine("b"), model="n")])
+    assert bench.take() == []
+    assert entries["m"].scheduler == "a.scheduler"
+    bench.ledger.registry([replace(engine("b"), model="n"), engine("c")])
+    assert [type(message) for _, message in bench.sent] == [Abort, Generate]
+    assert bench.sent[1][0] == "c.scheduler"
 
 
 def test_requests_of_a_vanished_engine_go_to_another() -> None:

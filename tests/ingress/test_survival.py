@@ -24,8 +24,8 @@ import pytest
 from actors.ingress.journal import slot_bytes
 from actors.ingress.openai.tools import call_id
 
-from .conftest import ROOT, listen, wait_for
-from .fakes import EOS, MODEL, VOCAB_SIZE, Fakes, answer
+from .conftest import ROOT, ingress_config, listen, wait_for
+from .fakes import Fakes, answer
 
 TOKENS = 400
 MAX_BODY = 2**20
@@ -41,17 +41,8 @@ class Tree:
         self.fakes.start()
         self.listener = listen()
         self.port: int = self.listener.getsockname()[1]
-        settings = {
-            "model": MODEL,
-            "served_model_names": ["fake"],
-            "max_model_len": 2**20,
-            "vocab_size": VOCAB_SIZE,
-            "eos_token_ids": [EOS],
-            "request_timeout_s": 60,
-            "stall_s": 0.5,
-            "max_body_bytes": MAX_BODY,
-            **config,
-        }
+        defaults = {"served_model_names": ["fake"], "max_model_len": 2**20, "max_body_bytes": MAX_BODY}
+        settings = ingress_config(**(defaults | config))
         peers = {each: self.fakes.address(each) for each in ("bootstrap", "tokenizer", "detokenizer")}
         peers[self.fakes.scheduler] = self.fakes.address(self.fakes.scheduler)
         arguments = {

@@ -11,6 +11,7 @@ import pytest
 
 from actors.actor import ActorArgs
 from actors.checkpoint import ModelConfig
+from runtime import model_plan
 from runtime import plan as plan_module
 from runtime.cli import main
 from runtime.errors import UserError
@@ -71,8 +72,8 @@ Plan = Callable[..., NodePlan]
 @pytest.fixture
 def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Plans a node of PAIR with a small model in place of a file's."""
-    monkeypatch.setattr(plan_module, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
-    monkeypatch.setattr(plan_module, "read_config", lambda _: MODEL)
+    monkeypatch.setattr(model_plan, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
     write_keys(tmp_path / "k")
 
     def plan(node: str | None, *settings: str, text: str = PAIR) -> NodePlan:

@@ -23,7 +23,8 @@ def formats(directory: Path, *settings: str) -> dict[str, str | None]:
     """Those of a node with the embedded model, whose template knows neither tools nor reasoning."""
     file = directory / "node.toml"
     file.write_text('[model]\npath = "smollm2-135m-instruct"\n[engine.main]\n')
-    return output_formats(plan_node(load_topology(file, settings)))
+    plan = plan_node(load_topology(file, settings))
+    return output_formats(plan.models[0], plan.topology.ingress)
 
 
 def test_every_format_can_be_chosen() -> None:

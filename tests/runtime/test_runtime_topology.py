@@ -30,7 +30,7 @@ def errors(tmp_path: Path, text: str, *settings: str, port: int | None = None) -
 def test_defaults(tmp_path: Path) -> None:
     topology = load(tmp_path, MINIMAL)
     assert topology.engine == {"main": Engine()}
-    assert topology.model.path == "m"
+    assert topology.models[0].path == "m"
     assert (topology.ingress.host, topology.ingress.port) == ("127.0.0.1", 8000)
 
 
@@ -166,7 +166,10 @@ def test_lines_of_keys() -> None:
         ("t", "date"): 15,
         ("t", "sub"): 16,
         ("many",): 17,
-        ("many", "k"): 18,
+        ("many", "0"): 17,
+        ("many", "0", "k"): 18,
+        ("many", "1"): 19,
+        ("many", "1", "k"): 20,
     }
     assert key_lines(text.replace("\n", "\r\n")) == key_lines(text)
 
@@ -186,10 +189,10 @@ def test_set(tmp_path: Path) -> None:
         port=8123,
     )
     assert topology.engine["main"] == Engine(tp=3, policy="lpm")
-    assert topology.model.path == "/a/b=c.gguf"
-    assert topology.model.deterministic is True
+    assert topology.models[0].path == "/a/b=c.gguf"
+    assert topology.models[0].deterministic is True
     assert topology.ingress.api_key == "123"
-    assert topology.model.served_name == "quoted"
+    assert topology.models[0].served_name == "quoted"
     assert topology.supervision.period_s == 3.0
     assert topology.ingress.port == 8123
 
@@ -215,6 +218,52 @@ def test_an_error_of_an_argument_names_the_argument(tmp_path: Path, setting: str
     found = errors(tmp_path, MINIMAL, setting)
     assert len(found) == 1
     assert found[0].startswith(f"--set {setting}: {expected}")
+
+
+TWO = """[[model]]
+path = "m"
+[[model]]
+path = "some/other"
+served_name = "o"
+[engine.main]
+model = "m"
+[engine.second]
+model = "o"
+"""
+
+
+def test_several_models(tmp_path: Path) -> None:
+    topology = load(tmp_path, TWO, "model.1.dtype=float32", "model.0.max_model_len=100")
+    assert [model.served_name for model in topology.models] == ["m", "o"]
+    assert (topology.models[1].dtype, topology.models[0].max_model_len) == ("float32", 100)
+    assert [list(topology.engines_of(index)) for index in range(2)] == [["main"], ["second"]]
+    assert load(tmp_path, MINIMAL + 'model = "m"\n').engine["main"].model == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "setting", "expected"),
+    [
+        (TWO.replace('model = "o"\n', ""), (), 'x.toml:8: engine.second.model: missing; give "m" or "o"'),
+        (TWO + "[engine.x]\n", (), 'x.toml:10: engine.x.model: missing; give "m" or "o"'),
+        (TWO + '[engine.x]\nmodel = "p"', (), 'x.toml:11: engine.x.model: is "p", which is not served; give "m" or'),
+        (TWO.replace('"o"', '"m"'), (), 'x.toml:5: model.1.served_name: is "m", and so is that of model.0; give'),
+        (TWO + '[[model]]\npath = "x"', (), 'x.toml:10: model.2: "x" has no engine; add a table [engine.NAME]'),
+        (TWO + "[[model]]", (), 'x.toml:10: model.2.path: missing; add path = "smollm2-135m-instruct" under [[model]]'),
+        (TWO + "[engine.model0]", (), "x.toml:10: engine.model0: the name is taken by another process"),
+        (TWO + '[engine.p]\nmodel = "m"\nrole = "prefill"\n[engine.d]\nmodel = "o"\nrole = "decode"', (),
+         'x.toml:12: engine.p.role: is "prefill", and no engine of its model has the role "decode"'),
+        (TWO, ("model.0.max_model_len=40000",),
+         "x.toml:6: engine.main.kv_tokens: is 32768, too small for one request of model.0.max_model_len = 40000"),
+        (TWO, ("model.path=x",), "--set model.path=x: model.path: unknown key; did you mean model.0.path?"),
+        (TWO, ("model.2.path=x",), "--set model.2.path=x: model.2.path: unknown key; did you mean model.0.path?"),
+        (TWO, ("model.1.dtype=x",), '--set model.1.dtype=x: model.1.dtype: is "x"; give one of "auto"'),
+        ("model = [1]\n[engine.main]", ("model.0.path=x",), "--set model.0.path=x: model.0.path: unknown key"),
+        ("model = []\n[engine.main]", (), "x.toml:1: model.path: missing; add path"),
+        (MINIMAL + 'model = "o"', (), 'x.toml:4: engine.main.model: is "o", which is not served; give "m"'),
+    ],
+)  # fmt: skip
+def test_errors_of_several_models(tmp_path: Path, text: str, setting: tuple[str, ...], expected: str) -> None:
+    assert errors(tmp_path, text, *setting)[0].startswith(expected)
 
 
 def test_an_error_of_the_port_names_the_option(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from actors.ingress.config import IngressConfig
 from actors.rank import RankConfig, kv_format, weight_bytes
 from actors.scheduler.config import Config as SchedulerConfig
 from actors.tokenizer.actor import TokenizerConfig
-from runtime import needs
+from runtime import model_plan, needs
 from runtime import plan as plan_module
 from runtime.models import ResolvedModel
 from runtime.plan import NodePlan, plan_node
@@ -45,13 +45,13 @@ MODEL = ModelConfig(
 @pytest.fixture
 def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans a topology with a small model in place of a file's."""
-    monkeypatch.setattr(plan_module, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
-    monkeypatch.setattr(plan_module, "read_config", lambda _: MODEL)
+    monkeypatch.setattr(model_plan, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
+    monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
     monkeypatch.delenv("RUNTIME_API_KEY", raising=False)
 
-    def plan(*settings: str, text: str = "") -> NodePlan:
+    def plan(*settings: str, head: str = '[model]\npath = "m"\n[engine.main]\n', text: str = "") -> NodePlan:
         file = tmp_path / "small.toml"
-        file.write_text('[model]\npath = "m"\n[engine.main]\n' + text)
+        file.write_text(head + text)
         return plan_node(load_topology(file, settings))
 
     return plan
@@ -151,17 +151,18 @@ def test_every_role_accepts_its_settings(plan_of: Any, tmp_path: Path) -> None:
         name: msgspec.convert(find(spec, name).args["config"], kind) for name, kind in kinds.items()
     }
     rank, scheduler, ingress = configs["main.rank1"], configs["main.scheduler"], configs["ingress0"]
+    (model,) = ingress.models
     rank.check()
     assert (rank.rank, rank.tp, rank.dtype, rank.deterministic, rank.threads) == (1, 2, "bfloat16", True, 3)
     assert rank.kv_dtype == "int8"
     assert (rank.num_pages, rank.page_size) == (scheduler.num_pages, scheduler.page_size) == (32, 32)
-    assert rank.max_model_len == scheduler.max_model_len == ingress.max_model_len == 1000
+    assert rank.max_model_len == scheduler.max_model_len == model.max_model_len == 1000
     assert rank.max_slots >= scheduler.max_running == 8
     assert rank.max_step_tokens >= scheduler.chunk_tokens + scheduler.max_running
     assert (scheduler.policy, scheduler.run_ahead, scheduler.leader) == ("lpm", False, "main.rank0")
-    assert scheduler.model == ingress.model == "served"
-    assert ingress.served_model_names == ["served"]
-    assert (ingress.eos_token_ids, ingress.vocab_size, ingress.api_key) == ([2, 5], 320, "secret")
+    assert scheduler.model == model.model == "served"
+    assert model.served_model_names == ["served"]
+    assert (model.eos_token_ids, model.vocab_size, ingress.api_key) == ([2, 5], 320, "secret")
     assert find(spec, "ingress0").shutdown_ms == 7000
     assert configs["tokenizer"].chat_template == str(template)
 
@@ -196,7 +197,7 @@ def test_types_of_numbers(
     plan_of: Any, monkeypatch: pytest.MonkeyPatch, stored: str, setting: str, dtype: Any, kv_dtype: Any
 ) -> None:
     config = msgspec.structs.replace(MODEL, weight_type=stored)
-    monkeypatch.setattr(plan_module, "read_config", lambda _: config)
+    monkeypatch.setattr(model_plan, "read_config", lambda _: config)
     plan = plan_of(f"model.dtype={setting}")
     (engine,) = plan.engines
     assert (engine.dtype, engine.kv_dtype) == (dtype, kv_dtype)
@@ -235,7 +236,7 @@ def test_supervision_settings(plan_of: Any, tmp_path: Path) -> None:
 
 def test_names_and_addresses_of_the_node(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of("ingress.port=8123")
-    assert (plan.name, plan.url, plan.served_name) == ("small-8123", "http://127.0.0.1:8123", "tiny")
+    assert (plan.name, plan.url, plan.models[0].served_name) == ("small-8123", "http://127.0.0.1:8123", "tiny")
     assert plan_of("ingress.host=0.0.0.0").url == "http://127.0.0.1:8000"
     assert plan_of('ingress.host="::"').url == "http://[::1]:8000"
     assert plan_of("ingress.host=::1").url == "http://[::1]:8000"
@@ -246,9 +247,9 @@ def test_names_and_addresses_of_the_node(plan_of: Any, monkeypatch: pytest.Monke
 
 
 def test_the_longest_request(plan_of: Any) -> None:
-    assert plan_of().max_model_len == 2048
-    assert plan_of("engine.main.kv_tokens=512").max_model_len == 512
-    assert plan_of("model.max_model_len=100").max_model_len == 100
+    assert plan_of().models[0].max_model_len == 2048
+    assert plan_of("engine.main.kv_tokens=512").models[0].max_model_len == 512
+    assert plan_of("model.max_model_len=100").models[0].max_model_len == 100
 
 
 def test_cores_are_divided(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,6 +309,35 @@ kv_tokens = 4096
 role = "decode"
 kv_tokens = 2048
 """
+
+
+def test_models_share_neither_engines_nor_memory(plan_of: Any, tmp_path: Path) -> None:
+    apart = "".join(
+        f'[engine.{role[0]}{index}]\nmodel = "m{index}"\nrole = "{role}"\n'
+        for index in range(2)
+        for role in ("prefill", "decode")
+    )
+    models = "".join(f'[[model]]\npath = "m"\nserved_name = "m{index}"\n' for index in range(2))
+    plan = plan_of(head=models, text=apart)
+    spec = build_tree(plan, tmp_path)
+    assert [child.id for child in spec.descendants() if child.type == "worker"] == actor_names(plan)
+    for index, other in ((0, 1), (1, 0)):
+        scheduler = find(spec, f"d{index}.scheduler").args
+        assert scheduler["config"]["model"] == f"m{index}"
+        assert scheduler["config"]["prefill_schedulers"] == [f"p{index}.scheduler"]
+        assert {f"p{index}.scheduler", f"model{index}.detokenizer"} <= scheduler["peers"].keys()
+        assert not any(name.startswith((f"p{other}.", f"d{other}.", f"model{other}.")) for name in scheduler["peers"])
+        receiver = find(spec, f"d{index}.kv_receiver")
+        assert f"p{other}.kv_sender" not in receiver.args["peers"]
+        assert receiver.descriptors == (f"d{index}.rank0.kv",)
+        assert find(spec, f"p{index}.rank0").descriptors == (f"p{index}.rank0.weights", f"d{index}.rank0.kv")
+        detokenizer = find(spec, f"model{index}.detokenizer").args["peers"]
+        assert set(detokenizer) == {f"d{index}.scheduler", "ingress0"}
+    ingress = msgspec.convert(find(spec, "ingress0").args["config"], IngressConfig)
+    assert [(model.model, model.tokenizer) for model in ingress.models] == [
+        ("m0", "model0.tokenizer"),
+        ("m1", "model1.tokenizer"),
+    ]
 
 
 def test_prefill_and_decode_engines_share_memory(plan_of: Any, tmp_path: Path) -> None:

@@ -31,5 +31,5 @@ async def count_tokens(service: Service, request: CountRequest, exchange: Exchan
     chat = chat_request(request)
     service.check_model(request.model)
     tools = callable_tools(chat.tools, chat.tool_choice)
-    (tokens,) = await service.tokenize(exchange, [conversation(service.config, chat, tools)])
+    (tokens,) = await service.tokenize(exchange, [conversation(service.model, chat, tools)])
     await exchange.answer(msgspec.json.encode({"input_tokens": len(tokens) // 4}))

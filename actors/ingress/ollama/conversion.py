@@ -8,7 +8,7 @@ from actors.ingress.errors import ApiError, invalid, unsupported
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
 from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.service import Service
+from actors.ingress.service import LATEST, Service
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "embedding_only": (False,),
@@ -22,8 +22,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vocab_only": (False,),
 }
 """Options that are not supported, and the values with which they do nothing."""
-
-LATEST = ":latest"
 
 
 def served_name(service: Service, name: str) -> str:

@@ -59,14 +59,18 @@ async def _loaded(body: Request, exchange: Exchange, part: dict[str, Any]) -> No
 
 
 async def tags(service: Service, exchange: Exchange) -> None:
-    """All names of the model."""
-    await exchange.answer(_encode({"models": [_card(service, name) for name in service.config.served_model_names]}))
+    """All names of all models."""
+    names = (name for model in service.models for name in model.served_model_names)
+    await exchange.answer(_encode({"models": [_card(service, name) for name in names]}))
 
 
 async def running(service: Service, exchange: Exchange) -> None:
     """The same: a model that is served is loaded."""
-    length = {"context_length": service.config.max_model_len, "size_vram": 0}
-    cards = [{**_card(service, name), **length} for name in service.config.served_model_names]
+    cards = [
+        {**_card(service, name), "context_length": model.max_model_len, "size_vram": 0}
+        for model in service.models
+        for name in model.served_model_names
+    ]
     await exchange.answer(_encode({"models": cards}))
 
 
@@ -76,11 +80,11 @@ async def show(service: Service, body: ShowBody, exchange: Exchange) -> None:
     if not name:
         raise invalid("The request needs the name of a model.", "model")
     served_name(service, name)
-    config = service.config
-    capabilities = ["completion"]
-    if config.tool_call_parser is not None:
+    model = service.model
+    capabilities = {"generate": ["completion"], "embed": ["embedding"]}.get(model.task, [])
+    if model.tool_call_parser is not None:
         capabilities.append("tools")
-    if config.reasoning_parser is not None:
+    if model.reasoning_parser is not None:
         capabilities.append("thinking")
     document = {
         "modelfile": "",
@@ -89,10 +93,10 @@ async def show(service: Service, body: ShowBody, exchange: Exchange) -> None:
         "modified_at": timestamp(service.created),
         "details": _details(),
         "model_info": {
-            "general.basename": config.model or config.served_model_names[0],
+            "general.basename": model.root,
             "general.architecture": "unknown",
-            "unknown.context_length": config.max_model_len,
-            "unknown.vocab_size": config.vocab_size,
+            "unknown.context_length": model.max_model_len,
+            "unknown.vocab_size": model.vocab_size,
         },
         "capabilities": capabilities,
     }

@@ -68,7 +68,7 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
     service.check_choices(len(prompts), n)
     drawn = exchange.work.identity
     top = -1 if request.logprobs is None else request.logprobs
-    sampling = request.sampling(service.config, drawn.seed, request.max_tokens, top, top if request.echo else -1)
+    sampling = request.sampling(service.model, drawn.seed, request.max_tokens, top, top if request.echo else -1)
     text = request.text_params(service.config)
 
     tokens = await service.tokenize(exchange, prompts)
@@ -80,7 +80,7 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
 
     eager = bool(request.stream)
     with service.generate(
-        exchange,
+        exchange.work,
         list(zip(tokens, limits, strict=True)),
         sampling,
         text,

@@ -32,7 +32,7 @@ class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 async def embeddings(service: Service, request: EmbeddingsRequest, exchange: Exchange) -> None:
     """Answers with a vector for each input."""
     model = service.check_model(request.model)
-    size = service.config.vector_size
+    size = service.model.vector_size
     if request.dimensions is not None and request.dimensions > size:
         raise invalid(
             f"'dimensions' is {request.dimensions}, and the model's vectors have {size}.", "dimensions", "invalid_value"

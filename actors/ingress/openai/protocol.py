@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.config import IngressConfig
+from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.constraints import FIELDS, constraint_of
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.generation import Generation
@@ -136,7 +136,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     def sampling(
         self,
-        config: IngressConfig,
+        model: ServedModel,
         drawn_seed: int,
         max_tokens: int | None,
         logprobs: int = -1,
@@ -144,7 +144,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     ) -> SamplingParams:
         """What the engine is told; see `sampling_params`."""
         return sampling_params(
-            config,
+            model,
             seed=drawn_seed if self.seed is None else self.seed,
             temperature=self.temperature,
             top_p=self.top_p,

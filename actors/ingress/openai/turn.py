@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from actors.ingress.config import IngressConfig
+from actors.ingress.config import ServedModel
 from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.generation import Generation
@@ -121,19 +121,19 @@ async def open_turn(
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
     top = (request.top_logprobs or 0) if request.logprobs else -1
-    sampling = request.sampling(service.config, exchange.work.identity.seed, asked, logprobs=top)
+    sampling = request.sampling(service.model, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
     tools = callable_tools(request.tools, request.tool_choice)
     forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
     sampling = constrained(sampling, forced)
-    if tools and service.config.tool_call_parser is not None and request.skip_special_tokens is None:
+    if tools and service.model.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
 
-    (tokens,) = await service.tokenize(exchange, [prompt or conversation(service.config, request, tools)])
+    (tokens,) = await service.tokenize(exchange, [prompt or conversation(service.model, request, tools)])
     limit, default = (None, asked) if cut_limit else (asked, None)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
-        exchange,
+        exchange.work,
         [(tokens, max_tokens)],
         sampling,
         text,
@@ -142,17 +142,17 @@ async def open_turn(
         extra_key=request.prefix_key,
         eager=bool(request.stream),
     )
-    rid, short_ids = exchange.work.identity.rid, service.config.tool_call_parser == "mistral"
+    rid, short_ids = exchange.work.identity.rid, service.model.tool_call_parser == "mistral"
 
     def named(choice: int) -> Callable[[int], str]:
         return lambda call: call_id(rid, choice, call, short_ids)
 
-    parser = _parsers(service.config, request, tools, forced is not None, prompt is not None)
+    parser = _parsers(service.model, request, tools, forced is not None, prompt is not None)
     outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
     return Turn(model, max_tokens, top, generation, outputs)
 
 
-def conversation(config: IngressConfig, request: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
+def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
     """What the tokenizer renders. Raises ApiError for what makes no conversation."""
     return chat_prompt(
         request.messages,
@@ -160,23 +160,23 @@ def conversation(config: IngressConfig, request: ChatRequest, tools: Sequence[To
         request.add_generation_prompt,
         request.continue_final_message,
         rendered(tools),
-        config.tool_call_parser in _ONE_TURN,
+        model.tool_call_parser in _ONE_TURN,
     )
 
 
 def _parsers(
-    config: IngressConfig, request: ChatRequest, tools: Sequence[Tool], forced: bool, plain: bool
+    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], forced: bool, plain: bool
 ) -> Callable[[], OutputParser | None]:
     """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces,
     `plain` for prompts that no template has made."""
     if plain:
         return lambda: None
-    reasoning_format = config.reasoning_parser if request.separate_reasoning else None
-    calls_format = config.tool_call_parser if tools else None
+    reasoning_format = model.reasoning_parser if request.separate_reasoning else None
+    calls_format = model.tool_call_parser if tools else None
     parameters = parameters_of(tools)
     last = request.messages[-1]
     continued = last.text if request.continue_final_message else None
-    if last.role == "tool" and config.tool_call_parser in _ONE_TURN:
+    if last.role == "tool" and model.tool_call_parser in _ONE_TURN:
         continued = ""
 
     def make() -> OutputParser | None:

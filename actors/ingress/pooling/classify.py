@@ -28,8 +28,8 @@ async def classify(service: Service, request: ClassifyRequest, exchange: Exchang
     vectors, tokens = await vectors_of_texts(
         service, exchange, [TextPrompt(text) for text in texts], "input", request.truncate_prompt_tokens
     )
-    labels = service.config.labels
-    probabilities = [activated(service.config.activation, vector) for vector in vectors]
+    labels = service.model.labels
+    probabilities = [activated(service.model.activation, vector) for vector in vectors]
     document = {
         "id": f"classify-{exchange.work.identity.rid}",
         "object": "list",

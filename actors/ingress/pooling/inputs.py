@@ -20,7 +20,7 @@ Truncate = Annotated[int, Meta(ge=-1, lt=2**31)]
 
 def limit_of(service: Service, truncate: int | None) -> int:
     """How many tokens inputs are cut to, 0 for none. Raises ApiError for more than the model takes."""
-    longest = service.config.max_model_len
+    longest = service.model.max_model_len
     if truncate is None or truncate == 0:
         return 0
     if truncate > longest:
@@ -62,7 +62,7 @@ async def vectors_of_pairs(
 async def _vectors(
     service: Service, exchange: Exchange, sequences: Sequence[tuple[bytes, bytes]], param: str
 ) -> tuple[list[bytes], int]:
-    limit = service.config.max_model_len
+    limit = service.model.max_model_len
     for tokens, _ in sequences:
         count = len(tokens) // 4
         if not count:

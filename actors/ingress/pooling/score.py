@@ -107,8 +107,8 @@ async def _scores(
     truncate: int | None,
 ) -> tuple[list[float], int]:
     """The score of each pair, and how many tokens were read."""
-    config = service.config
-    if config.task == "embed":
+    model = service.model
+    if model.task == "embed":
         # Each text once, however often it is compared.
         texts = list(dict.fromkeys((*first, *second)))
         vectors, tokens = await vectors_of_texts(
@@ -116,15 +116,15 @@ async def _scores(
         )
         units = {text: _unit(vector) for text, vector in zip(texts, vectors, strict=True)}
         return [float(units[one] @ units[other]) for one, other in zip(first, second, strict=True)], tokens
-    if len(config.labels) != 1:
+    if len(model.labels) != 1:
         raise invalid(
-            f"The model '{config.served_model_names[0]}' has {len(config.labels)} classes, and scores come from a "
+            f"The model '{model.name}' has {len(model.labels)} classes, and scores come from a "
             "model with one: use /v1/classify.",
             "model",
             "unsupported_model",
         )
     vectors, tokens = await vectors_of_pairs(service, exchange, list(zip(first, second, strict=True)), param, truncate)
-    return [activated(config.activation, vector)[0] for vector in vectors], tokens
+    return [activated(model.activation, vector)[0] for vector in vectors], tokens
 
 
 def _unit(vector: bytes) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
