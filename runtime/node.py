@@ -117,6 +117,7 @@ class _Root:
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
+        gc.disable()
         _import_actors(spec, plan.topology.node.log_level)
         if plan.topology.tracing.endpoint and plan.placement.is_here("ingress"):
             importlib.import_module("actors.ingress.span_export")
@@ -125,6 +126,8 @@ class _Root:
                 _load_vocabulary(model)
             if available() and any(plan.placement.is_here(engine.scheduler) for engine in model.engines):
                 _load_grammars(model)
+        gc.freeze()  # what is here stays, and the processes that are forked need never look through it
+        gc.enable()
         tell(Note("starting"))
         descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
         if listener is not None:
@@ -210,10 +213,8 @@ def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, st
 def _import_actors(spec: SupervisorSpec, log_level: str) -> None:
     """Imports what the actors need, once for all of them: they are forked from this process."""
     logging.basicConfig(level=log_level.upper(), format=logs.TEXT)  # the children take over the level
-    gc.disable()
     for module in dict.fromkeys(child.entry.partition(":")[0] for child in spec.descendants()):
         importlib.import_module(module)
-    gc.enable()
 
 
 def _load_vocabulary(plan: ModelPlan) -> None:
