@@ -2,7 +2,7 @@
 #
 #   make serve              serve SmolLM2-135M-Instruct on http://127.0.0.1:8000/v1; Ctrl-C stops it
 #   make serve PORT=8123    … on another port; TOPOLOGY=FILE serves something else
-#   make test               the whole test suite, two files at a time
+#   make test               the whole test suite (PYTEST_FLAGS="-n 2 --dist loadfile" runs two files at a time)
 #   make lint               ruff and mypy
 #   make bench              a serving benchmark of the embedded model
 #   make clean              remove .venv and everything that can be built again
@@ -35,7 +35,7 @@ test: $(INSTALLED_DEV)
 			echo "make: iproute2 could not be installed, so the tests with two hosts are skipped" >&2; \
 	fi
 	@tmp=$$(mktemp -d /tmp/t-XXXXXX); trap 'rm -rf "$$tmp"' EXIT; \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --basetemp=$$tmp $(PYTEST_FLAGS)
+		$(BIN)/python -m pytest --basetemp=$$tmp $(PYTEST_FLAGS)
 
 lint: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --quiet .

@@ -123,7 +123,11 @@ def test_the_logs_are_json_and_name_the_request(node: Node) -> None:
     def lines(actor: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (node.run_dir / "logs" / f"{actor}.log").read_text().splitlines()]
 
-    said = {line.get("request_id"): line for line in lines("ingress0")}
+    def said_of_both() -> dict[str, dict[str, Any]]:  # a request is logged when it has been answered
+        said = {line.get("request_id"): line for line in lines("ingress0")}
+        return said if {"mine-2", bad[1]["x-request-id"]} <= said.keys() else {}
+
+    said = eventually(said_of_both)
     assert said["mine-2"]["status"] == 200
     assert said[bad[1]["x-request-id"]]["status"] == 404
     assert said["mine-2"]["actor"] == "ingress0"
