@@ -214,6 +214,7 @@ class Generate(Tagged):
         characters: length of the text that the ingress already has for them.
         extra_key: the prefix tree shares pages only between requests with the same key.
         timeout_s: seconds that are left until the request is given up; 0 for no limit.
+        whole: nobody reads the answer before it is complete, so its tokens may come in groups.
     """
 
     rid: Rid
@@ -227,6 +228,7 @@ class Generate(Tagged):
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
     timeout_s: Annotated[float, Meta(ge=0)] = 0.0
     trace: Trace = b""
+    whole: bool = False
 
 
 class Abort(Tagged):

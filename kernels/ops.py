@@ -356,6 +356,22 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     reference.add_bias(logits, rows, token_ids, values)
 
 
+def masked(logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
+    """A copy of logits float32 [B, V] in which the tokens that a row's mask does not allow are -inf.
+
+    places: int32 [B], the number of each row's mask, -1 for none. masks: int32 [M, ceil(V / 32)], bit i of word w
+    allows token 32 w + i.
+    """
+    if len(places) != logits.shape[0] or masks.shape[1] * 32 < logits.shape[1]:
+        raise ValueError(
+            f"masked: logits {list(logits.shape)} need a place a row and masks of a bit a token, not places "
+            f"{list(places.shape)} and masks {list(masks.shape)}"
+        )
+    if (native := library_for(logits, dtype=torch.float32)) and library_for(places, masks, dtype=torch.int32):
+        return cpu.masked(native, logits, places, masks)
+    return reference.masked(logits, places, masks)
+
+
 def logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log probabilities: of tokens int32 [B], and the top_n of each row, lower id first among equals.
 
@@ -384,6 +400,7 @@ __all__ = [
     "embedding",
     "linear",
     "logprobs",
+    "masked",
     "pack_int4",
     "pack_weight",
     "packed_bytes",

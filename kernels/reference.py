@@ -281,6 +281,13 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     logits.index_put_((rows.long(), token_ids.long()), values, accumulate=True)
 
 
+def masked(logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
+    bits = (masks[..., None] >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1).bool().flatten(1)
+    rows = places.long()
+    allowed = bits[rows.clamp(min=0), : logits.shape[1]] | (rows < 0)[:, None]
+    return torch.where(allowed, logits, float("-inf"))
+
+
 def logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.where(logits.isnan(), float("-inf"), logits)
     normalized = torch.log_softmax(logits, dim=-1)

@@ -26,7 +26,7 @@ from supervisors.restarts import Delay, Intensity, affected, wants_restart
 from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
-HEARTBEAT_S = 0.5
+HEARTBEAT_S = 1.0
 TRIALS = 3
 """How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
 itself is not: it would fail again."""

@@ -53,12 +53,13 @@ class Grammar(Actor):
         self.watched.append(self.workshop.fd)
         self.refused = 0
         _limit_memory(config.limit_bytes)
-        self.every(CHECK_INTERVAL_S, self._check)
+        self.watching = False
 
     @handles(Compile)
     def compile(self, message: Compile, sender: str) -> None:
         """A constraint that a scheduler has not seen before."""
         self.workshop.want(message.constraint, sender)
+        self._watch()
 
     def turn(self) -> None:
         for asker, answer in self.workshop.finished():
@@ -72,9 +73,16 @@ class Grammar(Actor):
         self.refused += bool(answer.error)
         self.send(asker, answer)
 
+    def _watch(self) -> None:
+        if self.workshop.busy and not self.watching:
+            self.watching = True
+            self.after(CHECK_INTERVAL_S, self._check)
+
     def _check(self) -> None:
+        self.watching = False
         digest = self.workshop.overdue(self.config.limit_s)
         if not digest:
+            self._watch()
             return
         text = f"The constraint takes longer than {self.config.limit_s:g} seconds to compile: make it simpler."
         for asker in self.workshop.askers(digest):

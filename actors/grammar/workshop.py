@@ -95,6 +95,11 @@ class Workshop:
             answers += [(asker, answer) for asker in self._askers.pop(digest)]
         return answers
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything is wanted that is not there yet."""
+        return bool(self._pending)
+
     def overdue(self, limit_s: float) -> str:
         """The digest of a constraint on which the thread has worked for longer, not counting what time others took from
         it; empty if there is none."""

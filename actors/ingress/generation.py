@@ -70,6 +70,7 @@ class Generation:
                 extra_key,
                 work.trace,
                 model,
+                not eager,
             )
             for i, (prompt, max_tokens) in enumerate(prompts)
             for j in range(n)

@@ -78,6 +78,7 @@ class Entry:
         prompt_logprobs: once they have arrived.
         trace: context of the trace that it belongs to; empty if it is not traced.
         model: what the engine must serve; empty for any.
+        whole: nobody reads the answer before it is complete.
         placed_ns: when it was handed to the scheduler, since 1970, if it is traced. events: since then.
     """
 
@@ -112,6 +113,7 @@ class Entry:
         "stop_reason",
         "text",
         "trace",
+        "whole",
     )
 
     def __init__(
@@ -128,6 +130,7 @@ class Entry:
         extra_key: str = "",
         trace: bytes = b"",
         model: str = "",
+        whole: bool = False,
     ) -> None:
         self.rid = rid
         self.index = index
@@ -140,6 +143,7 @@ class Entry:
         self.extra_key = extra_key
         self.trace = trace
         self.model = model
+        self.whole = whole
         self.placed_ns = 0
         self.events: list[tuple[int, str]] = []
         self.output = array("i")
@@ -422,6 +426,7 @@ class Ledger:
                 extra_key=entry.extra_key,
                 timeout_s=max(0.001, entry.deadline - now) if entry.deadline else 0.0,
                 trace=trace,
+                whole=entry.whole,
             ),
         )
 

@@ -27,6 +27,9 @@ from actors.scheduler.request import Request
 
 KEEP_FINISHED_S = 300.0
 """How long a finished request is kept for an ingress that does not acknowledge it."""
+GROUP_STEPS = 16
+"""The tokens of answers that nobody reads before they are complete go on every so many steps, all requests' together:
+a message wakes two processes, which would take the cores from the ranks."""
 
 
 @dataclass(slots=True)
@@ -45,11 +48,15 @@ class Scheduler(EngineScheduler):
         super().__init__(context)
         self.finished: deque[tuple[float, str]] = deque()
         self.outbox = Outbox()
+        self.keeping: dict[str, Request] = {}  # those with tokens that have not been sent
+        self.group_ends = 0
         self.generated = 0
         self.throughput = 0.0
         self.measured = (time.monotonic(), 0)
 
     def planned(self) -> None:
+        if self.steps >= self.group_ends:
+            self._send_kept()
         self._flush()
 
     def peer_started(self, peer: str, incarnation: int) -> None:
@@ -74,6 +81,7 @@ class Scheduler(EngineScheduler):
             if known.attempt >= message.attempt:
                 return
             self.batch.remove(known)
+            self.keeping.pop(known.rid, None)
             del self.requests[known.rid]
             _end_phases(known, "handed on anew")
         if not message.prompt or len(message.prompt) % 4 or len(message.output) % 4:
@@ -194,8 +202,14 @@ class Scheduler(EngineScheduler):
     def deliver(self, request: Request, tokens: list[int], logprobs: list[TokenLogprob] | None) -> None:
         """Sends on the tokens that a request has just got."""
         self.generated += len(tokens)
+        finish = self._finish_reason(request)
+        if request.whole and request.events and finish is None:  # the first one tells the time to it
+            request.kept += tokens
+            request.kept_logprobs += logprobs or []
+            self.keeping[request.rid] = request
+            return
         prompt = request.prompt_logprobs or None if request.output_len <= 1 else None
-        self._emit(request, tokens, logprobs, prompt, self._finish_reason(request))
+        self._emit(request, tokens, logprobs, prompt, finish)
 
     def _emit(
         self,
@@ -205,7 +219,12 @@ class Scheduler(EngineScheduler):
         prompt_logprobs: list[TokenLogprob] | None,
         finish: FinishReason | None,
     ) -> None:
-        """Sends tokens of a request to the detokenizer, and ends it if they are its last."""
+        """Sends tokens of a request to the detokenizer, after those kept, and ends it if they are its last."""
+        if request.kept:
+            tokens = request.kept + tokens
+            logprobs = request.kept_logprobs + (logprobs or []) or None
+            request.kept, request.kept_logprobs = [], []
+            del self.keeping[request.rid]
         if not request.events:
             self.prompt_tokens += request.prompt_len
             self.cached_tokens += request.cached_tokens
@@ -235,6 +254,7 @@ class Scheduler(EngineScheduler):
     def forget(self, request: Request) -> None:
         """Frees all that a request holds."""
         self.batch.remove(request)
+        self.keeping.pop(request.rid, None)
         del self.requests[request.rid]
         _end_phases(request, "given up")
         self.outbox.closes.append(request.rid)
@@ -255,10 +275,17 @@ class Scheduler(EngineScheduler):
 
     def _replay(self, request: Request) -> None:
         """Hands the detokenizer a request from its beginning."""
+        if request.kept:
+            self._emit(request, [], None, None, None)
         self._flush()
         self._open_text(request)
         self.outbox.events += request.events
         self._flush()
+
+    def _send_kept(self) -> None:
+        self.group_ends = self.steps + GROUP_STEPS
+        for request in list(self.keeping.values()):
+            self._emit(request, [], None, None, None)
 
     def _flush(self) -> None:
         box = self.outbox
@@ -271,6 +298,7 @@ class Scheduler(EngineScheduler):
     def sweep(self) -> None:
         """Gives up requests whose time is over, and finished ones that nobody has acknowledged."""
         super().sweep()
+        self._send_kept()
         now = time.monotonic()
         (then, generated), self.measured = self.measured, (now, self.generated)
         self.throughput = (self.generated - generated) / (now - then) if now > then else self.throughput

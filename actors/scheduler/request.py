@@ -54,6 +54,8 @@ class Request:
             would have to go through the tokens before each position anew.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
+        whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
+        kept, kept_logprobs: those that have not been sent.
     """
 
     def __init__(self, message: Generate, owner: str, order: int, page_size: int) -> None:
@@ -92,6 +94,9 @@ class Request:
         self.pending = 0
         self.cached_tokens = 0
         self.events: list[TokenEvent] = []
+        self.whole = message.whole and not message.text.stop
+        self.kept: list[int] = []
+        self.kept_logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: FinishReason | None = None
 

@@ -34,6 +34,7 @@ _SAMPLE = struct.Struct("@P 3q 7P q")
 _LOGPROBS = struct.Struct("@P 3q 4P 2q")
 _PENALTIES = struct.Struct("@P 3q 3P q 3P")
 _BIAS = struct.Struct("@P 3q 3P q")
+_MASK = struct.Struct("@P 3q 3P 3q")
 
 
 def rms_norm(
@@ -346,6 +347,23 @@ def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tens
         _BIAS.pack(*_logits(logits), rows.data_ptr(), token_ids.data_ptr(), values.data_ptr(), rows.numel())
     )
     check(result, "a bias is for a row or token that the logits do not have")
+
+
+def masked(library: ctypes.CDLL, logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
+    out = torch.empty(logits.shape)
+    result = library.masked(
+        _MASK.pack(
+            *_logits(logits),
+            places.data_ptr(),
+            masks.data_ptr(),
+            out.data_ptr(),
+            masks.shape[1],
+            masks.shape[0],
+            torch.get_num_threads(),
+        )
+    )
+    check(result, "a row has a mask that is not there")
+    return out
 
 
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:

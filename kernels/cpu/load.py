@@ -30,6 +30,7 @@ FUNCTIONS = (
     "logprobs",
     "apply_penalties",
     "add_bias",
+    "masked",
 )
 
 

@@ -316,6 +316,14 @@ struct PenaltiesCall {
     const float *repetition, *frequency, *presence;
 };
 
+struct MaskCall {
+    Logits logits;
+    const int32_t* places;  // [rows]: which mask a row has, negative for none
+    const uint32_t* masks;  // [masks, words]
+    float* out;             // [rows, vocabulary]
+    int64_t words, count, threads;
+};
+
 struct BiasCall {
     Logits logits;
     const int32_t *rows, *tokens;
@@ -386,5 +394,30 @@ EXPORT int add_bias(const BiasCall* c) {
         if (!c->logits.has(c->rows[i], c->tokens[i])) return -2;
         c->logits.row(c->rows[i])[c->tokens[i]] += c->values[i];
     }
+    return 0;
+}
+
+EXPORT int masked(const MaskCall* c) {
+    constexpr int BITS = 32;
+    int64_t count = c->logits.vocabulary;
+    for (int64_t row = 0; row < c->logits.rows; ++row)
+        if (c->places[row] >= c->count) return -2;
+    parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
+        const float* logits = c->logits.row(row);
+        float* out = c->out + row * count;
+        if (c->places[row] < 0) {
+            std::copy(logits, logits + count, out);
+            return;
+        }
+        const uint32_t* words = c->masks + c->places[row] * c->words;
+        for (int64_t first = 0; first < count; first += BITS, ++words) {
+            int64_t end = std::min(count, first + BITS);
+            if (!*words) {  // most of them, where a grammar knows what it wants
+                std::fill(out + first, out + end, -INFINITE);
+                continue;
+            }
+            for (int64_t i = first; i < end; ++i) out[i] = *words >> (i - first) & 1 ? logits[i] : -INFINITE;
+        }
+    });
     return 0;
 }

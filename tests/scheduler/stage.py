@@ -167,4 +167,4 @@ class Stage:
 def generate(rid: str = "r", prompt: int = 6, max_tokens: int = 3, attempt: int = 0, **more: Any) -> Generate:
     tokens = np.arange(prompt, dtype=np.int32).tobytes()
     params = more.pop("sampling", SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=[2]))
-    return Generate(rid, attempt, tokens, params, TextParams(), **more)
+    return Generate(rid, attempt, tokens, params, more.pop("text", TextParams()), **more)

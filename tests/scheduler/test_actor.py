@@ -25,10 +25,12 @@ from actors.messages import (
     Step,
     StepResult,
     Stopped,
+    TextParams,
     Tokens,
     TopLogprobs,
     Unknown,
 )
+from actors.scheduler.actor import GROUP_STEPS
 
 
 @pytest.fixture
@@ -55,6 +57,36 @@ def test_a_request_becomes_steps_and_tokens_and_is_kept_until_acknowledged(stage
     stage.send("ingress0", Acknowledge(["r"]))
     stage.until(lambda: "r" not in stage.scheduler.requests)
     stage.until(lambda: any(m.closes == ["r"] for m in stage.received["detokenizer"] if isinstance(m, Tokens)))
+
+
+def test_tokens_of_an_answer_that_is_not_streamed_go_on_in_groups(stage: Stage) -> None:
+    def arrived(rid: str) -> list[tuple[int, int, str | None]]:
+        return [(event.index, len(event.tokens), event.finish) for event in stage.events() if event.rid == rid]
+
+    stage.send("ingress0", generate("whole", max_tokens=60, whole=True))
+    stage.send("ingress0", generate("stop", max_tokens=60, whole=True, text=TextParams(stop=["x"])))
+    stage.until(lambda: len(stage.scheduler.requests) == 2)
+    stage.generate_all()
+    (first, *groups) = arrived("whole")
+    assert first == (0, 1, None), "the time to the first token is measured by it"
+    assert [size for _, size, _ in groups][1:-1] == [GROUP_STEPS] * (len(groups) - 2)
+    assert [index for index, _, _ in groups] == list(np.cumsum([1, *(size for _, size, _ in groups[:-1])]))
+    assert sum(size for _, size, _ in groups) == 59
+    assert groups[-1][2] == "length"
+    assert [size for _, size, _ in arrived("stop")] == [1] * 60, "a stop string must not be found too late"
+
+
+def test_tokens_kept_for_a_group_are_sent_when_they_are_asked_for(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=60, whole=True))
+    for skip in range(4):
+        stage.answer(stage.expect("main.rank0", Step, skip=skip))
+    stage.until(lambda: len(stage.scheduler.requests["r"].kept) == 3)
+    stage.send("ingress0", Resend("r", 0))
+    stage.until(lambda: len(stage.events()) >= 4)
+    assert [(event.index, event.tokens) for event in stage.events()][-2:] == [(0, [5]), (1, [5, 5, 5])]
+    stage.send("ingress0", Abort("r"))
+    stage.until(lambda: not stage.scheduler.requests)
+    assert not stage.scheduler.keeping
 
 
 def test_a_flushed_cache_is_empty_and_stays_so(stage: Stage) -> None:
