@@ -67,7 +67,7 @@ class Ingress(Actor):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self.config = msgspec.convert(self.args.config, IngressConfig)
-        self.metrics = IngressMetrics()
+        self.metrics = IngressMetrics(each.model for each in self.config.models)
         self.actors = ActorFigures()
         self.engines = Engines([each.model for each in self.config.models], self.mailbox.add_peer)
         self.tracing = self._tracing()
@@ -118,7 +118,7 @@ class Ingress(Actor):
         return Served(
             model,
             Tokenization(self.send, model.tokenizer, stall_s, time.monotonic),
-            Encoders(self.send, model.encoders, self.metrics, stall_s, time.monotonic),
+            Encoders(self.send, model.encoders, self.metrics.of(model.model), stall_s, time.monotonic),
         )
 
     def _recent(self) -> RecentRequests | None:

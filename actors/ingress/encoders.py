@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from actors.ingress.errors import ApiError
-from actors.ingress.metrics import IngressMetrics
+from actors.ingress.metrics import RequestMetrics
 from actors.ingress.pieces import Piece
 from actors.ingress.work import Work
 from actors.messages import Abort, Embed, Embedded, EmbedRefused, Message
@@ -49,7 +49,7 @@ class Encoders:
         self,
         send: Callable[[str, Message], bool],
         names: Sequence[str],
-        metrics: IngressMetrics,
+        metrics: RequestMetrics,
         stall_s: float,
         clock: Callable[[], float],
     ) -> None:

@@ -209,7 +209,6 @@ class Ledger:
         self.live: dict[str, Entry] = {}
         self._send = send
         self.engines = engines
-        self._counters = metrics.counters
         self._metrics = metrics
         self._stall_s = stall_s
         self._clock = clock
@@ -234,7 +233,7 @@ class Ledger:
         if self.live.pop(entry.rid, None) is None:
             return
         self._trace(entry, "aborted")
-        self._counters["num_aborted_requests"] += 1
+        self._count(entry, "num_aborted_requests")
         if entry.scheduler is not None:
             self._send(entry.scheduler, Abort(entry.rid))
 
@@ -253,8 +252,10 @@ class Ledger:
         now = self._clock()
         for event in events:
             entry = self.live.get(event.rid)
-            if entry is None or event.attempt != entry.attempt:
-                self._counters["repeats"] += 1
+            if entry is None:
+                self._metrics.of("").counters["repeats"] += 1
+            elif event.attempt != entry.attempt:
+                self._count(entry, "repeats")
             else:
                 self._accept(entry, event, now)
 
@@ -342,7 +343,7 @@ class Ledger:
             tokens, text = tokens[known_tokens:], text[known_characters:]
         prompt_logprobs = event.prompt_logprobs if entry.prompt_logprobs is None else None
         if not tokens and not text and finish is None and prompt_logprobs is None:
-            self._counters["repeats"] += 1
+            self._count(entry, "repeats")
             return
         if finish == "abort":
             self._aborted(entry, now)
@@ -374,15 +375,16 @@ class Ledger:
         self._trace(entry)
         assert entry.scheduler is not None  # only a scheduler that has the request makes tokens for it
         self._finished.setdefault(entry.scheduler, []).append(entry.rid)
-        self._metrics.e2e_latency.observe(now - entry.arrived_at)
-        self._counters["num_requests"] += 1
-        self._counters["prompt_tokens"] += entry.prompt_tokens
-        self._counters["cached_tokens"] += entry.cached_tokens
+        metrics = self._metrics.of(entry.model)
+        metrics.e2e_latency.observe(now - entry.arrived_at)
+        metrics.counters["num_requests"] += 1
+        metrics.counters["prompt_tokens"] += entry.prompt_tokens
+        metrics.counters["cached_tokens"] += entry.cached_tokens
 
     def _fail(self, entry: Entry, error: ApiError) -> None:
         del self.live[entry.rid]
         self._trace(entry, error.message)
-        self._counters["num_aborted_requests"] += 1
+        self._count(entry, "num_aborted_requests")
         entry.listener.failed(entry, error)
 
     def _again(self, entry: Entry, elsewhere: bool = False) -> None:
@@ -390,7 +392,7 @@ class Ledger:
         self._trace(entry, "handed on again")
         entry.attempt += 1
         entry.listener.attempted(entry)
-        self._counters["recoveries"] += 1
+        self._count(entry, "recoveries")
         if elsewhere:
             entry.scheduler = None
         self._place(entry)
@@ -408,7 +410,7 @@ class Ledger:
         entry.stall_s = self._stall_s
         entry.stalls_at = now + entry.stall_s
         entry.resend_at = now + RESEND_INTERVAL_S
-        self._counters["attempts"] += 1
+        self._count(entry, "attempts")
         trace = b""
         if entry.trace:
             trace, entry.placed_ns = attempt_context(entry.trace, entry.rid, entry.attempt), time.time_ns()
@@ -450,18 +452,22 @@ class Ledger:
         if entry.scheduler is None:
             return
         entry.resend_at = now + RESEND_INTERVAL_S
-        self._counters["resends"] += 1
+        self._count(entry, "resends")
         self._send(entry.scheduler, Resend(entry.rid, entry.attempt))
 
+    def _count(self, entry: Entry, name: str) -> None:
+        self._metrics.of(entry.model).counters[name] += 1
+
     def _observe_tokens(self, entry: Entry, count: int, now: float) -> None:
+        metrics = self._metrics.of(entry.model)
         if not entry.output:
-            self._metrics.time_to_first_token.observe(now - entry.arrived_at)
+            metrics.time_to_first_token.observe(now - entry.arrived_at)
             if entry.trace:
                 entry.events.append((time.time_ns(), "first token"))
             count_between = count - 1
         else:
             count_between = count
         if count_between:
-            self._metrics.inter_token_latency.observe((now - entry.progressed_at) / count, count_between)
-        self._counters["generation_tokens"] += count
+            metrics.inter_token_latency.observe((now - entry.progressed_at) / count, count_between)
+        metrics.counters["generation_tokens"] += count
         entry.progressed_at = now

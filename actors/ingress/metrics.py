@@ -45,10 +45,12 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "recoveries": ("runtime", "Requests handed to an engine again after it was restarted, lost or had forgotten them."),
     "resends": ("runtime", "Times that missing tokens were asked for."),
     "attempts": ("runtime", "Times that a request was handed to an engine."),
+    "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
+}
+CONNECTION_COUNTERS: dict[str, tuple[str, str]] = {
     "connections_resumed": ("runtime", "Connections that an earlier incarnation has left and that went on."),
     "connections_lost": ("runtime", "Connections that an earlier incarnation has left and that could not go on."),
     "connections_unprotected": ("runtime", "Connections that end if this worker dies, as its journal has no room."),
-    "repeats": ("runtime", "Token events dropped because they had been received before or belong to an old attempt."),
 }
 SCHEDULER_GAUGES = (
     *("num_running_reqs", "num_queue_reqs", "num_grammar_queue_reqs", "token_usage", "num_used_tokens"),
@@ -65,18 +67,47 @@ MESSAGE_ERRORS = ("bad", "malformed", "oversized", "stale", "lost", "unknown_sen
 INCARNATION = "incarnation"
 """Among an actor's figures: how often it has been started."""
 _RESPONSES = "http_responses:"
+_OF_MODEL = "@"
+"""Between a figure's name and the model whose requests it counts."""
 _NOT_IN_A_NAME = re.compile(r"[^a-zA-Z0-9_]")
 
 
-class IngressMetrics:
-    """What one ingress worker counts."""
+class RequestMetrics:
+    """What one ingress worker counts of the requests to one model."""
 
     def __init__(self) -> None:
         self.time_to_first_token, self.inter_token_latency, self.e2e_latency = (
             Histogram(bounds) for _, bounds in HISTOGRAMS.values()
         )
         self.counters = dict.fromkeys(COUNTERS, 0)
+
+    def figures(self) -> dict[str, float]:
+        """Everything as one flat mapping."""
+        figures = {name: float(count) for name, count in self.counters.items()}
+        histograms = (self.time_to_first_token, self.inter_token_latency, self.e2e_latency)
+        for name, histogram in zip(HISTOGRAMS, histograms, strict=True):
+            figures |= histogram.figures(name)
+        return figures
+
+
+class IngressMetrics:
+    """What one ingress worker counts.
+
+    Args:
+        models: names of those that it serves.
+    """
+
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        self.counters = dict.fromkeys(CONNECTION_COUNTERS, 0)
         self.responses: dict[int, int] = {}
+        self._of_models = {model: RequestMetrics() for model in models}
+
+    def of(self, model: str) -> RequestMetrics:
+        """What is counted of the requests to a model; those to any model have an empty name."""
+        found = self._of_models.get(model)
+        if found is None:
+            found = self._of_models[model] = RequestMetrics()
+        return found
 
     def response(self, status: int) -> None:
         """Counts an HTTP response."""
@@ -86,9 +117,8 @@ class IngressMetrics:
         """Everything as one flat mapping, for `ActorStats`."""
         figures = {name: float(count) for name, count in self.counters.items()}
         figures |= {f"{_RESPONSES}{status}": float(count) for status, count in self.responses.items()}
-        histograms = (self.time_to_first_token, self.inter_token_latency, self.e2e_latency)
-        for name, histogram in zip(HISTOGRAMS, histograms, strict=True):
-            figures |= histogram.figures(name)
+        for model, metrics in self._of_models.items():
+            figures |= {f"{name}{_OF_MODEL}{model}": value for name, value in metrics.figures().items()}
         return figures
 
 
@@ -129,18 +159,13 @@ class _Exposition(Collector):
 
     def collect(self) -> Iterator[Metric]:
         labels = ["model_name", "actor"]
-        ingresses = {actor: figures for actor, figures in self._figures.items() if "attempts" in figures}
-        for name, (prefix, text) in COUNTERS.items():
+        ingresses = {actor: figures for actor, figures in self._figures.items() if "connections_lost" in figures}
+        for name, (prefix, text) in CONNECTION_COUNTERS.items():
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=labels)
             for actor, figures in ingresses.items():
-                counter.add_metric([self._model_of(actor), actor], figures.get(name, 0.0))
+                counter.add_metric([self._model_of(actor), actor], figures[name])
             yield counter
-        for name, (text, bounds) in HISTOGRAMS.items():
-            histogram = HistogramMetricFamily(f"sglang:{name}", text, labels=labels)
-            for actor, figures in ingresses.items():
-                sum_of_values = figures.get(f"{name}:sum", 0.0)
-                histogram.add_metric([self._model_of(actor), actor], _cumulative(figures, name, bounds), sum_of_values)
-            yield histogram
+        yield from self._requests(labels, ingresses)
         responses = CounterMetricFamily("runtime:http_responses", "HTTP responses.", labels=["status", "actor"])
         for actor, figures in ingresses.items():
             for name, value in figures.items():
@@ -150,6 +175,25 @@ class _Exposition(Collector):
         yield from self._schedulers(labels)
         yield from self._actors(labels)
         yield from self._gauges(labels, set(ingresses))
+
+    def _requests(self, labels: list[str], ingresses: dict[str, dict[str, float]]) -> Iterator[Metric]:
+        """What ingress workers count of each model's requests."""
+        of_models: dict[tuple[str, str], dict[str, float]] = {}
+        for actor, figures in ingresses.items():
+            for name, value in figures.items():
+                name, of_model, model = name.partition(_OF_MODEL)
+                if of_model:
+                    of_models.setdefault((model or self._model_of(actor), actor), {})[name] = value
+        for name, (prefix, text) in COUNTERS.items():
+            counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=labels)
+            for values, figures in of_models.items():
+                counter.add_metric(values, figures.get(name, 0.0))
+            yield counter
+        for name, (text, bounds) in HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"sglang:{name}", text, labels=labels)
+            for values, figures in of_models.items():
+                histogram.add_metric(values, _cumulative(figures, name, bounds), figures.get(f"{name}:sum", 0.0))
+            yield histogram
 
     def _schedulers(self, labels: list[str]) -> Iterator[Metric]:
         """What SGLang's schedulers count; as there, the label `engine_type` says what an engine does."""
@@ -192,9 +236,9 @@ class _Exposition(Collector):
         families: dict[str, GaugeMetricFamily] = {}
         for actor, figures in self._figures.items():
             for name, value in figures.items():
-                if ":" in name or name in SCHEDULER_GAUGES or name == INCARNATION:
+                if ":" in name or _OF_MODEL in name or name in SCHEDULER_GAUGES or name == INCARNATION:
                     continue  # shown above
-                if actor in ingresses and name in COUNTERS:
+                if actor in ingresses and name in CONNECTION_COUNTERS:
                     continue
                 full_name = f"runtime:actor_{_NOT_IN_A_NAME.sub('_', name)}"
                 family = families.setdefault(

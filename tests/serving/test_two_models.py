@@ -111,11 +111,26 @@ def test_figures_name_the_model(both: Node) -> None:
             wait_until(lambda a=actor, m=model: f'actor="{a}",model_name="{m}"' in restarts(), f"figures of {actor}")  # type: ignore[misc]
 
 
+def test_requests_are_counted_by_model(both: Node) -> None:
+    def count(model: str) -> float:
+        with urllib.request.urlopen(both.url + "/metrics", timeout=10) as response:
+            series = rf'^sglang:num_requests_total\{{actor="ingress0",model_name="{model}"\}} (.*)$'
+            (value,) = re.findall(series, response.read().decode(), re.MULTILINE)
+        return float(value)
+
+    before = {model: count(model) for model in (MODEL, "minilm")}
+    answer(both, 2)
+    vector(both)
+    vector(both)
+    assert {model: count(model) - before[model] for model in before} == {MODEL: 1, "minilm": 2}
+
+
 @pytest.mark.parametrize(
     "victim",
     [
         *("main.rank0", "main.scheduler", "main.grammar", "model0.detokenizer", "model0.tokenizer"),
         *("embed.encoder", "model1.tokenizer", "bootstrap", "ingress0"),
+        *("embed", "ingress"),  # supervisors, after the children that die with them
     ],
 )
 def test_a_kill_changes_no_model_s_answers(
