@@ -61,8 +61,8 @@ def build_tree(plan: NodePlan, run_dir: Path) -> SupervisorSpec:
     """The specification that the root runs.
 
     root ─ bootstrap, one supervisor an engine (its ranks, which restart together, its KV sender or receiver if it only
-    prefills or decodes, its scheduler, and its grammar actor), each model's detokenizer and tokenizer, ingress (a
-    supervisor of the HTTP workers). An engine that embeds or classifies has but an encoder; where there are only such,
+    prefills or decodes, its scheduler, and its grammar actor), each model's detokenizer and tokenizer, and the HTTP
+    workers. An engine that embeds or classifies has but an encoder; where there are only such,
     bootstrap and detokenizer have nothing to do and are left out. With several nodes, what of this lives on this one.
     """
     return part_of(_Builder(plan, run_dir).root(), plan.placement, epoch=time.time_ns() // 1_000_000)
@@ -114,7 +114,8 @@ class _Builder:
                 *(self._encoder(model, engine) for model in self.plan.models for engine in model.encoders),
                 *(self._detokenizer(model) for model in self.plan.models if model.engines),
                 *(self._tokenizer(model) for model in self.plan.models),
-                self._nested("ingress", "ingress", [self._ingress(name) for name in self.ingresses]),
+                # Below a supervisor of their own, connections would be lost that were on their way up when it died.
+                *(self._ingress(name) for name in self.ingresses),
             ]
         )
 

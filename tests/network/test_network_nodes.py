@@ -147,7 +147,7 @@ def test_each_node_runs_its_part(plan_of: Plan, tmp_path: Path) -> None:
     spec_a, spec_b = build_tree(a, tmp_path / "run-a"), build_tree(b, tmp_path / "run-b")
     validate(spec_a)
     validate(spec_b)
-    assert [child.id for child in spec_a.children] == ["bootstrap", "near", "detokenizer", "tokenizer", "ingress"]
+    assert [child.id for child in spec_a.children] == ["bootstrap", "near", "detokenizer", "tokenizer", "ingress0"]
     assert [child.id for child in spec_b.children] == ["main"]
     assert sorted(args_of(spec_a) | args_of(spec_b)) == sorted(actor_names(a))
     assert set(arena_sizes(a)) == {"ingress0.journal", "near.pages", "near.rank0.weights", "near.rank0.kv"}

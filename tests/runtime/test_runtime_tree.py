@@ -74,10 +74,11 @@ def test_names_and_strategies(plan_of: Any, tmp_path: Path) -> None:
         ["main", [["main.ranks", ["main.rank0", "main.rank1"]], "main.scheduler", "main.grammar"]],
         "detokenizer",
         "tokenizer",
-        ["ingress", ["ingress0", "ingress1"]],
+        "ingress0",
+        "ingress1",
     ]
     strategies = {child.id: child.supervisor.strategy for child in spec.descendants() if child.supervisor}
-    assert strategies == {"main": "one_for_one", "main.ranks": "one_for_all", "ingress": "one_for_one"}
+    assert strategies == {"main": "one_for_one", "main.ranks": "one_for_all"}
     workers = [child for child in spec.descendants() if child.type == "worker"]
     assert [child.id for child in workers] == actor_names(plan_of("engine.main.tp=2", "ingress.workers=2"))
     assert all(child.role in child.id for child in workers)

@@ -130,7 +130,7 @@ def test_requests_are_counted_by_model(both: Node) -> None:
     [
         *("main.rank0", "main.scheduler", "main.grammar", "model0.detokenizer", "model0.tokenizer"),
         *("embed.encoder", "model1.tokenizer", "bootstrap", "ingress0"),
-        *("embed", "ingress"),  # supervisors, after the children that die with them
+        "embed",  # a supervisor, after the child that dies with it
     ],
 )
 def test_a_kill_changes_no_model_s_answers(
