@@ -1,0 +1,213 @@
+"""Every message of the runtime, one module for the edges of a pair of roles.
+
+A request is known by (rid, attempt): the ingress that owns it raises `attempt` each time it hands the request to a
+scheduler again, and whoever knows a newer attempt drops what belongs to an older one. Packed arrays are little-endian:
+`i32` stands for int32, `f32` for float32. Times are seconds.
+"""
+
+from actors.messages.base import FinishReason, Index, Rid, Seed, SpanId, Tagged, TokenId, Trace
+from actors.messages.common import ActorStats, Hello, SpanEnded
+from actors.messages.encoding import Embed, Embedded, EmbedRefused, Sequence
+from actors.messages.registry import EngineInfo, Register, RegisterRefused, Registry
+from actors.messages.requests import (
+    MAX_CONSTRAINT,
+    Abort,
+    Acknowledge,
+    Activity,
+    CacheFlushed,
+    Constraint,
+    EndRequests,
+    FlushCache,
+    Generate,
+    Profile,
+    Profiled,
+    Refused,
+    Resend,
+    SamplingParams,
+    TextParams,
+    Unknown,
+)
+from actors.messages.steps import (
+    PROMPT_LOGPROBS,
+    SAMPLE,
+    VERIFY,
+    Attach,
+    Attached,
+    Compile,
+    Compiled,
+    OpenSlot,
+    Step,
+    StepResult,
+    TopLogprobs,
+)
+from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
+from actors.messages.tokenization import (
+    ChatPrompt,
+    Detokenize,
+    Detokenized,
+    PairPrompt,
+    TextPrompt,
+    Tokenize,
+    Tokenized,
+    TokenizeFailed,
+)
+from actors.messages.transfers import (
+    NO_EPOCH,
+    CancelReceive,
+    Confirm,
+    Confirmed,
+    Epoch,
+    Offer,
+    Offered,
+    Prefill,
+    Prefilled,
+    PrefillRefused,
+    Receive,
+    ReceiveCancelled,
+    Received,
+    ReceiveFailed,
+    Release,
+    Released,
+    TransferId,
+    Withdraw,
+    Withdrawn,
+)
+
+Message = (
+    Hello
+    | ActorStats
+    | SpanEnded
+    | Tokenize
+    | Tokenized
+    | TokenizeFailed
+    | Detokenize
+    | Detokenized
+    | Generate
+    | Abort
+    | Acknowledge
+    | Resend
+    | Refused
+    | Unknown
+    | FlushCache
+    | CacheFlushed
+    | Profile
+    | Profiled
+    | EndRequests
+    | Embed
+    | Embedded
+    | EmbedRefused
+    | Compile
+    | Compiled
+    | Attach
+    | Attached
+    | Step
+    | StepResult
+    | Tokens
+    | Stopped
+    | Texts
+    | Prefill
+    | Prefilled
+    | PrefillRefused
+    | Release
+    | Released
+    | Offer
+    | Withdraw
+    | Withdrawn
+    | Offered
+    | Confirm
+    | Confirmed
+    | Receive
+    | Received
+    | ReceiveFailed
+    | CancelReceive
+    | ReceiveCancelled
+    | Register
+    | RegisterRefused
+    | Registry
+)
+"""All types that may travel in an envelope."""
+
+__all__ = [
+    "MAX_CONSTRAINT",
+    "NO_EPOCH",
+    "PROMPT_LOGPROBS",
+    "SAMPLE",
+    "VERIFY",
+    "Abort",
+    "Acknowledge",
+    "Activity",
+    "ActorStats",
+    "Attach",
+    "Attached",
+    "CacheFlushed",
+    "CancelReceive",
+    "ChatPrompt",
+    "Compile",
+    "Compiled",
+    "Confirm",
+    "Confirmed",
+    "Constraint",
+    "Detokenize",
+    "Detokenized",
+    "Embed",
+    "EmbedRefused",
+    "Embedded",
+    "EndRequests",
+    "EngineInfo",
+    "Epoch",
+    "FinishReason",
+    "FlushCache",
+    "Generate",
+    "Hello",
+    "Index",
+    "Message",
+    "Offer",
+    "Offered",
+    "OpenSlot",
+    "OpenText",
+    "PairPrompt",
+    "Prefill",
+    "PrefillRefused",
+    "Prefilled",
+    "Profile",
+    "Profiled",
+    "Receive",
+    "ReceiveCancelled",
+    "ReceiveFailed",
+    "Received",
+    "Refused",
+    "Register",
+    "RegisterRefused",
+    "Registry",
+    "Release",
+    "Released",
+    "Resend",
+    "Rid",
+    "SamplingParams",
+    "Seed",
+    "Sequence",
+    "SpanEnded",
+    "SpanId",
+    "Step",
+    "StepResult",
+    "Stopped",
+    "Tagged",
+    "TextEvent",
+    "TextLogprob",
+    "TextParams",
+    "TextPrompt",
+    "Texts",
+    "TokenEvent",
+    "TokenId",
+    "TokenLogprob",
+    "Tokenize",
+    "TokenizeFailed",
+    "Tokenized",
+    "Tokens",
+    "TopLogprobs",
+    "Trace",
+    "TransferId",
+    "Unknown",
+    "Withdraw",
+    "Withdrawn",
+]

@@ -1,0 +1,71 @@
+"""Between ingress and tokenizer."""
+
+from __future__ import annotations
+
+from actors.messages.base import Index, Rid, Tagged, Trace
+
+
+class ChatPrompt(Tagged):
+    """Messages to render with the model's chat template; `messages` and `tools` are JSON texts."""
+
+    messages: str
+    tools: str = ""
+    template_arguments: str = "{}"
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class TextPrompt(Tagged):
+    """A plain prompt, encoded as it is, with the model's own BOS token where it has one, and cut off behind
+    `max_tokens` tokens unless that is 0; the special ones count."""
+
+    text: str
+    add_special_tokens: bool = True
+    max_tokens: Index = 0
+
+
+class PairPrompt(Tagged):
+    """Two texts as a model reads them that compares them, encoded as one with the model's special tokens."""
+
+    text: str
+    pair: str
+    max_tokens: Index = 0
+
+
+class Tokenize(Tagged):
+    """Ingress → tokenizer. Answered by `Tokenized` or `TokenizeFailed`. Repeated when the tokenizer is restarted."""
+
+    rid: Rid
+    prompt: ChatPrompt | TextPrompt | PairPrompt
+    trace: Trace = b""
+
+
+class Tokenized(Tagged):
+    """Tokenizer → ingress: the prompt's token ids (i32), and of a pair the token type ids, one byte each."""
+
+    rid: Rid
+    tokens: bytes
+    types: bytes = b""
+
+
+class TokenizeFailed(Tagged):
+    """Tokenizer → ingress: the prompt cannot be rendered or encoded; one sentence for the client."""
+
+    rid: Rid
+    error: str
+
+
+class Detokenize(Tagged):
+    """Ingress → tokenizer: the text of token ids (i32). Answered by `Detokenized` or `TokenizeFailed`."""
+
+    rid: Rid
+    tokens: bytes
+    skip_special_tokens: bool = False
+
+
+class Detokenized(Tagged):
+    """Tokenizer → ingress: the whole text, and the text of each token alone."""
+
+    rid: Rid
+    text: str
+    pieces: list[str]
