@@ -20,7 +20,7 @@ from actors.vocabulary import Vocabulary, load_vocabulary
 
 # -- one output ----------------------------------------------------------------------------------------------------
 
-TEXTS = ["<think>", "</think>", "<", "/", "</", "think", ">", ">\n", "<tool_call>", "a", " ", "\n", "b", ""]
+TEXTS = ["<think>", "</think>", "<", "/", "</", "think", ">", ">\n", "<tool_call>", "a", " ", "\n", "b", "", "></"]
 VOCABULARY = [text.encode() for text in TEXTS]
 A, NEWLINE = TEXTS.index("a"), TEXTS.index("\n")
 ENDS = ["</think>", "<tool_call>"]
@@ -58,7 +58,7 @@ def drawn(thinking: Thinking, chance: random.Random, length: int) -> list[int]:
     """An output drawn at random, of parts of markers above all."""
     output: list[int] = []
     if thinking.start and chance.random() < 0.8:
-        output += chance.choice([[0], [NEWLINE, 0], [2, 5, 6], [2, 5, 7], [A], [2, 3]])
+        output += chance.choice([[0], [NEWLINE, 0], [2, 5, 6], [2, 5, 7], [2, 5, 14, 5], [A], [2, 3]])
     follows = thought(thinking)
     while len(output) < length:
         follows.follow(np.array(output, np.int32))
