@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from actors.ingress.constraints import constraint_of
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import Exchange
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import finite
+from actors.ingress.parsers.reasoning import Markers, markers_after
 from actors.ingress.sampling import (
     ExtraKey,
     LogitBias,
@@ -33,7 +34,8 @@ from actors.ingress.sampling import (
     text_params,
 )
 from actors.ingress.service import Prompt, Service
-from actors.messages import TextLogprob, TextPrompt
+from actors.ingress.thinking import CustomParams, thinking_budget, thinking_of
+from actors.messages import ChatPrompt, TextLogprob, TextPrompt
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
@@ -69,8 +71,8 @@ class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
     regex: Any = None
     ebnf: Any = None
     structural_tag: Any = None
+    custom_params: CustomParams | None = None
     # not supported
-    custom_params: Any = None
     stop_regex: Any = None
     stream_interval: Any = None
 
@@ -187,7 +189,14 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         service.config, params.stop, params.skip_special_tokens, params.no_stop_trim, params.min_new_tokens
     )
 
-    tokens = await service.tokenize(exchange, prompts)
+    budget = None if params.custom_params is None else params.custom_params.thinking_budget
+    budget = thinking_budget(service.model, {"custom_params": budget})
+    markers = None if budget is None else await _markers(service, prompts)
+    closing = [] if markers is None else [TextPrompt(markers.closing, add_special_tokens=False)]
+    encoded = await service.tokenize(exchange, [*prompts, *closing])
+    tokens = encoded[: len(prompts)]
+    if markers is not None:
+        sampling = structs.replace(sampling, thinking=thinking_of(markers, budget, encoded[-1]))
     where = "text" if request.text is not None else "input_ids"
     limits = [
         service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where, "max_new_tokens")
@@ -250,6 +259,25 @@ def _prompts(request: GenerateRequest) -> tuple[list[Prompt], bool]:
     return [each for each in ids if isinstance(each, list)], True
 
 
+async def _markers(service: Service, prompts: Sequence[Prompt]) -> Markers:
+    """The texts around the reasoning of the outputs. Whether these begin inside it is seen in the prompts, that no
+    template has made here. Raises ApiError where they differ in that."""
+    name = service.model.reasoning_parser
+    assert name is not None
+    texts = [
+        prompt.text if isinstance(prompt, TextPrompt) else (await service.detokenize(prompt)).text
+        for prompt in prompts
+        if not isinstance(prompt, ChatPrompt)
+    ]
+    first, *others = [markers_after(name, text) for text in texts]
+    if any(other != first for other in others):
+        raise invalid(
+            "A thinking_budget needs prompts that all end inside the reasoning, or all outside: send the others apart.",
+            "custom_params",
+        )
+    return first
+
+
 def _identities(rid: str | list[str] | None, drawn: str, prompts: int, n: int) -> list[str]:
     """What `meta_info.id` says for each choice: the client's own ids if it has sent any."""
     if rid is None:
@@ -276,7 +304,7 @@ def _refuse_unsupported(request: GenerateRequest, params: NativeSamplingParams) 
                 "video_data",
             ),
         ),
-        (params, ("custom_params", "stop_regex", "stream_interval")),
+        (params, ("stop_regex", "stream_interval")),
     ):
         for name in names:
             if getattr(source, name) not in (None, False, [], ""):

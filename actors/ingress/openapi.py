@@ -72,7 +72,7 @@ _REFUSED: dict[str, tuple[str, ...]] = {
         *("return_hidden_states", "session_params", "token_ids_logprob", "video_data"),
     ),
     "MessagesRequest": ("container", "context_management", "mcp_servers"),
-    "NativeSamplingParams": ("custom_params", "stop_regex", "stream_interval"),
+    "NativeSamplingParams": ("stop_regex", "stream_interval"),
     "ResponsesRequest": (
         *("background", "context_management", "conversation", "max_tool_calls", "moderation"),
         *("previous_response_id", "prompt", "top_logprobs"),

@@ -30,6 +30,27 @@ class Constraint(Struct, array_like=True, frozen=True, gc=False):
         return blake2b(f"{self.kind}:{self.text}".encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
+Marker = Annotated[str, Meta(min_length=1, max_length=64)]
+"""A text that stands at the beginning or the end of reasoning."""
+
+
+class Thinking(Struct, array_like=True, frozen=True, gc=False):
+    """Where the reasoning of an output is, and how long it may be. A constraint holds for what follows it.
+
+    Attributes:
+        ends: texts that end the reasoning.
+        start: the text with which it begins, at the beginning of the output; empty if the prompt has ended with it, and
+            the output begins inside.
+        budget: tokens that the reasoning may have; None for any number.
+        closing: token ids that are drawn one after the other once the budget is spent; they hold one of `ends`.
+    """
+
+    ends: Annotated[list[Marker], Meta(min_length=1, max_length=16)]
+    start: Annotated[str, Meta(max_length=64)] = ""
+    budget: Index | None = None
+    closing: Annotated[list[TokenId], Meta(max_length=256)] = []
+
+
 class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     """How the tokens of one request are drawn.
 
@@ -39,6 +60,7 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
         logprobs: -1 for none, else how many of the most probable tokens are reported beside the drawn one.
         prompt_logprobs: the same for the prompt's tokens.
         constraint: only tokens are drawn with which the output can still become what it says.
+        thinking: where the output reasons; None if that makes no difference.
     """
 
     max_tokens: Annotated[int, Meta(ge=0)]
@@ -56,6 +78,7 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     constraint: Constraint | None = None
+    thinking: Thinking | None = None
 
     @property
     def penalizes(self) -> bool:
@@ -65,6 +88,12 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     @property
     def needs_history(self) -> bool:
         """Whether drawing a token needs the tokens before it."""
+        return self.one_by_one or self.thinking is not None
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each token is drawn in a step of its own: the rank would have to go through the tokens before each
+        position anew if these turned out to be others."""
         return self.penalizes or self.constraint is not None
 
 

@@ -76,7 +76,8 @@ PROMPT_LOGPROBS = 2
 begin at position 0 must follow a row of the same slot that had the flag too and ended where it begins."""
 VERIFY = 4
 """Row flag of a step, beside `SAMPLE`: draw a token after each of the row's new tokens, as if they had come one by one.
-All of them are given, none is -1, and the row's slot has no history. The slot's next row must not begin with -1."""
+All of them are given, none is -1, and the slot's tokens are not drawn `one_by_one`. The slot's next row must not begin
+with -1."""
 
 
 class Step(Tagged):

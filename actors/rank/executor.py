@@ -28,6 +28,7 @@ from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
 from actors.rank.weights_arena import contents_of
+from actors.vocabulary import load_vocabulary
 from kernels import AttentionMeta, KVCache, SamplingTensors
 from transport import Arena
 
@@ -108,7 +109,8 @@ class Executor:
         self._decoding: DecodingSlots | None = None  # of the last decode step
         self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
         grammars = self.grammars if group.rank == 0 else None
-        self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars)
+        texts = (lambda: load_vocabulary(Path(config.model)).token_bytes[: self.vocab_size]) if grammars else None
+        self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars, texts)
         # One replayed call instead of a few hundred made from Python; on CUDA devices `warm_up` makes them. Collectives
         # stand between the kernels of a group: there decode steps go the way of all others.
         self.graphs: DecodeGraphs | PaddedDecode | None = None
@@ -352,7 +354,7 @@ class Executor:
         if len(verified) and (
             (rows.flags[verified] != SAMPLE | VERIFY).any()
             or (rows.tokens[rows.offsets[verified]] < 0).any()
-            or not self._sampler.with_history.isdisjoint(rows.slots[verified].tolist())
+            or self._sampler.one_by_one(rows.slots[verified].tolist())
         ):
             raise BadMessage("a row to verify does not sample, has a token -1, or is of a slot with penalties")
         for row in np.flatnonzero(rows.flags & PROMPT_LOGPROBS):

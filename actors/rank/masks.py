@@ -91,6 +91,10 @@ class Masks:
             matcher, stops = None, [token for token in sampling.stop_token_ids if token < self._vocab_size]
         self._slots[opened.slot] = Automaton(matcher, np.array(stops, np.int32))
 
+    def lost(self, slot: int) -> bool:
+        """Whether the output of the slot, as `allowed` was told it, is not what its constraint allows, or is over."""
+        return self._slots[slot].lost
+
     def allowed(self, slots: list[int], outputs: list[Int32s]) -> NDArray[np.bool_]:
         """Which tokens may come next: [B, V], for B constrained slots and their outputs so far. In every row at least
         one may, but for a constraint that ends in nowhere of a model that has no end-of-sequence token."""

@@ -1,14 +1,15 @@
 """Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
 
 The logits of a row are changed in this order: penalties, bias, minimum length, constraint; then temperature, top-k,
-top-p and min-p choose. The random number of a token is a pure function of the request's seed and the token's position,
-and everything else here is a function of the tokens before it, so a step that is run again draws the same tokens.
+top-p and min-p choose. What ends a reasoning that is too long takes the place of the chosen token. The random number of
+a token is a pure function of the request's seed and the token's position, and everything else here is a function of the
+tokens before it, so a step that is run again draws the same tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import KeysView, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,7 @@ from actors.grammar import Workshop
 from actors.messages import OpenSlot, SamplingParams, TopLogprobs
 from actors.rank.device import to_device
 from actors.rank.masks import Masks
+from actors.rank.thinking import Thought, Thoughts
 from kernels import SamplingTensors
 
 Int32s = NDArray[np.int32]
@@ -71,6 +73,7 @@ class Drawing:
     seeds: Tensor  # int64 [B]
     changes: bool  # some slots' logits are changed first
     reported: NDArray[np.int64]  # rows that report logprobs
+    thinking: list[int]  # rows whose output may have reasoning that makes a difference
 
 
 class Sampler:
@@ -79,7 +82,8 @@ class Sampler:
     Args:
         max_slots, vocab_size, max_model_len: bounds of what may be asked for.
         device: of the logits.
-        grammars: compiles constraints; None on ranks that do not draw.
+        grammars: compiles constraints. token_bytes: gives the text of each token, by id; may raise CheckpointError.
+            Both are None on ranks that do not draw.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Sampler:
         max_model_len: int,
         device: torch.device,
         grammars: Workshop | None = None,
+        token_bytes: Callable[[], Sequence[bytes]] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
@@ -106,6 +111,7 @@ class Sampler:
         self._histories: dict[int, History] = {}
         self._min_lengths: dict[int, tuple[int, Int32s]] = {}
         self._masks = None if grammars is None else Masks(grammars, vocab_size)
+        self._thoughts = None if token_bytes is None else Thoughts(token_bytes)
         self._last_drawing: Drawing | None = None
 
     def check(self, opened: OpenSlot) -> None:
@@ -120,6 +126,12 @@ class Sampler:
             raise BadMessage(f"slot {opened.slot}: logit_bias names a token outside the vocabulary")
         if not all(value < math.inf for value in sampling.logit_bias.values()):
             raise BadMessage(f"slot {opened.slot}: a logit_bias is not a number below infinity")
+        thinking = sampling.thinking
+        if thinking is not None and (
+            any(token >= self.vocab_size for token in thinking.closing)
+            or (thinking.budget is not None and not thinking.closing)
+        ):
+            raise BadMessage(f"slot {opened.slot}: reasoning is closed by no token, or one outside the vocabulary")
         numbers = (sampling.temperature, sampling.frequency_penalty, sampling.presence_penalty)
         if not all(map(math.isfinite, (*numbers, sampling.repetition_penalty))):
             raise BadMessage(f"slot {opened.slot}: a sampling parameter is not a finite number")
@@ -148,16 +160,26 @@ class Sampler:
             self._min_lengths[slot] = opened.prompt_len + sampling.min_tokens, stops
         if self._masks is not None:
             self._masks.open(opened)
+        if self._thoughts is not None:
+            self._thoughts.open(opened)
         self._changes[slot] = any(slot in table for table in (self._bias, self._histories, self._min_lengths))
 
     def note(self, slot: int, start: int, tokens: Int32s) -> None:
         """Tells a slot the tokens from position `start` on. Only slots in `with_history` want to know."""
-        self._histories[slot].tokens[start : start + len(tokens)] = tokens
+        history = self._histories[slot]
+        history.tokens[start : start + len(tokens)] = tokens
+        thought = self._thought(slot)
+        if thought is not None:
+            thought.note(start - history.prompt_len)
 
     @property
     def with_history(self) -> KeysView[int]:
         """Slots whose tokens depend on those before."""
         return self._histories.keys()
+
+    def one_by_one(self, slots: Iterable[int]) -> bool:
+        """Whether one of the slots draws no more than one token in a step."""
+        return any(slot in self._histories and self._params[slot].one_by_one for slot in slots)
 
     def sample(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
         """Draws a token for each row: int32 [B].
@@ -167,7 +189,12 @@ class Sampler:
         drawing = self._drawing(slots)
         if drawing.changes:
             logits = self._changed(logits, slots, positions)
-        return kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
+        tokens = kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
+        forced = self._forced(drawing.thinking, slots, positions)
+        if forced:
+            rows, ids = self._to_device(np.array(forced)).unbind(1)
+            tokens[rows] = ids.to(tokens.dtype)
+        return tokens
 
     def is_greedy(self, slots: Int32s) -> bool:
         """Whether all of the slots take the most likely token of the logits as they are."""
@@ -194,6 +221,7 @@ class Sampler:
                 self._to_device(self._seeds[slots]),
                 bool(self._changes[slots].any()),
                 np.flatnonzero(self._logprobs[slots] >= 0),
+                [row for row, slot in enumerate(slots.tolist()) if self._thoughts and slot in self._thoughts.slots],
             )
         return self._last_drawing
 
@@ -256,17 +284,55 @@ class Sampler:
         return logits
 
     def _allowed(self, slots: Int32s, positions: Int32s) -> tuple[list[int], NDArray[np.bool_]]:
-        """Rows whose slots are constrained, and the tokens [B, V] that these may draw."""
+        """Rows whose slots are constrained, and the tokens [B, V] that these may draw. A row that reasons is free."""
         masks = self._masks
-        rows = [] if masks is None else [row for row, slot in enumerate(slots.tolist()) if slot in masks]
+        rows: list[int] = []
+        outputs: list[Int32s] = []
+        openings: dict[int, list[int]] = {}
+        for row, slot in enumerate(slots.tolist()):
+            if masks is None or slot not in masks:
+                continue
+            output = self._output(slot, int(positions[row]))
+            thought = self._thought(slot)
+            if thought is not None:
+                thought.follow(output)
+                before = thought.answer(len(output))
+                if before is None:
+                    continue
+                output = output[before:]
+                openings[len(rows)] = thought.openings
+            rows.append(row)
+            outputs.append(output)
         if masks is None or not rows:
             return [], np.empty((0, self.vocab_size), np.bool_)
-        histories = [self._histories[int(slots[row])] for row in rows]
-        outputs = [
-            history.tokens[history.prompt_len : position]
-            for history, position in zip(histories, positions[rows].tolist(), strict=True)
-        ]
-        return rows, masks.allowed(slots[rows].tolist(), outputs)
+        allowed = masks.allowed(slots[rows].tolist(), outputs)
+        for at, tokens in openings.items():
+            if tokens:
+                allowed[at] &= not masks.lost(int(slots[rows[at]]))
+                allowed[at, tokens] = True
+        return rows, allowed
+
+    def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:
+        """Of the rows that may reason, those whose next token is not theirs to choose, with that token."""
+        forced = []
+        for row in rows:
+            slot = int(slots[row])
+            thought, output = self._thought(slot), self._output(slot, int(positions[row]))
+            assert thought is not None
+            thought.follow(output)
+            token = thought.forced(len(output))
+            if token is not None:
+                forced.append((row, token))
+        return forced
+
+    def _thought(self, slot: int) -> Thought | None:
+        """A slot's reasoning, if it makes a difference."""
+        return None if self._thoughts is None else self._thoughts.slots.get(slot)
+
+    def _output(self, slot: int, position: int) -> Int32s:
+        """A slot's output tokens before a position."""
+        history = self._histories[slot]
+        return history.tokens[history.prompt_len : position]
 
     def _entries(self, rows: Sequence[tuple[int, Int32s, NDArray[np.generic]]]) -> tuple[Tensor, Tensor, Tensor]:
         """(row, token ids, values) of each row as three tensors with an entry a token."""

@@ -50,8 +50,7 @@ class Request:
         held: it waits for its constraint to be ready.
         phases: what it is at, if it is traced. trace: context that came with it.
         arrived: monotonic time. admitted: whether it has had a slot.
-        speculates: whether its next tokens may be guessed. Not with penalties or a constraint, for which the rank
-            would have to go through the tokens before each position anew.
+        speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
         whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
@@ -87,7 +86,7 @@ class Request:
         self.node: Node | None = None
         self.away = False
         self.held = False
-        self.speculates = not message.sampling.needs_history
+        self.speculates = not message.sampling.one_by_one
         self.lookup: Lookup | None = None
         self.computed = 0
         self.scheduled = 0

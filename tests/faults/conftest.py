@@ -10,9 +10,9 @@ from faults_tools import Node
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """A node that all tests of a module disturb."""
-    made = Node(tmp_path_factory.mktemp("f"))
+def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    """A node that all tests of a module disturb, with the settings that the module's `NODE` names."""
+    made = Node(tmp_path_factory.mktemp("f"), *getattr(request.module, "NODE", ()))
     try:
         yield made.up()
     finally:

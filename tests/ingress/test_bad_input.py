@@ -111,6 +111,10 @@ CHAT_ONLY: dict[str, list[Any]] = {
     ],
     "separate_reasoning": ["x", 1],
     "stream_reasoning": ["x"],
+    "thinking_budget": [-1, 1.5, "x", True, 2**31, 5],  # the last one because the model has no format of reasoning
+    "thinking_token_budget": [-1, "x", 0],
+    "custom_params": [{"a": 1}, 1, {"thinking_budget": -1}, {"thinking_budget": 5}],
+    "custom_logit_processor": ["x"],
     "prompt": ["x"],
     "echo": [True],
     "best_of": [1],
@@ -121,6 +125,7 @@ TEXT_ONLY: dict[str, list[Any]] = {
     "echo": ["x", 1],
     "best_of": [2, "x"],
     "suffix": ["x", {}],
+    "thinking_budget": [5],
     "messages": [[USER]],
     "add_special_tokens": ["x"],
 }
@@ -141,7 +146,7 @@ NATIVE_PARAMS: dict[str, list[Any]] = {
     "json_schema": ["{", 7],
     "ebnf": [{}],
     "structural_tag": ["x", {}],
-    "custom_params": [{"a": 1}],
+    "custom_params": [{"a": 1}, {"thinking_budget": "x"}, {"thinking_budget": 5, "a": 1}, {"thinking_budget": 5}],
     "spaces_between_special_tokens": [False],
     "min_new_tokens": [513, -1],
     "foo": [1],

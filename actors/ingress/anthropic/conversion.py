@@ -59,6 +59,8 @@ def chat_request(request: CountRequest) -> ChatRequest:
         chat.stop = request.stop_sequences
         chat.stream = request.stream
         chat.temperature, chat.top_k, chat.top_p = request.temperature, request.top_k, request.top_p
+        if thinking is not None and thinking.type != "disabled":
+            chat.thinking_budget = thinking.budget_tokens
     return chat
 
 

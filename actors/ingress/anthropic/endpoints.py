@@ -15,7 +15,10 @@ from actors.ingress.service import Service
 
 async def messages(service: Service, request: MessagesRequest, exchange: Exchange) -> None:
     """Answers a conversation, as one document or as a stream of events."""
-    turn = await open_turn(service, chat_request(request), exchange, cut_limit=True)
+    chat = chat_request(request)
+    if service.model.reasoning_parser is None:
+        chat.thinking_budget = None  # clients must send one to whatever model, and there is no thinking to tell apart
+    turn = await open_turn(service, chat, exchange, cut_limit=True)
     with turn.generation as generation:
         answer = Answer(turn, exchange.work.identity.rid, turn.max_tokens < request.max_tokens)
         if request.stream:

@@ -101,7 +101,8 @@ class Choice(Struct, forbid_unknown_fields=True):
 
 
 class ThinkingConfig(Struct, forbid_unknown_fields=True):
-    """Whether the model is to reason. The budget is the client's wish; the model does not learn of it."""
+    """Whether the model is to reason, and for how many tokens at most; the model does not learn of that. Budgets may be
+    below Anthropic's least one of 1024, for small models, and above `max_tokens`."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Annotated[int, Meta(ge=1)] | None = None

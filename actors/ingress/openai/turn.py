@@ -25,11 +25,12 @@ from actors.ingress.openai.tools import (
 )
 from actors.ingress.parsers.events import CallStart, Content, Event
 from actors.ingress.parsers.output import OutputParser
-from actors.ingress.parsers.reasoning import reasoning_parser
+from actors.ingress.parsers.reasoning import Markers, reasoning_markers, reasoning_parser
 from actors.ingress.parsers.tool_calls import tool_call_parser
 from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
 from actors.ingress.service import Prompt, Service
-from actors.messages import ChatPrompt, TextLogprob
+from actors.ingress.thinking import thinking_budget, thinking_of
+from actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
 
 _ONE_TURN = ("deepseekv3", "deepseekv31")
 """Formats of DeepSeek's whose templates take the arguments of calls as text, and let the model go on with its turn
@@ -129,7 +130,9 @@ async def open_turn(
     if tools and service.model.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
 
-    (tokens,) = await service.tokenize(exchange, [prompt or conversation(service.model, request, tools)])
+    shown = prompt or conversation(service.model, request, tools)
+    markers = None if prompt is not None else _markers(service.model, request)
+    tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
     limit, default = (None, asked) if cut_limit else (asked, None)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
@@ -150,6 +153,32 @@ async def open_turn(
     parser = _parsers(service.model, request, tools, forced is not None, prompt is not None)
     outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
     return Turn(model, max_tokens, top, generation, outputs)
+
+
+async def _tokenized(
+    service: Service,
+    request: ChatRequest,
+    exchange: Exchange,
+    prompt: Prompt,
+    markers: Markers | None,
+    sampling: SamplingParams,
+) -> tuple[bytes, SamplingParams]:
+    """The prompt's tokens (i32), and the sampling with what engines are told of the reasoning. Raises ApiError.
+
+    Args:
+        markers: of the reasoning, if the output may have one.
+    """
+    prompts, budget = [prompt], thinking_budget(service.model, request.thinking_budgets)
+    if markers is not None and budget is not None:
+        prompts.append(TextPrompt(markers.closing, add_special_tokens=False))
+    tokens, *closing = await service.tokenize(exchange, prompts)
+    if not closing:
+        budget = None  # also of an answer that a former version, which knew no budgets, has begun
+    # Where an output begins inside the reasoning, its form is that of the answer.
+    inside = markers is not None and not markers.start and request.separate_reasoning
+    if markers is not None and (budget is not None or (inside and sampling.constraint is not None)):
+        sampling = structs.replace(sampling, thinking=thinking_of(markers, budget, b"".join(closing)))
+    return tokens, sampling
 
 
 def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
@@ -173,11 +202,7 @@ def _parsers(
         return lambda: None
     reasoning_format = model.reasoning_parser if request.separate_reasoning else None
     calls_format = model.tool_call_parser if tools else None
-    parameters = parameters_of(tools)
-    last = request.messages[-1]
-    continued = last.text if request.continue_final_message else None
-    if last.role == "tool" and model.tool_call_parser in _ONE_TURN:
-        continued = ""
+    parameters, continued = parameters_of(tools), _continued(model, request)
 
     def make() -> OutputParser | None:
         reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
@@ -192,3 +217,18 @@ def _parsers(
         )
 
     return make
+
+
+def _markers(model: ServedModel, request: ChatRequest) -> Markers | None:
+    """The texts around the reasoning of an output; None if it holds none that is known."""
+    if model.reasoning_parser is None:
+        return None
+    return reasoning_markers(model.reasoning_parser, request.template_arguments, _continued(model, request))
+
+
+def _continued(model: ServedModel, request: ChatRequest) -> str | None:
+    """The text that the output goes on with, if the prompt ends with an unfinished answer."""
+    last = request.messages[-1]
+    if last.role == "tool" and model.tool_call_parser in _ONE_TURN:
+        return ""
+    return last.text if request.continue_final_message else None

@@ -35,20 +35,34 @@ def _never(arguments: _Arguments) -> bool:
 
 class _Format(NamedTuple):
     """A format: its parser, and what a request's template arguments say, whether there is reasoning at all and whether
-    the output begins inside it."""
+    the output begins inside it. `closing` is how models write its end, with the white space around the tag."""
 
     parser: type[TaggedReasoning]
     reasons: Callable[[_Arguments], bool]
     inside: Callable[[_Arguments], bool]
+    closing: str
 
 
 _FORMATS: dict[ReasoningFormat, _Format] = {
-    "deepseek-r1": _Format(DeepSeekReasoning, _always, _always),
-    "deepseek-v3": _Format(DeepSeekReasoning, _thinking, _always),
-    "glm45": _Format(GLMReasoning, _always, _never),
-    "qwen3": _Format(QwenReasoning, _always, _never),
-    "qwen3-thinking": _Format(QwenReasoning, _always, _not_off),
+    "deepseek-r1": _Format(DeepSeekReasoning, _always, _always, "\n</think>\n\n"),
+    "deepseek-v3": _Format(DeepSeekReasoning, _thinking, _always, "</think>"),
+    "glm45": _Format(GLMReasoning, _always, _never, "</think>\n"),
+    "qwen3": _Format(QwenReasoning, _always, _never, "\n</think>\n\n"),
+    "qwen3-thinking": _Format(QwenReasoning, _always, _not_off, "\n</think>\n\n"),
 }
+
+
+class Markers(NamedTuple):
+    """The texts around the reasoning of an output.
+
+    Attributes:
+        start: with which it begins; empty if the output begins inside. ends: any of which ends it.
+        closing: what a model writes to end it.
+    """
+
+    start: str
+    ends: list[str]
+    closing: str
 
 
 def reasoning_parser(name: ReasoningFormat, arguments: _Arguments, continued: str | None = None) -> Parser | None:
@@ -58,9 +72,34 @@ def reasoning_parser(name: ReasoningFormat, arguments: _Arguments, continued: st
         arguments: what the request gives to the chat template.
         continued: the text that the output goes on with, if the prompt ends with an unfinished answer.
     """
+    inside = _begins_inside(name, arguments, continued)
+    return None if inside is None else _FORMATS[name].parser(inside)
+
+
+def reasoning_markers(name: ReasoningFormat, arguments: _Arguments, continued: str | None = None) -> Markers | None:
+    """What the parser of an output goes by; None if it holds no reasoning. Arguments as those of `reasoning_parser`."""
+    inside = _begins_inside(name, arguments, continued)
+    return None if inside is None else _markers(_FORMATS[name], inside)
+
+
+def markers_after(name: ReasoningFormat, prompt: str) -> Markers:
+    """The same for an output that goes on with any text."""
+    kind = _FORMATS[name]
+    return _markers(kind, _ends_inside(kind, prompt))
+
+
+def _begins_inside(name: ReasoningFormat, arguments: _Arguments, continued: str | None) -> bool | None:
+    """Whether an output begins inside its reasoning; None if it holds none."""
     kind = _FORMATS[name]
     if not kind.reasons(arguments):
         return None
-    if continued is not None:
-        return kind.parser(continued.rfind(kind.parser.OPEN) > continued.rfind(kind.parser.CLOSE))
-    return kind.parser(kind.inside(arguments))
+    return kind.inside(arguments) if continued is None else _ends_inside(kind, continued)
+
+
+def _ends_inside(kind: _Format, text: str) -> bool:
+    return text.rfind(kind.parser.OPEN) > text.rfind(kind.parser.CLOSE)
+
+
+def _markers(kind: _Format, inside: bool) -> Markers:
+    parser = kind.parser
+    return Markers("" if inside else parser.OPEN, [parser.CLOSE, *parser.INTERRUPTIONS], kind.closing)
