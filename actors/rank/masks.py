@@ -95,10 +95,11 @@ class Masks:
         """Whether the output of the slot, as `allowed` was told it, is not what its constraint allows, or is over."""
         return self._slots[slot].lost
 
-    def allowed(self, slots: list[int], outputs: list[Int32s]) -> NDArray[np.bool_]:
-        """Which tokens may come next: [B, V], for B constrained slots and their outputs so far. In every row at least
-        one may, but for a constraint that ends in nowhere of a model that has no end-of-sequence token."""
-        mask = np.zeros((len(slots), self._words), np.int32)
+    def allowed(self, slots: list[int], outputs: list[Int32s]) -> Int32s:
+        """Which tokens may come next: masks as `kernels.masked` takes them, for B constrained slots and their outputs
+        so far. In every row at least one may, but for a constraint that ends in nowhere of a model that has no
+        end-of-sequence token."""
+        masks = np.zeros((len(slots), self._words), np.int32)
         automata = [self._slots[slot] for slot in slots]
         for automaton, output in zip(automata, outputs, strict=True):
             automaton.follow(output)
@@ -106,13 +107,22 @@ class Masks:
         if going:
             if self._batch is None:
                 self._batch = xgrammar().BatchGrammarMatcher(max_threads=1)
-            self._batch.batch_fill_next_token_bitmask([automata[row].matcher for row in going], mask, going)
-        bits = np.unpackbits(mask.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little").view(np.bool_)
-        for row in np.flatnonzero(~mask.any(axis=1)).tolist():
-            bits[row, automata[row].stops] = True
-        return bits
+            self._batch.batch_fill_next_token_bitmask([automata[row].matcher for row in going], masks, going)
+        for row in np.flatnonzero(~masks.any(axis=1)).tolist():
+            allow(masks[row], automata[row].stops)
+        return masks
 
-    def over(self, slot: int, allowed: NDArray[np.bool_]) -> bool:
-        """Whether of the `allowed` tokens [V] all end the answer."""
-        stops = self._slots[slot].stops
+    def over(self, slot: int, mask: Int32s) -> bool:
+        """Whether all tokens that a mask allows end the answer."""
+        allowed, stops = unpacked(mask, self._vocab_size), self._slots[slot].stops
         return int(np.count_nonzero(allowed)) == int(np.count_nonzero(allowed[stops]))
+
+
+def allow(mask: Int32s, tokens: Int32s) -> None:
+    """Adds tokens to those that a mask allows."""
+    np.bitwise_or.at(mask.view(np.uint32), tokens >> 5, np.uint32(1) << (tokens & 31).astype(np.uint32))
+
+
+def unpacked(mask: Int32s, vocab_size: int) -> NDArray[np.bool_]:
+    """Which tokens a mask allows: [V]."""
+    return np.unpackbits(mask.view(np.uint8), count=vocab_size, bitorder="little").view(np.bool_)

@@ -22,7 +22,7 @@ from actors.actor import BadMessage
 from actors.grammar import Workshop
 from actors.messages import OpenSlot, SamplingParams, TopLogprobs
 from actors.rank.device import to_device
-from actors.rank.masks import Masks
+from actors.rank.masks import Masks, allow
 from actors.rank.thinking import Thought, Thoughts
 from kernels import SamplingTensors
 
@@ -263,7 +263,7 @@ class Sampler:
                     continue
                 stops = self._min_lengths[slot][1]
                 biased.append((row, stops, np.full(len(stops), -np.inf, np.float32)))
-        if penalized or biased or 0 < len(masked) < len(slots):
+        if penalized or biased:
             logits = logits.clone()
         if penalized:
             sampling = [self._params[int(slot)] for slot in slots]
@@ -276,15 +276,14 @@ class Sampler:
             )
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
-        if len(masked) == len(slots):
-            logits = torch.where(self._to_device(allowed), logits, -torch.inf)
-        elif masked:
-            rows = self._to_device(np.array(masked))
-            logits[rows] = torch.where(self._to_device(allowed), logits[rows], -torch.inf)
+        if masked:
+            places = np.full(len(slots), -1, np.int32)
+            places[masked] = np.arange(len(masked))
+            logits = kernels.masked(logits, self._to_device(places), self._to_device(allowed))
         return logits
 
-    def _allowed(self, slots: Int32s, positions: Int32s) -> tuple[list[int], NDArray[np.bool_]]:
-        """Rows whose slots are constrained, and the tokens [B, V] that these may draw. A row that reasons is free."""
+    def _allowed(self, slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
+        """Rows whose slots are constrained, and masks of the tokens that these may draw. A row that reasons is free."""
         masks = self._masks
         rows: list[int] = []
         outputs: list[Int32s] = []
@@ -304,12 +303,13 @@ class Sampler:
             rows.append(row)
             outputs.append(output)
         if masks is None or not rows:
-            return [], np.empty((0, self.vocab_size), np.bool_)
+            return [], np.empty((0, 0), np.int32)
         allowed = masks.allowed(slots[rows].tolist(), outputs)
         for at, tokens in openings.items():
             if tokens:
-                allowed[at] &= not masks.lost(int(slots[rows[at]]))
-                allowed[at, tokens] = True
+                if masks.lost(int(slots[rows[at]])):
+                    allowed[at] = 0
+                allow(allowed[at], np.array(tokens, np.int32))
         return rows, allowed
 
     def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:

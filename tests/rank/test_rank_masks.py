@@ -15,6 +15,7 @@ from rank_tools import Driver, Sequence, rank_config
 from actors.grammar import GrammarCompiler, load_tokens, xgrammar
 from actors.messages import Constraint, SamplingParams
 from actors.rank import Executor, build_executor
+from actors.rank.masks import allow, unpacked
 
 EOS = 2
 PROMPT = [1, 4093, 198, 18243, 335, 253, 1528]
@@ -189,10 +190,12 @@ def test_masks_are_those_of_the_library(compiler: GrammarCompiler, deterministic
     driver = Driver(deterministic)
     deterministic.execute(driver.step([(driver.sequence(3, PROMPT, PARAMS[1]), len(PROMPT))]))
     matcher = xgrammar().GrammarMatcher(compiler.compile(CONSTRAINTS[1]))
-    allowed = masks.allowed([3], [np.empty(0, np.int32)])[0]
+    (allowed,) = masks.allowed([3], [np.empty(0, np.int32)])
     mask = xgrammar().allocate_token_bitmask(1, 49152)
     matcher.fill_next_token_bitmask(mask)
+    assert np.array_equal(mask[0].numpy(), allowed)
+    added = np.array([0, 31, 32, 49151], np.int32)
+    allow(allowed, added)
     words = mask[0].numpy()
-    assert [token for token in range(49152) if words[token // 32] >> (token % 32) & 1] == np.flatnonzero(
-        allowed
-    ).tolist()
+    expected = {token for token in range(49152) if words[token // 32] >> (token % 32) & 1} | set(added.tolist())
+    assert np.flatnonzero(unpacked(allowed, 49152)).tolist() == sorted(expected)
