@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import psutil
 import pytest
-from conftest import MODEL, Node
 from openai.types.chat import ChatCompletionMessageParam
+from serving_node import MODEL, Node
 
 # Each token of the answer is nearly 1 ahead of the next likely one, in every type of weights.
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name the capital of France."}]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, MODEL, Node, start, wait_until
+from serving_node import FLOAT32, MODEL, Node, start, wait_until
 
 DETERMINISTIC = (FLOAT32, "model.deterministic=true")
 LONG = "The quick brown fox jumps over the lazy dog, number {}. "
@@ -21,24 +21,29 @@ PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return ",
     "今天天气很好,我们去",
-    "".join(LONG.format(number) for number in range(16)),
-    "".join(LONG.format(number) for number in range(30)),
+    "".join(LONG.format(number) for number in range(8)),
+    "".join(LONG.format(number) for number in range(18)),
 ]
 """Of a single token, of less than a page, and of several chunks."""
-CHUNKS = ("engine.prefill.chunk_tokens=160", "engine.decode.local_prefill_tokens=0")
+CHUNKS = ("engine.prefill.chunk_tokens=96", "engine.decode.local_prefill_tokens=0")
+REQUESTS = [
+    *((prompt, "greedy") for prompt in PROMPTS),
+    *((prompt, how) for prompt in (PROMPTS[2], PROMPTS[5]) for how in ("top p", "penalties", "logprobs")),
+]
+"""What every deployment is asked: all prompts, and each kind of sampling for a short and a long one."""
 
 
 def ask(node: Node, number: int) -> Any:
-    """The answer to one of the requests that every deployment gets."""
-    prompt = PROMPTS[number % len(PROMPTS)]
-    params: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    """The answer to one of the requests."""
+    prompt, how = REQUESTS[number]
+    params: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
     body: dict[str, Any] = {"text": prompt, "sampling_params": params}
-    match number // len(PROMPTS):
-        case 1:
+    match how:
+        case "top p":
             params |= {"temperature": 0.9, "top_p": 0.95, "sampling_seed": number}
-        case 2:
+        case "penalties":
             params |= {"temperature": 0.7, "sampling_seed": number, "repetition_penalty": 1.2, "presence_penalty": 0.3}
-        case 3:
+        case "logprobs":
             body |= {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
     answer = node.post("/generate", body)
     return answer["output_ids"], answer["text"], _rounded(answer["meta_info"])
@@ -53,7 +58,7 @@ def _rounded(meta: Any) -> Any:
 def answers(node: Node) -> list[Any]:
     """The answers to all requests, sent together."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda number: ask(node, number), range(4 * len(PROMPTS))))
+        return list(pool.map(lambda number: ask(node, number), range(len(REQUESTS))))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +116,7 @@ def test_answers_are_those_of_one_engine(
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Two engines that prefill, two that decode."""
-    chunks = (f"engine.{name}.chunk_tokens=160" for name in ("prefill0", "prefill1"))
+    chunks = (f"engine.{name}.chunk_tokens=96" for name in ("prefill0", "prefill1"))
     yield from start(tmp_path_factory.mktemp("four"), "pd-smollm2-2p2d.toml", *DETERMINISTIC, *chunks)
 
 

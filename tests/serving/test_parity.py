@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Node
+from serving_node import Node
 
 CODE = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
 TEXTS = [
