@@ -42,8 +42,8 @@ def libraries(cache: Path) -> list[Path]:
     return sorted((cache / "llm-runtime" / "kernels").glob("*.so"))
 
 
-# Notes its calls. Compiles one file, and that once, which is long enough for others to come in between. The library that
-# it links is the one that the other tests of the kernels use, all of which was compiled.
+# Notes its calls. Compiles one file, and that once, which is long enough for others to come in between. The library
+# that it links is the one that the other tests of the kernels use, all of which was compiled.
 COMPILER = """#!/bin/sh
 echo "$@" >> {directory}/calls
 for argument; do [ "$previous" = -o ] && output=$argument; previous=$argument; done

@@ -109,7 +109,8 @@ def test_answers_are_those_of_one_engine(
     model = MODEL if topology == SMOLLM2 else "deepseek-v3-tiny"
     for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
         assert answers(node) == unified(model)
-        assert node.metric("runtime:actor_prefills") >= len(PROMPTS)
+        prefills = partial(node.metric, "runtime:actor_prefills")
+        wait_until(lambda prefills=prefills: prefills() >= len(PROMPTS), "figures of all prompts")  # type: ignore[misc]
         wait_until(partial(over, node), "the end of all transfers")
 
 
@@ -131,10 +132,12 @@ def test_all_roles_are_processes(four: Node) -> None:
 
 def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[str], list[Any]]) -> None:
     assert answers(four) == unified(MODEL)
-    metrics = four.metrics("runtime:actor_prefills")
-    assert all(metrics[f"prefill{number}.scheduler"] for number in (0, 1)), metrics
-    totals = four.metrics("runtime:actor_transfers_total")
-    assert all(totals[f"decode{number}.scheduler"] for number in (0, 1)), totals
+    for engine, name in (("prefill", "prefills"), ("decode", "transfers_total")):
+        metrics = partial(four.metrics, f"runtime:actor_{name}")
+        wait_until(
+            lambda metrics=metrics, engine=engine: all(metrics()[f"{engine}{n}.scheduler"] for n in (0, 1)),  # type: ignore[misc]
+            f"{name} of both engines",
+        )
 
 
 VICTIMS = ["prefill0", "prefill0.kv_sender", "decode0.rank0", "decode0.scheduler"]
