@@ -22,13 +22,14 @@ PROMPTS = [
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return ",
     "今天天气很好,我们去",
     "".join(LONG.format(number) for number in range(8)),
-    "".join(LONG.format(number) for number in range(18)),
+    "".join(LONG.format(number) for number in range(30)),
 ]
 """Of a single token, of less than a page, and of several chunks."""
-CHUNKS = ("engine.prefill.chunk_tokens=96", "engine.decode.local_prefill_tokens=0")
+CHUNKS = ("engine.prefill.chunk_tokens=160", "engine.decode.local_prefill_tokens=0")
 REQUESTS = [
     *((prompt, "greedy") for prompt in PROMPTS),
     *((prompt, how) for prompt in (PROMPTS[2], PROMPTS[5]) for how in ("top p", "penalties", "logprobs")),
+    (PROMPTS[4], "logprobs"),
 ]
 """What every deployment is asked: all prompts, and each kind of sampling for a short and a long one."""
 
@@ -117,7 +118,7 @@ def test_answers_are_those_of_one_engine(
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Two engines that prefill, two that decode."""
-    chunks = (f"engine.{name}.chunk_tokens=96" for name in ("prefill0", "prefill1"))
+    chunks = (f"engine.{name}.chunk_tokens=160" for name in ("prefill0", "prefill1"))
     yield from start(tmp_path_factory.mktemp("four"), "pd-smollm2-2p2d.toml", *DETERMINISTIC, *chunks)
 
 
