@@ -101,6 +101,7 @@ class Stage:
         self.receiver_settings = receiver
         self.theirs = self._ranks("prefill", theirs, dtype, pages)
         self.own = self._ranks("decode", own, dtype, pages)
+        self.shutdown = os.eventfd(0)
         self.descriptors: dict[str, int] = {}
         self.arenas: dict[str, Arena] = {}
         draw = np.random.default_rng(7)
@@ -184,7 +185,7 @@ class Stage:
         }
         link = SimpleNamespace(
             stats=None,
-            shutdown_fd=os.eventfd(0),
+            shutdown_fd=self.shutdown,
             shutdown_requested=False,
             ready=lambda: None,
             doing=lambda what, limit_s=None: None,
@@ -214,6 +215,8 @@ class Stage:
             actor.mailbox.close(0)
         for mailbox in self.schedulers.values():
             mailbox.close(0)
+        for descriptor in (self.shutdown, *self.descriptors.values()):
+            os.close(descriptor)
 
     # -- what a test does -------------------------------------------------------------------------------------------
 
