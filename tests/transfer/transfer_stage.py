@@ -122,6 +122,7 @@ class Stage:
         self.got: dict[str, list[Message]] = {P: [], D: []}
         self.incarnations = dict.fromkeys((P, D, SENDER, RECEIVER), 0)
         self.actors: dict[str, Actor] = {}
+        self.former: list[Actor] = []
         self.lost: Callable[[str, Message], bool] = lambda sender, message: False
         """Says of a message of an actor whether it is lost on its way."""
         for name in (P, D):
@@ -168,7 +169,8 @@ class Stage:
     def restart(self, name: str, **settings: Any) -> None:
         """A killed actor's successor: nothing but the arenas is left."""
         if name in self.actors:
-            self.actors.pop(name).mailbox.close(0)
+            self.former.append(self.actors.pop(name))
+            self.former[-1].mailbox.close(0)
         self.incarnations[name] += 1
         kind, peers, config = (
             (KvSender, (P, RECEIVER), {"scheduler": P, "ranks": self.theirs})
@@ -215,6 +217,8 @@ class Stage:
             actor.mailbox.close(0)
         for mailbox in self.schedulers.values():
             mailbox.close(0)
+        for actor in self.former:
+            actor.teardown()
         for descriptor in (self.shutdown, *self.descriptors.values()):
             os.close(descriptor)
 
