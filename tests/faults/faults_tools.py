@@ -34,7 +34,7 @@ SETTINGS = (
     "supervision.heartbeat_timeout_s=1.5",
     "supervision.intensity=1000",
 )
-LOAD = Load(streams=8, tokens=16, long_words=180, timeout_s=90.0)
+LOAD = Load(streams=6, tokens=12, long_words=120, timeout_s=90.0)
 
 
 def eventually(look: Callable[[], Any], what: str = "it") -> Any:

@@ -17,7 +17,7 @@ PROMPTS = (
     "def add(a, b):\n    return a + b\n\n\n" * 3 + "def",
 )
 SAMPLINGS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9, "seed": 11})
-TOKENS = 48
+TOKENS = 32
 ROUNDS = 5
 
 

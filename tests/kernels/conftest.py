@@ -41,9 +41,12 @@ def use_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 
 
 @pytest.fixture(params=["avx512", "avx2", "torch"])
-def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None]) -> str:
-    """Runs a test in each of the implementations this processor has."""
-    if request.param != "torch" and request.param not in cpu.instruction_sets():
+def backend(request: pytest.FixtureRequest, use_backend: Callable[[str], None], threads: None) -> str:
+    """Runs a test in each of the implementations this processor has; that of torch with one thread, because it is a
+    great number of small operations, at the end of each of which threads wait for one another."""
+    if request.param == "torch":
+        torch.set_num_threads(1)
+    elif request.param not in cpu.instruction_sets():
         pytest.skip(f"this processor has no {request.param}")
     use_backend(request.param)
     return request.param

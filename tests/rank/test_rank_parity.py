@@ -50,7 +50,7 @@ def test_int8_cache(smollm2: Path, executor: Executor, prompts: list[list[int]])
     assert 0 < np.abs(exact - close).mean() < 0.03
 
 
-@pytest.mark.parametrize("tokens", [8, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tokens", [4, pytest.param(64, marks=pytest.mark.slow)])
 def test_alone(executor: Executor, prompts: list[list[int]], expected: list[list[int]], tokens: int) -> None:
     sampling = SamplingParams(max_tokens=tokens, seed=0, temperature=0.0)
     sequences = generate(executor, prompts, sampling, alone=True)
@@ -58,8 +58,9 @@ def test_alone(executor: Executor, prompts: list[list[int]], expected: list[list
 
 
 def test_in_chunks(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    sequences = generate(executor, prompts[:19], chunk=17)
-    assert [sequence.output for sequence in sequences] == expected[:19]
+    sampling = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
+    sequences = generate(executor, prompts[:19], sampling, chunk=17)
+    assert [sequence.output for sequence in sequences] == [output[:16] for output in expected[:19]]
 
 
 @pytest.mark.parametrize("chunk", [100, 500])
@@ -94,17 +95,18 @@ def test_resumed_with_the_tokens_so_far(
     executor: Executor, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     driver = Driver(executor)
-    sequences = [driver.sequence(slot, prompt) for slot, prompt in enumerate(prompts[:12])]
+    sampling = SamplingParams(max_tokens=28, seed=0, temperature=0.0)
+    sequences = [driver.sequence(slot, prompt, sampling) for slot, prompt in enumerate(prompts[:12])]
     for slot, sequence in enumerate(sequences):
-        sequence.output = expected[slot][: 5 * slot]
+        sequence.output = expected[slot][: 2 * slot]
     driver.run(sequences, explicit=True)
-    assert [sequence.output for sequence in sequences] == expected[:12]
+    assert [sequence.output for sequence in sequences] == [output[:28] for output in expected[:12]]
 
 
 def test_steps_run_twice(executor: Executor, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    sampling = SamplingParams(max_tokens=16, seed=0, temperature=0.0)
+    sampling = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
     sequences = generate(executor, prompts[:12], sampling, chunk=7, repeat=True)
-    assert [sequence.output for sequence in sequences] == [output[:16] for output in expected[:12]]
+    assert [sequence.output for sequence in sequences] == [output[:8] for output in expected[:12]]
 
 
 @pytest.mark.parametrize("chunk", [1 << 30, 150])

@@ -41,6 +41,7 @@ class Stage:
 
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.directory = directory
+        self.shutdown = os.eventfd(0)
         self.pages = Arena.create("pages", page_ledger_bytes(NUM_PAGES, PAGE_SIZE))
         self.settings = settings
         self.received: dict[str, list[Message]] = {peer: [] for peer in self.peers}
@@ -83,7 +84,7 @@ class Stage:
         }
         link = SimpleNamespace(
             stats=None,
-            shutdown_fd=os.eventfd(0),
+            shutdown_fd=self.shutdown,
             shutdown_requested=False,
             ready=lambda: None,
             doing=lambda what, limit_s=None: None,
@@ -107,10 +108,12 @@ class Stage:
         """What else the scheduler is told before it is ready."""
 
     def close(self) -> None:
-        """Closes all mailboxes."""
+        """Closes all mailboxes and descriptors."""
         self.scheduler.mailbox.close()
         for mailbox in self.mailboxes.values():
             mailbox.close()
+        for descriptor in (self.shutdown, self.pages):
+            os.close(descriptor)
 
     def attached(self) -> Attached:
         return Attached(NUM_PAGES, PAGE_SIZE, 4, 100, 100, "fingerprint")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLOAT32, MODEL, Node, start, wait_until
+from serving_node import FLOAT32, MODEL, Node, start, wait_until
 
 DETERMINISTIC = (FLOAT32, "model.deterministic=true")
 LONG = "The quick brown fox jumps over the lazy dog, number {}. "
@@ -21,24 +21,30 @@ PROMPTS = [
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return ",
     "今天天气很好,我们去",
-    "".join(LONG.format(number) for number in range(16)),
+    "".join(LONG.format(number) for number in range(8)),
     "".join(LONG.format(number) for number in range(30)),
 ]
 """Of a single token, of less than a page, and of several chunks."""
 CHUNKS = ("engine.prefill.chunk_tokens=160", "engine.decode.local_prefill_tokens=0")
+REQUESTS = [
+    *((prompt, "greedy") for prompt in PROMPTS),
+    *((prompt, how) for prompt in (PROMPTS[2], PROMPTS[5]) for how in ("top p", "penalties", "logprobs")),
+    (PROMPTS[4], "logprobs"),
+]
+"""What every deployment is asked: all prompts, and each kind of sampling for a short and a long one."""
 
 
 def ask(node: Node, number: int) -> Any:
-    """The answer to one of the requests that every deployment gets."""
-    prompt = PROMPTS[number % len(PROMPTS)]
-    params: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0, "ignore_eos": True}
+    """The answer to one of the requests."""
+    prompt, how = REQUESTS[number]
+    params: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
     body: dict[str, Any] = {"text": prompt, "sampling_params": params}
-    match number // len(PROMPTS):
-        case 1:
+    match how:
+        case "top p":
             params |= {"temperature": 0.9, "top_p": 0.95, "sampling_seed": number}
-        case 2:
+        case "penalties":
             params |= {"temperature": 0.7, "sampling_seed": number, "repetition_penalty": 1.2, "presence_penalty": 0.3}
-        case 3:
+        case "logprobs":
             body |= {"return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 0}
     answer = node.post("/generate", body)
     return answer["output_ids"], answer["text"], _rounded(answer["meta_info"])
@@ -53,7 +59,7 @@ def _rounded(meta: Any) -> Any:
 def answers(node: Node) -> list[Any]:
     """The answers to all requests, sent together."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda number: ask(node, number), range(4 * len(PROMPTS))))
+        return list(pool.map(lambda number: ask(node, number), range(len(REQUESTS))))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,8 @@ def test_answers_are_those_of_one_engine(
     model = MODEL if topology == SMOLLM2 else "deepseek-v3-tiny"
     for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
         assert answers(node) == unified(model)
-        assert node.metric("runtime:actor_prefills") >= len(PROMPTS)
+        prefills = partial(node.metric, "runtime:actor_prefills")
+        wait_until(lambda prefills=prefills: prefills() >= len(PROMPTS), "figures of all prompts")  # type: ignore[misc]
         wait_until(partial(over, node), "the end of all transfers")
 
 
@@ -126,10 +133,12 @@ def test_all_roles_are_processes(four: Node) -> None:
 
 def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[str], list[Any]]) -> None:
     assert answers(four) == unified(MODEL)
-    metrics = four.metrics("runtime:actor_prefills")
-    assert all(metrics[f"prefill{number}.scheduler"] for number in (0, 1)), metrics
-    totals = four.metrics("runtime:actor_transfers_total")
-    assert all(totals[f"decode{number}.scheduler"] for number in (0, 1)), totals
+    for engine, name in (("prefill", "prefills"), ("decode", "transfers_total")):
+        metrics = partial(four.metrics, f"runtime:actor_{name}")
+        wait_until(
+            lambda metrics=metrics, engine=engine: all(metrics()[f"{engine}{n}.scheduler"] for n in (0, 1)),  # type: ignore[misc]
+            f"{name} of both engines",
+        )
 
 
 VICTIMS = ["prefill0", "prefill0.kv_sender", "decode0.rank0", "decode0.scheduler"]

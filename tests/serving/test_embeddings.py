@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from conftest import MODEL as GENERATING
-from conftest import Node, wait_until
+from serving_node import MODEL as GENERATING
+from serving_node import Node, wait_until
 
 MODEL = "all-minilm-l6-v2"
 TEXTS = [

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT32, MODEL, Node, start, wait_until
+from serving_node import FLOAT32, MODEL, Node, start, wait_until
 
 from actors.checkpoint import read_pooling_config
 from actors.encoder.models.bert import Bert

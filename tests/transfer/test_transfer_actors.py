@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,13 @@ from actors.messages import (
 )
 
 NewStage = Callable[..., Stage]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> Iterator[None]:
+    """What stages have mapped is theirs until they are collected, being parts of cycles."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

@@ -101,6 +101,7 @@ class Stage:
         self.receiver_settings = receiver
         self.theirs = self._ranks("prefill", theirs, dtype, pages)
         self.own = self._ranks("decode", own, dtype, pages)
+        self.shutdown = os.eventfd(0)
         self.descriptors: dict[str, int] = {}
         self.arenas: dict[str, Arena] = {}
         draw = np.random.default_rng(7)
@@ -121,6 +122,7 @@ class Stage:
         self.got: dict[str, list[Message]] = {P: [], D: []}
         self.incarnations = dict.fromkeys((P, D, SENDER, RECEIVER), 0)
         self.actors: dict[str, Actor] = {}
+        self.former: list[Actor] = []
         self.lost: Callable[[str, Message], bool] = lambda sender, message: False
         """Says of a message of an actor whether it is lost on its way."""
         for name in (P, D):
@@ -167,7 +169,8 @@ class Stage:
     def restart(self, name: str, **settings: Any) -> None:
         """A killed actor's successor: nothing but the arenas is left."""
         if name in self.actors:
-            self.actors.pop(name).mailbox.close(0)
+            self.former.append(self.actors.pop(name))
+            self.former[-1].mailbox.close(0)
         self.incarnations[name] += 1
         kind, peers, config = (
             (KvSender, (P, RECEIVER), {"scheduler": P, "ranks": self.theirs})
@@ -184,7 +187,7 @@ class Stage:
         }
         link = SimpleNamespace(
             stats=None,
-            shutdown_fd=os.eventfd(0),
+            shutdown_fd=self.shutdown,
             shutdown_requested=False,
             ready=lambda: None,
             doing=lambda what, limit_s=None: None,
@@ -214,6 +217,10 @@ class Stage:
             actor.mailbox.close(0)
         for mailbox in self.schedulers.values():
             mailbox.close(0)
+        for actor in self.former:
+            actor.teardown()
+        for descriptor in (self.shutdown, *self.descriptors.values()):
+            os.close(descriptor)
 
     # -- what a test does -------------------------------------------------------------------------------------------
 
