@@ -148,6 +148,7 @@ def mask(options: argparse.Namespace) -> int:
     words = -(-tokens.vocab_size // 32)
     compiler = GrammarCompiler(tokens)
     logits = torch.randn(options.streams, tokens.vocab_size)
+    seeds = torch.zeros(2, options.streams, dtype=torch.int64)
     draw = np.random.default_rng(0)
     for name, schema in SCHEMAS.items():
         compiled = compiler.compile(Constraint("json_schema", json.dumps(schema)))
@@ -156,19 +157,21 @@ def mask(options: argparse.Namespace) -> int:
         spent, steps = np.zeros(2), 0
         while steps < 100 and matchers:
             bits = np.zeros((len(matchers), words), np.int32)
+            params = kernels.SamplingTensors.build([1.0] * len(matchers))
             began = time.perf_counter()
             batch.batch_fill_next_token_bitmask(matchers, bits, list(range(len(matchers))))
             filled = time.perf_counter()
             places = torch.arange(len(matchers), dtype=torch.int32)
-            kernels.masked(logits[: len(matchers)], places, torch.from_numpy(bits))
+            masks = kernels.TokenMasks(places, torch.from_numpy(bits))
+            kernels.sample(logits[: len(matchers)], params, *seeds[:, : len(matchers)], masks)
             spent += filled - began, time.perf_counter() - filled
             steps += 1
             allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=tokens.vocab_size, bitorder="little")
             for matcher, row in zip(matchers, allowed, strict=True):
                 matcher.accept_token(int(draw.choice(np.flatnonzero(row))))
             matchers = [each for each in matchers if not each.is_terminated()]
-        fill, apply = 1e6 * spent / steps
-        print(f"{name}: fill {fill:.0f} µs, apply {apply:.0f} µs a step, {steps} steps")
+        fill, draw_from = 1e6 * spent / steps
+        print(f"{name}: fill {fill:.0f} µs, sample {draw_from:.0f} µs a step, {steps} steps")
     return 0
 
 

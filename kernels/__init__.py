@@ -16,7 +16,6 @@ from kernels.ops import (
     embedding,
     linear,
     logprobs,
-    masked,
     pack_int4,
     pack_weight,
     packed_bytes,
@@ -31,7 +30,7 @@ from kernels.ops import (
 from kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
 from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
-from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors, TokenMasks
 
 __all__ = [
     "AttentionMeta",
@@ -43,6 +42,7 @@ __all__ = [
     "SamplingTensors",
     "SizedGraph",
     "StepGraph",
+    "TokenMasks",
     "WeightKind",
     "add_bias",
     "apply_penalties",
@@ -55,7 +55,6 @@ __all__ = [
     "linear",
     "linear_heads",
     "logprobs",
-    "masked",
     "mla_attention",
     "mla_prefill",
     "pack_int4",

@@ -20,7 +20,7 @@ from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
 from kernels.cpu.paths import tune, way
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 FLOATS = (torch.float32, torch.bfloat16)
 _QUANTIZED = ("int8", "int4")
@@ -288,7 +288,13 @@ def counter_uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return reference.counter_uniform(seeds, positions)
 
 
-def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    logits: Tensor,
+    params: SamplingTensors,
+    seeds: Tensor,
+    positions: Tensor,
+    masks: TokenMasks | None = None,
+) -> Tensor:
     """Draws one token a row: int32 [B].
 
     logits: float32 [B, V]; seeds, positions: int64 [B], see `counter_uniform`. Temperature, then top-k, top-p and
@@ -297,17 +303,23 @@ def sample(logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Te
     most likely token), so every implementation draws the same token, and a row's token does not depend on the
     batch. NaN counts as -inf. top-p keeps a token while the probability before it is below p, of what top-k left;
     min-p keeps tokens with at least that fraction of the highest probability. At least one token is kept.
+    Rows with a mask draw as if the logits of all other tokens were -inf.
     """
     rows = logits.shape[0]
     if not len(seeds) == len(positions) == len(params.temperature) == rows:
         raise ValueError(f"sample: {rows} rows of logits need as many seeds, positions and parameters")
+    if masks is not None and (len(masks.places) != rows or masks.words.shape[1] * 32 < logits.shape[1]):
+        raise ValueError(f"sample: masks need a place for each of {rows} rows and {logits.shape[1]} bits")
     if (
         library_for(logits, dtype=torch.float32)
         and library_for(params.temperature, params.top_p, params.log_min_p, dtype=torch.float32)
         and library_for(params.top_k, dtype=torch.int32)
+        and (masks is None or library_for(*masks, dtype=torch.int32))
         and (native := library_for(seeds, positions, dtype=torch.int64))
     ):
-        return cpu.sample(native, logits, params, seeds, positions)
+        return cpu.sample(native, logits, params, seeds, positions, masks)
+    if masks is not None:
+        logits = reference.masked(logits, masks)
     if (
         not params.all_greedy
         and (compiled := triton_for(logits))
@@ -356,22 +368,6 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     reference.add_bias(logits, rows, token_ids, values)
 
 
-def masked(logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
-    """A copy of logits float32 [B, V] in which the tokens that a row's mask does not allow are -inf.
-
-    places: int32 [B], the number of each row's mask, -1 for none. masks: int32 [M, ceil(V / 32)], bit i of word w
-    allows token 32 w + i.
-    """
-    if len(places) != logits.shape[0] or masks.shape[1] * 32 < logits.shape[1]:
-        raise ValueError(
-            f"masked: logits {list(logits.shape)} need a place a row and masks of a bit a token, not places "
-            f"{list(places.shape)} and masks {list(masks.shape)}"
-        )
-    if (native := library_for(logits, dtype=torch.float32)) and library_for(places, masks, dtype=torch.int32):
-        return cpu.masked(native, logits, places, masks)
-    return reference.masked(logits, places, masks)
-
-
 def logprobs(logits: Tensor, tokens: Tensor, top_n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log probabilities: of tokens int32 [B], and the top_n of each row, lower id first among equals.
 
@@ -400,7 +396,6 @@ __all__ = [
     "embedding",
     "linear",
     "logprobs",
-    "masked",
     "pack_int4",
     "pack_weight",
     "packed_bytes",

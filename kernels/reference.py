@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.packing import unpack, unpack_rows
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear
@@ -281,9 +281,10 @@ def add_bias(logits: Tensor, rows: Tensor, token_ids: Tensor, values: Tensor) ->
     logits.index_put_((rows.long(), token_ids.long()), values, accumulate=True)
 
 
-def masked(logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
-    bits = (masks[..., None] >> torch.arange(32, dtype=torch.int32, device=masks.device) & 1).bool().flatten(1)
-    rows = places.long()
+def masked(logits: Tensor, masks: TokenMasks) -> Tensor:
+    """A copy of the logits in which the tokens that a row's mask does not allow are -inf."""
+    words, rows = masks.words, masks.places.long()
+    bits = (words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1).bool().flatten(1)
     allowed = bits[rows.clamp(min=0), : logits.shape[1]] | (rows < 0)[:, None]
     return torch.where(allowed, logits, float("-inf"))
 

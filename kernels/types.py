@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +143,13 @@ class KVCache:
         vectors = self.vectors.unbind(1)
         scales = [None] * len(vectors) if self.scales is None else self.scales.unbind(1)
         return list(zip(vectors, scales, strict=True))
+
+
+class TokenMasks(NamedTuple):
+    """Which tokens the rows of a batch may draw; see `sample`. Both on the device of the logits."""
+
+    places: Tensor  # int32 [B]: each row's line of `words`; -1 where everything is allowed
+    words: Tensor  # int32 [M, at least V / 32]: bit i of word w allows token 32 w + i
 
 
 @dataclass(frozen=True)

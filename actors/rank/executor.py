@@ -219,6 +219,7 @@ class Executor:
         ids = graphs.ids[:n]
         self._drawn.take(places, out=ids, mode="clip")
         unknown = self._drawn_at.take(places) != starts
+        given: Int32s | None = None
         if step.tokens != _UNKNOWN * n:
             given = np.frombuffer(step.tokens, "<i4")
             if given.min() < -1 or given.max() >= self.vocab_size:
@@ -244,8 +245,8 @@ class Executor:
             self._drawn_at.put(places, positions)
             logprobs: list[TopLogprobs] = []
         else:
-            given = np.frombuffer(step.tokens, "<i4")
-            self._note_tokens(batch.slots, starts, self._one_each, given)
+            if given is not None:
+                self._note_tokens(batch.slots, starts, self._one_each, given)
             drawn, logprobs = self._draw(logits, batch.slots, positions, self._one_each[:n], tokens)
         self.decode_steps += 1
         self.decode_s += ready - began, computed - ready, time.perf_counter() - computed
@@ -436,9 +437,10 @@ class Executor:
         self._drawn[slots, columns] = drawn
         self._drawn_at[slots, columns] = positions
         history = self._sampler.with_history
-        for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn, strict=True) if history else ():
-            if slot in history:
-                self._sampler.note(slot, position, np.array([token]))
+        if history:
+            for slot, position, token in zip(slots.tolist(), positions.tolist(), drawn.tolist(), strict=True):
+                if slot in history:
+                    self._sampler.note(slot, position, token)
         return drawn, logprobs
 
     def _note_tokens(self, slots: Int32s, starts: Int32s, offsets: Int32s, tokens: Int32s) -> None:

@@ -1,7 +1,7 @@
 """Constraints at work: which tokens each constrained slot may draw next.
 
 A slot's automaton follows the tokens of its output, wherever they have come from: tokens that are new to it are
-accepted, and when a step is run again it goes back. So the mask of a position is a function of the tokens before it.
+accepted, and when others take their place it goes back. So a position's mask is a function of the tokens before it.
 """
 
 from __future__ import annotations
@@ -35,27 +35,33 @@ class Automaton:
         self.matcher = matcher
         self.stops = stops
         self.lost = matcher is None
-        self._accepted = np.zeros(256, np.int32)
-        self._count = 0
+        self._first = 0  # output tokens before the first one that it was shown
+        self._count = 0  # tokens accepted
+        self._over = False  # the last of them has ended the answer
 
-    def follow(self, output: Int32s) -> None:
-        """Goes to where the output is, from wherever it was."""
+    def note(self, index: int) -> None:
+        """Output tokens from `index` on may be others than before."""
+        valid = max(index - self._first, 0)
+        if valid < self._count:
+            self.matcher.rollback(self._count - valid)
+            self._count, self._over = valid, False
+
+    def follow(self, output: Int32s, first: int = 0) -> None:
+        """Goes to where the output is, from wherever it was.
+
+        Args:
+            first: where what is constrained begins.
+        """
         if self.matcher is None:
             return
-        common = min(self._count, len(output))
-        differing = np.flatnonzero(self._accepted[:common] != output[:common])
-        common = int(differing[0]) if len(differing) else common
-        if common < self._count:
-            self.matcher.rollback(self._count - common)
-            self._count = common
-        if len(output) > len(self._accepted):
-            self._accepted = np.resize(self._accepted, 2 * len(output))
-        for token in output[common:].tolist():
-            if self.matcher.is_terminated() or not self.matcher.accept_token(token):
+        self.note(len(output) if first == self._first else 0)
+        self._first = first
+        for token in output[first + self._count :].tolist():
+            if self._over or not self.matcher.accept_token(token):
                 break
-            self._accepted[self._count] = token
             self._count += 1
-        self.lost = self._count < len(output) or self.matcher.is_terminated()
+            self._over = self.matcher.is_terminated()
+        self.lost = self._over or first + self._count < len(output)
 
 
 class Masks:
@@ -91,18 +97,22 @@ class Masks:
             matcher, stops = None, [token for token in sampling.stop_token_ids if token < self._vocab_size]
         self._slots[opened.slot] = Automaton(matcher, np.array(stops, np.int32))
 
+    def note(self, slot: int, index: int) -> None:
+        """Tokens of a constrained slot's output from `index` on may be others than before."""
+        self._slots[slot].note(index)
+
     def lost(self, slot: int) -> bool:
         """Whether the output of the slot, as `allowed` was told it, is not what its constraint allows, or is over."""
         return self._slots[slot].lost
 
-    def allowed(self, slots: list[int], outputs: list[Int32s]) -> Int32s:
-        """Which tokens may come next: masks as `kernels.masked` takes them, for B constrained slots and their outputs
-        so far. In every row at least one may, but for a constraint that ends in nowhere of a model that has no
-        end-of-sequence token."""
+    def allowed(self, slots: list[int], outputs: list[Int32s], firsts: list[int] | None = None) -> Int32s:
+        """Which tokens may come next: words of `kernels.TokenMasks`, for B constrained slots and their outputs so far,
+        of which the first ones may be free. In every row at least one may, but for a constraint that ends in nowhere
+        of a model that has no end-of-sequence token."""
         masks = np.zeros((len(slots), self._words), np.int32)
         automata = [self._slots[slot] for slot in slots]
-        for automaton, output in zip(automata, outputs, strict=True):
-            automaton.follow(output)
+        for automaton, output, first in zip(automata, outputs, firsts or [0] * len(slots), strict=True):
+            automaton.follow(output, first)
         going = [row for row, automaton in enumerate(automata) if not automaton.lost]
         if going:
             if self._batch is None:

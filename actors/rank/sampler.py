@@ -24,7 +24,7 @@ from actors.messages import OpenSlot, SamplingParams, TopLogprobs
 from actors.rank.device import to_device
 from actors.rank.masks import Masks, allow
 from actors.rank.thinking import Thought, Thoughts
-from kernels import SamplingTensors
+from kernels import SamplingTensors, TokenMasks
 
 Int32s = NDArray[np.int32]
 
@@ -71,7 +71,8 @@ class Drawing:
     slots: bytes
     params: SamplingTensors
     seeds: Tensor  # int64 [B]
-    changes: bool  # some slots' logits are changed first
+    changed: list[int]  # rows whose logits are changed first
+    constrained: list[int]  # rows that may draw some tokens only
     reported: NDArray[np.int64]  # rows that report logprobs
     thinking: list[int]  # rows whose output may have reasoning that makes a difference
 
@@ -162,15 +163,18 @@ class Sampler:
             self._masks.open(opened)
         if self._thoughts is not None:
             self._thoughts.open(opened)
-        self._changes[slot] = any(slot in table for table in (self._bias, self._histories, self._min_lengths))
+        self._changes[slot] = sampling.penalizes or slot in self._bias or slot in self._min_lengths
 
-    def note(self, slot: int, start: int, tokens: Int32s) -> None:
-        """Tells a slot the tokens from position `start` on. Only slots in `with_history` want to know."""
+    def note(self, slot: int, start: int, tokens: Int32s | int) -> None:
+        """Tells a slot its tokens, or one, from position `start` on. Only slots in `with_history` want to know."""
         history = self._histories[slot]
-        history.tokens[start : start + len(tokens)] = tokens
+        history.tokens[start : start + (1 if isinstance(tokens, int) else len(tokens))] = tokens
+        index = start - history.prompt_len
+        if self._masks is not None and slot in self._masks:
+            self._masks.note(slot, index)
         thought = self._thought(slot)
         if thought is not None:
-            thought.note(start - history.prompt_len)
+            thought.note(index)
 
     @property
     def with_history(self) -> KeysView[int]:
@@ -187,9 +191,12 @@ class Sampler:
         logits: float32 [B, V], not changed; slots, positions: [B], each row's slot and the position of its token.
         """
         drawing = self._drawing(slots)
-        if drawing.changes:
-            logits = self._changed(logits, slots, positions)
-        tokens = kernels.sample(logits, drawing.params, drawing.seeds, self._to_device(positions.astype(np.int64)))
+        if drawing.changed or drawing.constrained:
+            logits, masks = self._prepared(drawing, logits, slots, positions)
+        else:
+            masks = None
+        at = self._to_device(positions.astype(np.int64))
+        tokens = kernels.sample(logits, drawing.params, drawing.seeds, at, masks)
         forced = self._forced(drawing.thinking, slots, positions)
         if forced:
             rows, ids = self._to_device(np.array(forced)).unbind(1)
@@ -199,7 +206,7 @@ class Sampler:
     def is_greedy(self, slots: Int32s) -> bool:
         """Whether all of the slots take the most likely token of the logits as they are."""
         drawing = self._drawing(slots)
-        return drawing.params.all_greedy and not drawing.changes
+        return drawing.params.all_greedy and not (drawing.changed or drawing.constrained or drawing.thinking)
 
     def draws_only(self, slots: Int32s) -> bool:
         """Whether none of the slots reports logprobs or depends on the tokens before."""
@@ -219,7 +226,8 @@ class Sampler:
                     all_greedy=not self._temperature[slots].any(),
                 ),
                 self._to_device(self._seeds[slots]),
-                bool(self._changes[slots].any()),
+                np.flatnonzero(self._changes[slots]).tolist(),
+                [row for row, slot in enumerate(slots.tolist()) if self._masks and slot in self._masks],
                 np.flatnonzero(self._logprobs[slots] >= 0),
                 [row for row, slot in enumerate(slots.tolist()) if self._thoughts and slot in self._thoughts.slots],
             )
@@ -246,12 +254,14 @@ class Sampler:
         """How many of the most probable tokens a slot wants to know for each token of its prompt."""
         return min(max(self._params[slot].prompt_logprobs, 0), self.vocab_size)
 
-    def _changed(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
-        """A copy with what the slots want to have changed."""
-        masked, allowed = self._allowed(slots, positions)
+    def _prepared(
+        self, drawing: Drawing, logits: Tensor, slots: Int32s, positions: Int32s
+    ) -> tuple[Tensor, TokenMasks | None]:
+        """The logits, or a copy with what the slots want to have changed, and masks of what they may draw."""
+        masked, allowed = self._allowed(drawing.constrained, slots, positions)
         penalized: list[tuple[int, Int32s, Int32s]] = []
         biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
-        for row in np.flatnonzero(self._changes[slots]).tolist():
+        for row in drawing.changed:
             slot, position = int(slots[row]), int(positions[row])
             if self._params[slot].penalizes:
                 penalized.append((row, *self._histories[slot].entries(position)))
@@ -276,35 +286,36 @@ class Sampler:
             )
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
-        if masked:
-            places = np.full(len(slots), -1, np.int32)
-            places[masked] = np.arange(len(masked))
-            logits = kernels.masked(logits, self._to_device(places), self._to_device(allowed))
-        return logits
+        if not masked:
+            return logits, None
+        places = np.full(len(slots), -1, np.int32)
+        places[masked] = np.arange(len(masked))
+        return logits, TokenMasks(self._to_device(places), self._to_device(allowed))
 
-    def _allowed(self, slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
-        """Rows whose slots are constrained, and masks of the tokens that these may draw. A row that reasons is free."""
+    def _allowed(self, constrained: list[int], slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
+        """Of the constrained rows those that are not free to reason, and masks of the tokens that these may draw."""
         masks = self._masks
         rows: list[int] = []
         outputs: list[Int32s] = []
+        firsts: list[int] = []
         openings: dict[int, list[int]] = {}
-        for row, slot in enumerate(slots.tolist()):
-            if masks is None or slot not in masks:
-                continue
-            output = self._output(slot, int(positions[row]))
+        for row in constrained:
+            slot = int(slots[row])
+            output, first = self._output(slot, int(positions[row])), 0
             thought = self._thought(slot)
             if thought is not None:
                 thought.follow(output)
                 before = thought.answer(len(output))
                 if before is None:
                     continue
-                output = output[before:]
+                first = before
                 openings[len(rows)] = thought.openings
             rows.append(row)
             outputs.append(output)
+            firsts.append(first)
         if masks is None or not rows:
             return [], np.empty((0, 0), np.int32)
-        allowed = masks.allowed(slots[rows].tolist(), outputs)
+        allowed = masks.allowed(slots[rows].tolist(), outputs, firsts)
         for at, tokens in openings.items():
             if tokens:
                 if masks.lost(int(slots[rows[at]])):

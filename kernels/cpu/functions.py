@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.packing import GROUP
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors
+from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 _NO_MEMORY, _BAD_INDEX = -1, -2
 _BITS = {"int8": 8, "int4": 4}
@@ -30,11 +30,10 @@ _QUANTIZE = struct.Struct("@4P 2q")
 _GRAPH = struct.Struct("@P 2q P")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
-_SAMPLE = struct.Struct("@P 3q 7P q")
+_SAMPLE = struct.Struct("@P 3q 9P 3q")
 _LOGPROBS = struct.Struct("@P 3q 4P 2q")
 _PENALTIES = struct.Struct("@P 3q 3P q 3P")
 _BIAS = struct.Struct("@P 3q 3P q")
-_MASK = struct.Struct("@P 3q 3P 3q")
 
 
 def rms_norm(
@@ -274,9 +273,16 @@ def counter_uniform(library: ctypes.CDLL, seeds: Tensor, positions: Tensor) -> T
     return out
 
 
-def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds: Tensor, positions: Tensor) -> Tensor:
+def sample(
+    library: ctypes.CDLL,
+    logits: Tensor,
+    params: SamplingTensors,
+    seeds: Tensor,
+    positions: Tensor,
+    masks: TokenMasks | None,
+) -> Tensor:
     tokens = torch.empty(logits.shape[0], dtype=torch.int32, device="cpu")
-    if params.all_greedy:
+    if params.all_greedy and masks is None:
         library.argmax(_ARGMAX.pack(*_logits(logits), tokens.data_ptr(), torch.get_num_threads()))
         return tokens
     result = library.sample(
@@ -289,10 +295,15 @@ def sample(library: ctypes.CDLL, logits: Tensor, params: SamplingTensors, seeds:
             seeds.data_ptr(),
             positions.data_ptr(),
             tokens.data_ptr(),
+            *(
+                (0, 0, 0, 0)
+                if masks is None
+                else (*map(Tensor.data_ptr, masks), masks.words.shape[1], len(masks.words))
+            ),
             torch.get_num_threads(),
         )
     )
-    check(result)
+    check(result, "a row has a mask that is not there")
     return tokens
 
 
@@ -347,23 +358,6 @@ def add_bias(library: ctypes.CDLL, logits: Tensor, rows: Tensor, token_ids: Tens
         _BIAS.pack(*_logits(logits), rows.data_ptr(), token_ids.data_ptr(), values.data_ptr(), rows.numel())
     )
     check(result, "a bias is for a row or token that the logits do not have")
-
-
-def masked(library: ctypes.CDLL, logits: Tensor, places: Tensor, masks: Tensor) -> Tensor:
-    out = torch.empty(logits.shape)
-    result = library.masked(
-        _MASK.pack(
-            *_logits(logits),
-            places.data_ptr(),
-            masks.data_ptr(),
-            out.data_ptr(),
-            masks.shape[1],
-            masks.shape[0],
-            torch.get_num_threads(),
-        )
-    )
-    check(result, "a row has a mask that is not there")
-    return out
 
 
 def _logits(logits: Tensor) -> tuple[int, int, int, int]:

@@ -30,7 +30,6 @@ FUNCTIONS = (
     "logprobs",
     "apply_penalties",
     "add_bias",
-    "masked",
 )
 
 

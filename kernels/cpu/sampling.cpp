@@ -132,7 +132,19 @@ class Sampler {
         return first_of(logits, count, best);  // not reached: the last limit leaves nothing out
     }
 
+    // The logits with -inf where a mask has no bit, until the next call.
+    const float* masked(const float* logits, int count, const uint32_t* mask) {
+        V16 nothing = broadcast(-INFINITE);
+        masked_.resize(padded(count));
+        for (int i = 0; i < count; i += LANES) {
+            V16 a = i + LANES <= count ? load(logits + i) : load_part(logits + i, count - i);
+            store(masked_.data() + i, bits_or(a, mask[i / 32] >> i % 32, nothing));
+        }
+        return masked_.data();
+    }
+
   private:
+    std::vector<float> masked_;
     std::vector<Token> tokens_, bucket_;
     std::vector<float> x_;  // distances of all scaled logits from the best, padded with -inf
     int counts_[BUCKETS];
@@ -292,7 +304,9 @@ struct SampleCall {
     const int32_t* top_k;
     const int64_t *seeds, *positions;
     int32_t* tokens;
-    int64_t threads;
+    const int32_t* places;  // [rows]: which mask a row has, negative for none; null if none has one
+    const uint32_t* masks;  // [masks, words]
+    int64_t words, masks_count, threads;
 };
 
 struct ArgmaxCall {
@@ -316,14 +330,6 @@ struct PenaltiesCall {
     const float *repetition, *frequency, *presence;
 };
 
-struct MaskCall {
-    Logits logits;
-    const int32_t* places;  // [rows]: which mask a row has, negative for none
-    const uint32_t* masks;  // [masks, words]
-    float* out;             // [rows, vocabulary]
-    int64_t words, count, threads;
-};
-
 struct BiasCall {
     Logits logits;
     const int32_t *rows, *tokens;
@@ -339,11 +345,16 @@ EXPORT int counter_uniform(const UniformCall* c) {
 }
 
 EXPORT int sample(const SampleCall* c) try {
+    for (int64_t row = 0; c->places && row < c->logits.rows; ++row)
+        if (c->places[row] >= c->masks_count) return -2;
     parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
         thread_local Sampler sampler;
         double u = uniform(c->seeds[row], c->positions[row]);
         Parameters p{c->temperature[row], c->top_p[row], c->log_min_p[row], c->top_k[row], u};
-        c->tokens[row] = sampler.draw(c->logits.row(row), int(c->logits.vocabulary), p);
+        const float* logits = c->logits.row(row);
+        int count = int(c->logits.vocabulary);
+        if (c->places && c->places[row] >= 0) logits = sampler.masked(logits, count, c->masks + c->places[row] * c->words);
+        c->tokens[row] = sampler.draw(logits, count, p);
     });
     return 0;
 } catch (const std::bad_alloc&) {
@@ -394,30 +405,5 @@ EXPORT int add_bias(const BiasCall* c) {
         if (!c->logits.has(c->rows[i], c->tokens[i])) return -2;
         c->logits.row(c->rows[i])[c->tokens[i]] += c->values[i];
     }
-    return 0;
-}
-
-EXPORT int masked(const MaskCall* c) {
-    constexpr int BITS = 32;
-    int64_t count = c->logits.vocabulary;
-    for (int64_t row = 0; row < c->logits.rows; ++row)
-        if (c->places[row] >= c->count) return -2;
-    parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
-        const float* logits = c->logits.row(row);
-        float* out = c->out + row * count;
-        if (c->places[row] < 0) {
-            std::copy(logits, logits + count, out);
-            return;
-        }
-        const uint32_t* words = c->masks + c->places[row] * c->words;
-        for (int64_t first = 0; first < count; first += BITS, ++words) {
-            int64_t end = std::min(count, first + BITS);
-            if (!*words) {  // most of them, where a grammar knows what it wants
-                std::fill(out + first, out + end, -INFINITE);
-                continue;
-            }
-            for (int64_t i = first; i < end; ++i) out[i] = *words >> (i - first) & 1 ? logits[i] : -INFINITE;
-        }
-    });
     return 0;
 }

@@ -85,6 +85,8 @@ INLINE V16 lanes_or(V16 a, int first, int last, V16 b) {
     uint32_t high = last <= 0 ? 0 : last >= LANES ? 0xffffu : (1u << last) - 1;
     return {_mm512_mask_mov_ps(b.v, __mmask16(high & ~low), a.v)};
 }
+// Lane i of a where bit i is set, of b elsewhere.
+INLINE V16 bits_or(V16 a, uint32_t bits, V16 b) { return {_mm512_mask_mov_ps(b.v, __mmask16(bits), a.v)}; }
 INLINE __m256 fold_add(V16 a) {
     return _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
 }
@@ -172,6 +174,12 @@ INLINE __m256 lanes8_or(__m256 a, int first, int last, __m256 b) {
 INLINE V16 lanes_or(V16 a, int first, int last, V16 b) {
     return {lanes8_or(a.low, first, last, b.low), lanes8_or(a.high, first - 8, last - 8, b.high)};
 }
+INLINE __m256 bits8_or(__m256 a, uint32_t bits, __m256 b) {
+    __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), each), each);
+    return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(set));
+}
+INLINE V16 bits_or(V16 a, uint32_t bits, V16 b) { return {bits8_or(a.low, bits, b.low), bits8_or(a.high, bits >> 8, b.high)}; }
 INLINE __m256 fold_add(V16 a) { return _mm256_add_ps(a.low, a.high); }
 INLINE __m256 fold_max(V16 a) { return _mm256_max_ps(a.low, a.high); }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import SamplingTensors, reference
+from kernels import SamplingTensors, TokenMasks, reference
 
 
 def random_seeds(count: int) -> tuple[Tensor, Tensor]:
@@ -171,19 +171,20 @@ def test_bias() -> None:
 
 @pytest.mark.usefixtures("backend", "threads")
 @pytest.mark.parametrize("vocabulary", [1, 31, 32, 1000])
-def test_masked(vocabulary: int) -> None:
-    logits = torch.randn(6, vocabulary + 3)[:, :vocabulary]
+def test_masks(vocabulary: int) -> None:
+    logits = torch.randn(60, vocabulary + 3)[:, :vocabulary]
     logits[0, 0] = torch.nan
     allowed = torch.rand(3, -(-vocabulary // 32) * 32) < torch.tensor([[0.5], [0.02], [1.0]])
     allowed[1, : allowed.shape[1] // 2] = False
     bits = allowed.view(3, -1, 32).long() << torch.arange(32)
     masks = bits.sum(-1).to(torch.int32)  # bit 31 makes a negative number
-    places = [1, -1, 0, 2, 1, -1]
-    result = kernels.masked(logits, torch.tensor(places, dtype=torch.int32), masks)
-    for row, place in enumerate(places):
-        seen = allowed[place, :vocabulary] if place >= 0 else torch.ones(vocabulary, dtype=torch.bool)
-        expected = torch.where(seen, logits[row], -torch.inf)
-        assert torch.equal(result[row].view(torch.int32), expected.view(torch.int32))
+    places = torch.tensor([1, -1, 0, 2, 1, -1] * 10, dtype=torch.int32)
+    seen = torch.where((places >= 0)[:, None], allowed[places.clamp(min=0), :vocabulary], True)
+    seeds, positions = random_seeds(60)
+    for params in (random_params(60), SamplingTensors.build([0.0] * 60)):
+        tokens = kernels.sample(logits, params, seeds, positions, TokenMasks(places, masks))
+        without = torch.where(seen, logits, -torch.inf)
+        assert torch.equal(tokens, reference.sample(without, params, seeds, positions))
 
 
 @pytest.mark.usefixtures("backend")
@@ -196,10 +197,11 @@ def test_rejects_what_does_not_fit() -> None:
         kernels.apply_penalties(logits, zero, bad, zero, ones, ones, ones)
     with pytest.raises((IndexError, RuntimeError)):
         kernels.logprobs(logits, torch.tensor([0, 10], dtype=torch.int32), 1)
+    masks = TokenMasks(torch.tensor([0, 1], dtype=torch.int32), zero[None])
     with pytest.raises((IndexError, RuntimeError)):
-        kernels.masked(logits, torch.tensor([0, 1], dtype=torch.int32), zero[None])
+        kernels.sample(logits, SamplingTensors.build([1.0] * 2), *random_seeds(2), masks)
     with pytest.raises(ValueError):
-        kernels.masked(torch.zeros(1, 33), zero, zero[None])
+        kernels.sample(torch.zeros(1, 33), SamplingTensors.build([1.0]), *random_seeds(1), TokenMasks(zero, zero[None]))
     with pytest.raises(ValueError):
         kernels.sample(logits, SamplingTensors.build([1.0]), *random_seeds(2))
     for settings in ({"temperature": [-1.0]}, {"temperature": [math.nan]}, {"temperature": [1.0], "top_p": [0.0]}):
