@@ -1,6 +1,6 @@
 """What all the isolation costs: throughput of a served node over that of the bare executor loop on the same batch.
 
-    python benchmarks/pipeline.py [--concurrency 16] [--input 256] [--output 128] [--rounds 3] [--stream]
+    python benchmarks/pipeline.py [--concurrency 16] [--input 256] [--output 128] [--rounds 15] [--stream]
 
 The bare loop runs in one process that does nothing else: prompts in chunks of `chunk_tokens`, then one step for each
 output token of the whole batch, tokens fed back inside the executor. The node serves the same number of requests of the
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--input", type=int, default=256, help="prompt tokens")
     parser.add_argument("--output", type=int, default=128, help="output tokens")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, of which medians are shown")
     parser.add_argument("--dtype", default="int4", help="of the weights (%(default)s)")
     parser.add_argument("--kv-dtype", default="bfloat16", help="of cached keys and values (%(default)s)")
     parser.add_argument("--stream", action="store_true", help="stream the answers")
