@@ -337,7 +337,8 @@ class Supervisor:
 
     def _report(self, event: Event) -> None:
         self._changed()
-        _log.info("%s: %s %s", event.id, event.kind, event.text)
+        says_kind = event.kind in ("ready", "zygote")  # the text does
+        _log.info("%s: %s", event.id, event.text if says_kind else f"{event.kind} {event.text}".rstrip())
         if self._parent is not None:
             self._parent.event(event)
         elif self._on_event is not None:

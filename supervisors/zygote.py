@@ -94,7 +94,8 @@ class Zygote:
         level = str(logging.root.level)
         arguments = [str(theirs.fileno()), str(os.getpid()), level, self._title, *self._modules]
         process = subprocess.Popen(
-            [sys.executable, "-m", "supervisors.zygote", *arguments],
+            # Not -m, which would warn: the package has imported this module already.
+            [sys.executable, "-c", "from supervisors.zygote import main; main()", *arguments],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -179,8 +180,9 @@ def _fork_twice(request: ForkRequest, link_fd: int, supervisor: int) -> int:
     return int.from_bytes(answer, "little")
 
 
-def _main(arguments: Sequence[str]) -> NoReturn:
-    fd, supervisor, level, title, *modules = arguments
+def main() -> NoReturn:
+    """What a fresh interpreter runs."""
+    fd, supervisor, level, title, *modules = sys.argv[1:]
     logging.root.setLevel(int(level))
     for module in modules:
         try:
@@ -188,7 +190,3 @@ def _main(arguments: Sequence[str]) -> NoReturn:
         except ImportError as error:  # the child that needs it will fail with the same words
             sys.stderr.write(f"{title}: {error}\n")
     _become_zygote(socket.socket(fileno=int(fd)), int(supervisor), title)
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])

@@ -123,7 +123,8 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
         bool,
         Meta(
             description="Makes a token's logits independent, to the bit, of what else is in the batch, of chunking "
-            "and of padding. Costs speed."
+            "and of padding. Costs speed. Only for models that generate: the last digits of a vector depend on the "
+            "batch."
         ),
     ] = False
     max_model_len: Annotated[
