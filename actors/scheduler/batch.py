@@ -49,11 +49,31 @@ class Row:
         return len(self.draft) + 1 if self.flags & SAMPLE else 0
 
 
+@dataclass(slots=True, eq=False)
+class Departure:
+    """A request whose prompt is to be computed elsewhere.
+
+    Attributes:
+        pages: what is lent for it.
+        after: the step whose answer shows that nobody else writes into them any more.
+    """
+
+    request: Request
+    lease: Lease
+    pages: list[int]
+    after: int
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the request still waits for it, with these pages."""
+        return self.request.lease is self.lease and self.request.away
+
+
 class Batch:
     """Requests that wait and requests that run, and the rules by which one becomes the other.
 
     A page freed here may be given away in the very next step although earlier steps still use it: ranks run steps in
-    the order in which they were sent.
+    the order in which they were sent. One that is lent to others waits for these steps; see `Departure`.
 
     A step with drafts must be answered before the next one is asked for.
 
@@ -65,7 +85,7 @@ class Batch:
     Attributes:
         chunk_tokens: prompt tokens of the next step, all requests together, and guesses.
         filled: whether prompts took all that the last step had for them and for guesses.
-        departing: requests that have just got pages, which are lent, to have their prompts computed elsewhere.
+        departing: requests that have got pages, which are lent, to have their prompts computed elsewhere.
     """
 
     def __init__(
@@ -81,7 +101,7 @@ class Batch:
         self._times = times
         self._speculation = speculation
         self._place = place
-        self.departing: list[tuple[Request, Lease]] = []
+        self.departing: list[Departure] = []
         self._slots = list(range(config.max_running))[::-1]
         self.chunk_tokens = config.chunk_tokens
         self.waiting: list[Request] = []
@@ -281,8 +301,9 @@ class Batch:
         """Others compute the prompt from its first page on that is not in the tree."""
         request.away = True
         request.computed = request.scheduled = request.shared * self._pool.page_size
-        self._pool.lend(lease.pages[request.shared :])
-        self.departing.append((request, lease))
+        pages = lease.pages[request.shared :]
+        self._pool.lend(pages)
+        self.departing.append(Departure(request, lease, pages, self._pool.written_until(pages)))
 
     def _start(self, request: Request, usable: bytes) -> Lease:
         """Gives a waiting request a slot and the pages that hold its prefix already."""

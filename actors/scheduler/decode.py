@@ -13,7 +13,7 @@ from actors.messages import (
     Released,
 )
 from actors.scheduler.actor import Scheduler
-from actors.scheduler.batch import Batch
+from actors.scheduler.batch import Batch, Departure
 from actors.scheduler.transfers import Transfer, Transfers
 
 
@@ -38,13 +38,9 @@ class DecodeScheduler(Scheduler):
 
     def planned(self) -> None:
         self.batch.admit_elsewhere()
-        for request, lease in self.batch.departing:
-            if request.phases is not None and request.lease is lease:
-                request.phases.enter("transfer", lease)
-            if request.lease is lease and not self.transfers.begin(request, lease):
-                self.batch.retract(request)
-                self.pool.take_back(lease.pages[request.shared :])
-        self.batch.departing.clear()
+        departing, self.batch.departing = self.batch.departing, []
+        for each in departing:
+            self._depart(each)
         self.transfers.end_unwanted()
         super().planned()
 
@@ -119,6 +115,21 @@ class DecodeScheduler(Scheduler):
     def receive_cancelled(self, message: ReceiveCancelled, sender: str) -> None:
         """Nothing is written for a transfer any more."""
         self.transfers.done(sender, message.transfer)
+
+    def _depart(self, departure: Departure) -> None:
+        """Has a prompt computed elsewhere, as soon as the ranks do not write into its pages any more."""
+        request, lease = departure.request, departure.lease
+        answered = self.in_flight[0].number - 1 if self.in_flight else self.steps
+        if not departure.wanted:
+            self.pool.take_back(departure.pages)
+        elif departure.after > answered:
+            self.batch.departing.append(departure)
+        else:
+            if request.phases is not None:
+                request.phases.enter("transfer", lease)
+            if not self.transfers.begin(request, lease):
+                self.batch.retract(request)
+                self.pool.take_back(departure.pages)
 
     def _plan_anew(self, transfers: list[Transfer]) -> None:
         """Transfers that lead to nothing: their requests wait again."""

@@ -167,7 +167,7 @@ class EngineScheduler(Actor):
             rows = self.batch.next_rows(on_trial)
             if not rows:
                 break
-            self.steps += 1
+            self.steps = self.pool.last_step = self.steps + 1
             step = InFlight(self.steps, rows)
             if not self.in_flight:
                 self.heard_of_ranks = step.sent = time.monotonic()

@@ -130,6 +130,9 @@ class PagePool:
     Args:
         ledger: what the pages held when this scheduler started.
         prefix_cache: keep pages in the tree when no request holds them.
+
+    Attributes:
+        last_step: number of the last step that the ranks were sent.
     """
 
     def __init__(self, ledger: PageLedger, prefix_cache: bool) -> None:
@@ -142,6 +145,8 @@ class PagePool:
         self.lent_before: list[int] = np.flatnonzero(ledger.lent).tolist()
         """Pages that a former incarnation had lent; `take_back` makes them free."""
         self.restored_pages = self.num_pages - len(self._free) - len(self.lent_before)
+        self.last_step = 0
+        self._written_until = np.zeros(self.num_pages, np.int64)  # by page: `last_step` when it was freed
 
     @property
     def available(self) -> int:
@@ -169,7 +174,13 @@ class PagePool:
     def give_back(self, pages: list[int]) -> None:
         """Frees pages that no request and no tree node holds."""
         self.ledger.clear(pages)
+        self._written_until[pages] = self.last_step
         self._free += pages
+
+    def written_until(self, pages: list[int]) -> int:
+        """The last step that may write into pages for those that had them before. Others than the ranks, which run
+        steps in their order, must not write before it has been answered."""
+        return int(self._written_until[pages].max(initial=0))
 
     def flush(self) -> int:
         """Forgets all prefixes that no request uses; how many pages that has freed."""

@@ -131,6 +131,35 @@ def test_pages_of_an_aborted_request_come_back_when_nobody_writes_into_them(stag
 
 
 @both
+def test_pages_are_lent_when_steps_that_were_sent_do_not_write_into_them_any_more(stage: DecodeStage) -> None:
+    stage.send("ingress0", generate("first", prompt=6, max_tokens=50))
+    asked = stage.asked()
+    stage.send("p.scheduler", Prefilled(asked.transfer, 7))
+    stage.send(RECEIVER, Received(asked.transfer))
+    ahead: Step = stage.expect("main.rank0", Step, skip=1)
+    stage.send("ingress0", Abort("first"))
+    stage.until(lambda: stage.available == NUM_PAGES)
+    stage.send("ingress0", generate("given up", prompt=6))
+    stage.until(lambda: stage.scheduler.batch.departing)
+    stage.send("ingress0", Abort("given up"))
+    stage.until(lambda: stage.available == NUM_PAGES)
+    stage.send("ingress0", generate("second", prompt=6))
+    stage.until(lambda: stage.scheduler.batch.departing)
+    stage.answer(stage.steps()[0])
+    stage.until(lambda: stage.scheduler.in_flight[0].number == ahead.number)
+    (departure,) = stage.scheduler.batch.departing
+    assert departure.after == ahead.number
+    assert len([m for m in stage.received["p.scheduler"] if isinstance(m, Prefill)]) == 1
+    stage.answer(ahead)
+    again = stage.asked(skip=1)
+    assert not stage.scheduler.batch.departing
+    stage.send("p.scheduler", Prefilled(again.transfer, 7))
+    stage.send(RECEIVER, Received(again.transfer))
+    stage.generate_all()
+    assert stage.available == NUM_PAGES
+
+
+@both
 def test_a_restarted_scheduler_uses_lent_pages_when_nobody_writes_into_them(stage: DecodeStage) -> None:
     shared = stage.scheduler.config.shared_kv
     stage.send("ingress0", generate(prompt=6))
