@@ -182,8 +182,9 @@ class _Exposition(Collector):
         for actor, figures in ingresses.items():
             for name, value in figures.items():
                 name, of_model, model = name.partition(_OF_MODEL)
-                if of_model:
-                    of_models.setdefault((model or self._model_of(actor), actor), {})[name] = value
+                if of_model:  # what is counted of no model in particular has all of them in its label, or the only one
+                    counted = of_models.setdefault((model or self._model_of(actor), actor), {})
+                    counted[name] = counted.get(name, 0.0) + value
         for name, (prefix, text) in COUNTERS.items():
             counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=labels)
             for values, figures in of_models.items():
