@@ -123,8 +123,7 @@ class Thought:
         """At one token more."""
         if self._stale:
             self._text, self._stale = self._before(output), False
-        token = int(output[self._seen])
-        text = self._text + (self._token_bytes[token] if token < len(self._token_bytes) else b"")
+        text = self._text + self._spelled(int(output[self._seen]))
         self._seen += 1
         if self._begun is None:
             self._text = text = text.lstrip()
@@ -136,7 +135,14 @@ class Thought:
             self._rest = text = text[len(self._start) :]
         if any(end in text for end in self._ends):
             self._answer = self._seen
-        self._text = text[max(len(text) - self._reach, 0) :]
+        self._text = self._end_of(text)
+
+    def _spelled(self, token: int) -> bytes:
+        return self._token_bytes[token] if token < len(self._token_bytes) else b""
+
+    def _end_of(self, text: bytes) -> bytes:
+        """As much of it as a marker that the next token completes may need."""
+        return text[max(len(text) - self._reach, 0) :]
 
     def _before(self, output: Int32s) -> bytes:
         """The last bytes of the reasoning before token `_seen`."""
@@ -144,11 +150,10 @@ class Thought:
         text, at = b"", self._seen
         while at > self._begun and len(text) < self._reach:
             at -= 1
-            token = int(output[at])
-            text = (self._token_bytes[token] if token < len(self._token_bytes) else b"") + text
+            text = self._spelled(int(output[at])) + text
         if at == self._begun:
             text = self._rest + text
-        return text[max(len(text) - self._reach, 0) :]
+        return self._end_of(text)
 
 
 class Thoughts:

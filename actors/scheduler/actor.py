@@ -48,7 +48,6 @@ class Scheduler(EngineScheduler):
         super().__init__(context)
         self.finished: deque[tuple[float, str]] = deque()
         self.outbox = Outbox()
-        self.keeping: dict[str, Request] = {}  # those with tokens that have not been sent
         self.group_ends = 0
         self.generated = 0
         self.throughput = 0.0
@@ -81,7 +80,6 @@ class Scheduler(EngineScheduler):
             if known.attempt >= message.attempt:
                 return
             self.batch.remove(known)
-            self.keeping.pop(known.rid, None)
             del self.requests[known.rid]
             _end_phases(known, "handed on anew")
         if not message.prompt or len(message.prompt) % 4 or len(message.output) % 4:
@@ -206,7 +204,6 @@ class Scheduler(EngineScheduler):
         if request.whole and request.events and finish is None:  # the first one tells the time to it
             request.kept += tokens
             request.kept_logprobs += logprobs or []
-            self.keeping[request.rid] = request
             return
         prompt = request.prompt_logprobs or None if request.output_len <= 1 else None
         self._emit(request, tokens, logprobs, prompt, finish)
@@ -224,7 +221,6 @@ class Scheduler(EngineScheduler):
             tokens = request.kept + tokens
             logprobs = request.kept_logprobs + (logprobs or []) or None
             request.kept, request.kept_logprobs = [], []
-            del self.keeping[request.rid]
         if not request.events:
             self.prompt_tokens += request.prompt_len
             self.cached_tokens += request.cached_tokens
@@ -254,7 +250,6 @@ class Scheduler(EngineScheduler):
     def forget(self, request: Request) -> None:
         """Frees all that a request holds."""
         self.batch.remove(request)
-        self.keeping.pop(request.rid, None)
         del self.requests[request.rid]
         _end_phases(request, "given up")
         self.outbox.closes.append(request.rid)
@@ -284,8 +279,9 @@ class Scheduler(EngineScheduler):
 
     def _send_kept(self) -> None:
         self.group_ends = self.steps + GROUP_STEPS
-        for request in list(self.keeping.values()):
-            self._emit(request, [], None, None, None)
+        for request in self.requests.values():
+            if request.kept:
+                self._emit(request, [], None, None, None)
 
     def _flush(self) -> None:
         box = self.outbox

@@ -66,7 +66,7 @@ class Departure:
     @property
     def wanted(self) -> bool:
         """Whether the request still waits for it, with these pages."""
-        return self.request.lease is self.lease and self.request.away
+        return self.request.away_on(self.lease)
 
 
 class Batch:

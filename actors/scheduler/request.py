@@ -134,6 +134,10 @@ class Request:
         planned = self.planned
         return planned >= self.max_len or planned >= max_model_len
 
+    def away_on(self, lease: Lease) -> bool:
+        """Whether it waits for its prompt to be computed by another engine, into the pages of this lease."""
+        return self.away and self.lease is lease
+
     def append(self, token: int) -> None:
         """Takes an output token."""
         self.tokens.append(token)

@@ -52,7 +52,7 @@ class Transfer:
     @property
     def wanted(self) -> bool:
         """Whether the request still waits for it, with these pages."""
-        return self.request.lease is self.lease and self.request.away
+        return self.request.away_on(self.lease)
 
 
 @dataclass(slots=True, eq=False)

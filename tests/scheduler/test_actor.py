@@ -87,7 +87,7 @@ def test_tokens_kept_for_a_group_are_sent_when_they_are_asked_for(stage: Stage) 
     assert [(event.index, event.tokens) for event in stage.events()][-2:] == [(0, [5]), (1, [5, 5, 5])]
     stage.send("ingress0", Abort("r"))
     stage.until(lambda: not stage.scheduler.requests)
-    assert not stage.scheduler.keeping
+    assert not any(request.kept for request in stage.scheduler.requests.values())
 
 
 def test_a_flushed_cache_is_empty_and_stays_so(stage: Stage) -> None:
