@@ -2,7 +2,7 @@
 #
 #   make serve              serve SmolLM2-135M-Instruct on http://127.0.0.1:8000/v1; Ctrl-C stops it
 #   make serve PORT=8123    … on another port; TOPOLOGY=FILE serves something else
-#   make test               the whole test suite (PYTEST_FLAGS="-n 2 --dist loadfile" runs two files at a time)
+#   make test               the whole test suite, two files at a time (PYTEST_FLAGS="-n 0" runs one after the other)
 #   make lint               ruff and mypy
 #   make bench              a serving benchmark of the embedded model
 #   make clean              remove .venv and everything that can be built again
@@ -14,7 +14,7 @@ PYTHON = python3
 PORT = 8000
 TOPOLOGY = topology/smollm2.toml
 TORCH_FLAGS =
-PYTEST_FLAGS =
+PYTEST_FLAGS = -n 2 --dist loadfile
 
 MOONCAKE_LIBRARIES = libibverbs1 librdmacm1 libnuma1 libcurl4
 

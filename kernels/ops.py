@@ -8,6 +8,7 @@ unless said otherwise.
 """
 
 import ctypes
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from kernels import packing, reference, triton
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
+from kernels.cpu.compile import processor_flags
 from kernels.cpu.paths import tune, way
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
@@ -231,6 +233,27 @@ def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor | No
     return packed
 
 
+def copies_pay() -> bool:
+    """Whether this machine's kernels gain anything from copies of int4 weights (see `kernels.packing`)."""
+    return library() is not None and "avx512_vnni" in processor_flags() and choice() == "avx512"
+
+
+def copy_weight(weight: PackedWeight, out: Tensor | None = None) -> PackedWeight:
+    """An int4 weight together with a copy in bytes, which `linear` takes for many rows where that is faster.
+
+    out: uint8 [copy_bytes(N, K)] for the copy. Raises ValueError for another kind of weight and if `out` does not fit.
+    """
+    if out is None:
+        size = packing.copy_bytes(weight.out_features, weight.in_features)
+        out = torch.empty(size, dtype=torch.uint8, device=weight.panels.device)
+    copied = replace(weight, copy=out)
+    if native := library_for(weight.panels, dtype=torch.uint8):
+        cpu.copy_int4(native, weight, out)
+    else:
+        packing.fill_copy(weight.panels, weight.out_features, weight.in_features, out)
+    return copied
+
+
 def _packed(like: Tensor, kind: WeightKind, outputs: int, inputs: int, out: Tensor | None) -> PackedWeight:
     if out is None:
         shape = packing.packed_shape(kind, outputs, inputs)
@@ -269,7 +292,7 @@ def linear(
     fits = x.is_cpu and x.dtype in FLOATS and (bias is None or (bias.dtype == x.dtype and bias.is_contiguous()))
     if isinstance(weight, PackedWeight) and weight.kind in _QUANTIZED:
         if fits and (native := library_for(data, dtype=torch.uint8)):
-            chosen = way(weight.kind, outputs, inputs, x.shape[0], deterministic)
+            chosen = way(weight, x.shape[0], deterministic)
             return cpu.linear_quantized(native, x, weight, bias, chosen, wide)
         return reference.linear(x, weight, bias, deterministic, wide)
     if fits and (native := library_for(data)):

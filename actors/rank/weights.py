@@ -143,6 +143,7 @@ def load_weights(
     packed: bool,
     descriptor: int,
     device: torch.device | str = "cpu",
+    copies: bool = False,
 ) -> Weights:
     """The weights of a shard, from an arena if a former incarnation has packed them there, else from the checkpoint.
 
@@ -151,13 +152,14 @@ def load_weights(
     Args:
         packed: store matrices of floats as panels for `kernels.linear`.
         descriptor: of the arena, of at least `weight_bytes` bytes.
+        copies: give int4 matrices copies in bytes, as `weight_layout` says.
 
     Raises:
         StartFailure: the arena is too small or holds other weights.
         CheckpointError: the checkpoint is damaged.
     """
-    slots, size = weight_layout(config, dtype, shard, packed)
-    identity = identity_of(path, dtype, shard.tp, shard.rank, packed)
+    slots, size = weight_layout(config, dtype, shard, packed, copies)
+    identity = identity_of(path, dtype, shard.tp, shard.rank, packed, copies)
     check_room(descriptor, size)
     found = contents_of(descriptor)
     if found is None:
@@ -168,12 +170,16 @@ def load_weights(
         compare_identities(found.identity, identity)
     arena = sealed_arena(descriptor)
     views = {slot.name: _view(arena, slot).to(device) for slot in slots}
-    return _collect(views, slots, config, shard)
+    return _collect(views, {slot.name: _copy_view(arena, slot) for slot in slots if slot.copied}, slots, config, shard)
 
 
 def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots: list[Slot]) -> None:
     def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
         _fill(*task, source)
+
+    def copy(slot: Slot) -> None:
+        rows, columns = slot.shape
+        kernels.copy_weight(kernels.PackedWeight(_view(arena, slot), "int4", rows, columns), _copy_view(arena, slot))
 
     tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts_of(config, shard, slot.name))]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
@@ -183,6 +189,8 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(fill, tasks):
                 pass
+            for _ in pool.map(copy, (slot for slot in slots if slot.copied)):
+                pass
     finally:
         torch.set_num_threads(threads)
 
@@ -191,6 +199,10 @@ def _view(arena: Arena, slot: Slot) -> Tensor:
     count = math.prod(slot.stored_shape)
     flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, slot.stored_dtype), count=count, offset=slot.offset)
     return flat.view(slot.stored_shape)
+
+
+def _copy_view(arena: Arena, slot: Slot) -> Tensor:
+    return torch.frombuffer(arena.buffer, dtype=torch.uint8, count=slot.copy_bytes, offset=slot.copy_offset)
 
 
 def _rows_of(slot: Slot, view: Tensor, first: int, count: int) -> Tensor:
@@ -268,11 +280,17 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
-    named: dict[str, Matrix] = {
-        slot.name: kernels.PackedWeight(views[slot.name], slot.dtype, *slot.shape) if slot.packed else views[slot.name]
-        for slot in slots
-    }
+def _collect(
+    views: dict[str, Tensor], copies: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard
+) -> Weights:
+    def matrix(slot: Slot) -> Matrix:
+        view = views[slot.name]
+        if not slot.packed:
+            return view
+        rows, columns = slot.shape
+        return kernels.PackedWeight(view, slot.dtype, rows, columns, copies.get(slot.name))
+
+    named: dict[str, Matrix] = {slot.name: matrix(slot) for slot in slots}
     layers: list[dict[str, Matrix]] = [{} for _ in range(config.num_layers)]
     for name, value in named.items():
         layer, _, kind = name.partition(".")
@@ -289,7 +307,7 @@ def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, s
         final_norm=views["final_norm"],
         lm_head=named["lm_head"],
         layers=[_layer(layer, config) for layer in layers],
-        nbytes=sum(view.nbytes for view in views.values()),
+        nbytes=sum(view.nbytes for view in (*views.values(), *copies.values())),
     )
 
 

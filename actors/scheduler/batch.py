@@ -153,11 +153,17 @@ class Batch:
                 budget -= len(draft)
 
     def _budget(self) -> int:
-        """Prompt tokens, and guesses, that the next step may take."""
+        """Prompt tokens, and guesses, that the next step may take.
+
+        A longer step holds up all that decode for the sake of those that wait for their first token. Where more wait
+        than decode, it may be so many times longer: of a burst, the first request does not make all others crawl.
+        """
         decoding = sum(not request.prefilling and not request.away for request in self.running)
         if not decoding or not self._config.max_step_ms:
             return self.chunk_tokens
-        most = self._times.most_tokens(self._config.max_step_ms / 1000, decoding + self.chunk_tokens) - decoding
+        waiting = len(self.waiting) + sum(request.prefilling and not request.away for request in self.running)
+        longest_s = self._config.max_step_ms / 1000 * max(1.0, waiting / decoding)
+        most = self._times.most_tokens(longest_s, decoding + self.chunk_tokens) - decoding
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))
 
     def admit_elsewhere(self) -> None:

@@ -30,7 +30,8 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         max_model_len: tokens of prompt and output together; at most `num_pages * page_size`.
         chunk_tokens: prompt tokens computed in one step, all requests together.
         max_step_ms: while requests decode, a step takes no more of prompts, and of guesses, than is expected to end
-            within this time; 0 for as much as `chunk_tokens` allows.
+            within this time, or as many times it as more requests wait than decode; 0 for as much as `chunk_tokens`
+            allows.
         max_running: requests that may have a slot at a time.
         max_queue: requests that may wait; one more is refused with 429.
         policy: order of the waiting queue: first come first served, or longest prefix match first.

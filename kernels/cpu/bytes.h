@@ -32,6 +32,16 @@ INLINE W16 add_products(W16 sums, W16 a, W16 b) {
     return {_mm512_add_epi32(sums.v, _mm512_add_epi32(even, odd))};
 }
 #endif
+// add_products with the word at x for all. GCC, left to itself, loads all words of a tile before it uses one, and then
+// has no registers left.
+INLINE W16 add_products_at(W16 sums, W16 a, const int32_t* x) {
+#ifdef __AVX512VNNI__
+    asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sums.v) : "v"(a.v), "m"(*x));
+    return sums;
+#else
+    return add_products(sums, a, {_mm512_set1_epi32(*x)});
+#endif
+}
 INLINE W16 operator+(W16 a, W16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int BITS>
 INLINE W16 shift_left(W16 a) { return {_mm512_slli_epi32(a.v, BITS)}; }
@@ -80,6 +90,7 @@ INLINE __m256i add_8bit(__m256i sums, __m256i a, __m256i b) {
 INLINE W16 add_products(W16 sums, W16 a, W16 b) {
     return {add_8bit(sums.low, a.low, b.low), add_8bit(sums.high, a.high, b.high)};
 }
+INLINE W16 add_products_at(W16 sums, W16 a, const int32_t* x) { return add_products(sums, a, broadcast_word(*x)); }
 INLINE W16 operator+(W16 a, W16 b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
 template <int BITS>
 INLINE W16 shift_left(W16 a) { return {_mm256_slli_epi32(a.low, BITS), _mm256_slli_epi32(a.high, BITS)}; }

@@ -19,6 +19,7 @@ from pathlib import Path
 
 SOURCES = (
     "attention.cpp",
+    "byte_copy.cpp",
     "elementwise.cpp",
     "experts.cpp",
     "graph.cpp",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compile import EXTENSIONS, processor_flags
-from kernels.cpu.functions import linear_quantized
+from kernels.cpu.functions import COPY, linear_quantized
 from kernels.cpu.load import library
 from kernels.packing import packed_bytes
 from kernels.types import PackedWeight
@@ -40,6 +40,10 @@ FEW = {"int8": VECTORS, "int4": PAIRS}
 # Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and `_many()` instead, if nothing was
 # measured.
 DEFAULT_ROWS = (12, 12, 32)
+# The same for COPY, whatever is taken otherwise.
+DEFAULT_COPY_ROWS = (8,)
+# Numbers in an entry of the table, by the first word of its key.
+LENGTHS = {"int8": len(DEFAULT_ROWS), "int4": len(DEFAULT_ROWS), "copy": len(DEFAULT_COPY_ROWS)}
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30
@@ -49,10 +53,24 @@ REPEATS = 7
 Table = dict[str, list[int]]
 
 
-def way(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
-    """The way of a layer: one of WAYS. With `deterministic`, among those that give the same bits."""
+def way(weight: PackedWeight, rows: int, deterministic: bool) -> int:
+    """The way of a layer: one of WAYS, or COPY. With `deterministic`, among those that give the same bits."""
+    kind, outputs, inputs = weight.kind, weight.out_features, weight.in_features
+    if weight.copy is not None and not deterministic and rows >= copy_rows(outputs, inputs):
+        return COPY
+    return way_without_copy(kind, outputs, inputs, rows, deterministic)
+
+
+def way_without_copy(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
+    """The same for a weight that has no copy."""
     few, byte_tiles, many, way_of_many = limits(kind, outputs, inputs, deterministic)
     return way_of_many if rows >= many else BYTE_TILES if rows >= byte_tiles else few
+
+
+def copy_rows(outputs: int, inputs: int) -> int:
+    """Rows from which on a layer takes the copy of its int4 weight."""
+    (rows,) = _table().get(_key("copy", outputs, inputs), DEFAULT_COPY_ROWS)
+    return rows
 
 
 def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int, int]:
@@ -80,19 +98,22 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
     shapes: dict[str, list[PackedWeight]] = {}
     for weight in weights:
         if weight.kind in WAYS and weight.panels.is_cpu:
-            shapes.setdefault(_key(weight.kind, weight.out_features, weight.in_features), []).append(weight)
+            for kind in (weight.kind,) if weight.copy is None else (weight.kind, "copy"):
+                shapes.setdefault(_key(kind, weight.out_features, weight.in_features), []).append(weight)
     if shapes.keys() <= _table().keys():
         return dict(_table())
     try:
         with open(path.parent / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             table = _read(path)
-            for key, same in shapes.items():
+            # Copies last: they are measured beside what is then known to be best without them.
+            for key, same in sorted(shapes.items(), key=lambda shape: shape[0].startswith("copy")):
                 if key not in table:
-                    table[key] = _measure(native, same)
-            _write(path, table)
+                    table[key] = _measure_copy(native, same) if key.startswith("copy") else _measure(native, same)
+                    _write(path, table)
+                    _table.cache_clear()
     except OSError:
-        return dict(_table())
+        pass
     _table.cache_clear()
     return dict(_table())
 
@@ -146,9 +167,8 @@ def _read(path: Path) -> Table:
 
 def _is_entry(key: str, limits: object) -> bool:
     return (
-        key.partition(" ")[0] in WAYS
-        and isinstance(limits, list)
-        and len(limits) == len(DEFAULT_ROWS)
+        isinstance(limits, list)
+        and len(limits) == LENGTHS.get(key.partition(" ")[0])
         and all(isinstance(rows, int) and rows > 0 for rows in limits)
     )
 
@@ -169,6 +189,12 @@ def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     some = exact if few == VECTORS else _first_faster(native, weights, lambda _: few, BYTE_TILES)
     many = _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= some else few, BFLOAT16_TILES)
     return [exact, some, many]
+
+
+def _measure_copy(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
+    """The same of a shape of which there are copies: beside what is known of it without them."""
+    outputs, inputs = weights[0].out_features, weights[0].in_features
+    return [_first_faster(native, weights, lambda rows: way_without_copy("int4", outputs, inputs, rows, False), COPY)]
 
 
 def _parts(weight: PackedWeight) -> Iterator[PackedWeight]:

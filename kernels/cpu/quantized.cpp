@@ -162,6 +162,10 @@ void widen_row(const EmbeddingCall& c, int64_t id, float* to) {
 EXPORT int linear_quantized(const QuantizedCall* call) try {
     const Call c{*call};
     if (c.rows == 0) return 0;
+    if (c.way == COPY) {
+        linear_by_copy(c);
+        return 0;
+    }
 #ifdef __AMX_TILE__
     if ((c.way == BYTE_TILES || c.way == BFLOAT16_TILES) && amx_granted()) {
         c.bits == 8 ? by_tiles<8>(c) : by_tiles<4>(c);

@@ -179,10 +179,14 @@ async def _request(session: aiohttp.ClientSession, url: str, model: str, prompt:
             if response.status != 200:
                 outcome.error = f"status {response.status}: {(await response.text())[:200]}"
                 return outcome
-            async for line in response.content:
-                data = line.removeprefix(b"data:").strip()
-                if line.startswith(b"data:") and data != b"[DONE]":
-                    _take_in(_decode(data), outcome, time.perf_counter() - began)
+            rest = b""
+            async for piece in response.content.iter_any():  # line by line, aiohttp wakes its reader twice an event
+                now = time.perf_counter() - began
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    data = line.removeprefix(b"data:").strip()
+                    if line.startswith(b"data:") and data != b"[DONE]":
+                        _take_in(_decode(data), outcome, now)
     except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     if not outcome.error and not outcome.arrivals:

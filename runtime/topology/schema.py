@@ -294,8 +294,9 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
             ge=0,
             le=1_000_000,
             description="While requests decode, a step takes no more of waiting prompts, and of guesses, than is "
-            "expected from measured steps to end within so many milliseconds (but 64 tokens of prompts at least): "
-            "streams flow more evenly, prompts wait longer. 0 for as much as `chunk_tokens` allows.",
+            "expected from measured steps to end within so many milliseconds (but 32 tokens of prompts at least): "
+            "streams flow more evenly, prompts wait longer. Where more requests wait than decode, the time is so many "
+            "times as long. 0 for as much as `chunk_tokens` allows.",
         ),
     ] = 50
     max_running: Annotated[

@@ -185,18 +185,18 @@ def test_table_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert kernels.tune(weights) == table
         path.write_text(json.dumps({key: [5, 6, 7] for key in table}))
         paths._table.cache_clear()
-        assert [paths.way("int8", 64, 64, rows, False) for rows in (4, 5, 6, 7)] == [0, 0, 1, 2]
-        assert [paths.way("int4", 64, 64, rows, False) for rows in (4, 5, 6, 7)] == [3, 3, 1, 2]
-        assert [paths.way("int4", 64, 64, rows, True) for rows in (4, 5, 6, 7)] == [0, 1, 1, 1]
+        assert [paths.way_without_copy("int8", 64, 64, rows, False) for rows in (4, 5, 6, 7)] == [0, 0, 1, 2]
+        assert [paths.way_without_copy("int4", 64, 64, rows, False) for rows in (4, 5, 6, 7)] == [3, 3, 1, 2]
+        assert [paths.way_without_copy("int4", 64, 64, rows, True) for rows in (4, 5, 6, 7)] == [0, 1, 1, 1]
         key = min(table)
         for damaged in ("", "[1]", f'{{"{key}": "many"}}', f'{{"{key}": [1]}}', f'{{"{key}": [1, 2, -1]}}'):
             path.write_text(damaged)
             paths._table.cache_clear()
-            assert paths.way("int4", 64, 64, paths.DEFAULT_ROWS[0] - 1, True) == 0
+            assert paths.way_without_copy("int4", 64, 64, paths.DEFAULT_ROWS[0] - 1, True) == 0
         monkeypatch.setattr(paths, "processor_flags", set)
         paths._has_tiles.cache_clear()
-        assert [paths.way("int4", 64, 64, 100, deterministic) for deterministic in (False, True)] == [4, 0]
-        assert [paths.way("int8", 64, 64, 3, deterministic) for deterministic in (False, True)] == [0, 0]
+        assert [paths.way_without_copy("int4", 64, 64, 100, deterministic) for deterministic in (False, True)] == [4, 0]
+        assert [paths.way_without_copy("int8", 64, 64, 3, deterministic) for deterministic in (False, True)] == [0, 0]
     finally:
         paths._table.cache_clear()
         paths._has_tiles.cache_clear()

@@ -69,7 +69,7 @@ def test_tokens_of_an_answer_that_is_not_streamed_go_on_in_groups(stage: Stage) 
     stage.generate_all()
     (first, *groups) = arrived("whole")
     assert first == (0, 1, None), "the time to the first token is measured by it"
-    assert 1 < max(size for _, size, _ in groups) <= GROUP_STEPS
+    assert 1 < max(size for _, size, _ in groups) < 2 * GROUP_STEPS, "answers lag behind the steps that are counted"
     assert len(groups) < 30, "they also go on once a second"
     assert [index for index, _, _ in groups] == list(np.cumsum([1, *(size for _, size, _ in groups[:-1])]))
     assert sum(size for _, size, _ in groups) == 59

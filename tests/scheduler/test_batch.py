@@ -6,6 +6,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -297,3 +298,32 @@ def test_requests_that_share_a_prefix_wait_for_the_first_one() -> None:
         simulation.answer()
     assert all(output == simulation.expected(rid) for rid, output in simulation.outputs.items())
     assert simulation.pool.tree.total_pages == 5, "the prefix is kept once"
+
+
+@pytest.mark.parametrize(("waiting", "taken"), [(1, 39), (2, 79), (3, 119)])
+def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(waiting: int, taken: int) -> None:
+    """A millisecond a token, and 40 of them: as long for each that waits as for each that decodes."""
+    simulation = Simulation(0, "fcfs", 1_000)
+    config = msgspec.structs.replace(simulation.config, max_step_ms=40)
+    times = StepTimes()
+    for size in (1, 511):
+        times.observe(size, size / 1000)
+    batch = Batch(config, simulation.pool, times)
+
+    def arrive(rid: str, length: int) -> Request:
+        prompt = np.full(length, ord(rid), np.int32).tobytes()
+        sampling = SamplingParams(max_tokens=20, seed=0)
+        request = Request(Generate(rid, 0, prompt, sampling, TextParams()), "ingress0", 0, PAGE_SIZE)
+        batch.add(request)
+        return request
+
+    first = arrive("a", 4)
+    (row,) = batch.next_rows()
+    first.pending -= 1
+    first.append(1)
+    batch.computed(row)
+    for number in range(waiting):
+        arrive("bcd"[number], 42)
+    rows = batch.next_rows()
+    assert rows[0].request is first
+    assert sum(row.length for row in rows[1:]) == taken
