@@ -76,7 +76,7 @@ def test_curl_streams(node: Node) -> None:
     events = [line for line in output.splitlines() if line]
     assert all(event.startswith("data: ") for event in events)
     assert events[-1] == "data: [DONE]"
-    assert len(events) >= 6
+    assert len(events) >= 3, "tokens of several steps may share an event, but not all of them"
 
 
 def test_two_hundred_requests_at_concurrency_32(node: Node) -> None:
