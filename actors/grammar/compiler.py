@@ -21,6 +21,15 @@ MAX_COMPILED_BYTES = 64 * 2**20
 CACHE_BYTES = 64 * 2**20
 """What a compiler keeps of parts that grammars share: strings of at most so many characters above all, each state of
 which takes milliseconds to compile."""
+_NUMBERS = (
+    ("basic_number_2", "[0-9]*", "[0-9]{0, 16}"),
+    ("basic_number_3", "basic_number_digits{1, -1}", "basic_number_digits{1, 17}"),
+    ("basic_number_5", "basic_number_digits{1, -1}", "basic_number_digits{1, 3}"),
+)
+"""xgrammar's rules for the digits of any number (whole, of a fraction, of an exponent), and what they become: a double
+has 17 digits, and a small model draws them for ever."""
+_AMBIGUOUS = re.compile(r"\\x[0-9a-fA-F]{3}")
+"""An escape of two hexadecimal digits and a letter that xgrammar, reading its own grammar, would take for a third."""
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
@@ -104,10 +113,10 @@ class GrammarCompiler:
         compiler = self._compiler
         match kind:
             case "json":
-                return self._json_compiler.compile_json_schema('{"type": "object"}', any_whitespace=False)
+                return self._compile_json('{"type": "object"}')
             case "json_schema":
                 schema = json.dumps(prepared(json.loads(text)))
-                return self._json_compiler.compile_json_schema(schema, any_whitespace=False)
+                return self._compile_json(schema)
             case "regex":
                 return compiler.compile_regex(text)
             case "ebnf":
@@ -116,6 +125,12 @@ class GrammarCompiler:
                 return compiler.compile_grammar(_choice(text))
             case _:
                 return compiler.compile_structural_tag(_structural_tag(text))
+
+    def _compile_json(self, schema: str) -> Any:
+        grammar = _bounded_numbers(schema)
+        if grammar is None:
+            return self._json_compiler.compile_json_schema(schema, any_whitespace=False)
+        return self._json_compiler.compile_grammar(grammar)
 
     def _check_beginning(self, constraint: Constraint, compiled: Any) -> None:
         """Raises BadGrammar if no answer can even begin."""
@@ -134,6 +149,16 @@ _NAMES = {
     "choice": "list of choices",
     "structural_tag": "structural tag",
 }
+
+
+def _bounded_numbers(schema: str) -> Any:
+    """xgrammar's `Grammar` of a schema with an end to its numbers; None where they have one, or it cannot be told."""
+    text = bounded = str(xgrammar().Grammar.from_json_schema(schema, any_whitespace=False))
+    for rule, digits, most in _NUMBERS:
+        bounded = re.sub(rf"^({rule} ::= .*){re.escape(digits)}", rf"\g<1>{most}", bounded, count=1, flags=re.MULTILINE)
+    if bounded == text or _AMBIGUOUS.search(text):
+        return None
+    return xgrammar().Grammar.from_ebnf(bounded)
 
 
 def _choice(text: str) -> str:

@@ -79,6 +79,7 @@ FORMS: dict[str, tuple[dict[str, Any], list[Any], list[Any]]] = {
     "email": ({"format": "email"}, ["a.b+c@mail.example.org"], ["a@b", "a b@c.de", "@c.de", "a" * 90 + "@c.de"]),
     "integer": ({"type": "integer"}, [0, -7, 2**63 - 1], [2**63, -(10**20)]),
     "integer from": ({"type": "integer", "minimum": 3}, [3, 2**63 - 1], [2, 2**63]),
+    "number": ({"type": "number"}, [0.5, -7, 1.5e300, 2**53, 0.1 + 0.2, 1e-7], [10**17]),
     "hostname": ({"format": "hostname"}, ["a-b.example.org"], ["-a", "a..b"]),
 }
 """Schemas whose answers have an end, whatever a model draws."""
@@ -118,6 +119,25 @@ def test_keys_are_told_as_they_are(compiler: GrammarCompiler) -> None:
     assert allows(compiler, constraint, '{"größe": 1}')
     assert allows(compiler, constraint, json.dumps({"größe": 1, 'a"色\\f': 2}, ensure_ascii=False))
     assert not allows(compiler, constraint, '{"grö": 1}')
+
+
+def test_keys_beside_numbers_are_told_as_they_are(compiler: GrammarCompiler) -> None:
+    keys = ["größe", "日bc", "\\x41b", "\\u0041", 'a"色\\f', "🙂e", "\x01f"]
+    schema = {"type": "object", "properties": {key: {"type": "number"} for key in keys}, "required": keys}
+    constraint = Constraint("json_schema", json.dumps(schema))
+    whole = json.dumps(dict.fromkeys(keys, 1.25), ensure_ascii=False)
+    assert allows(compiler, constraint, whole)
+    for key in keys:
+        changed = json.dumps({other + "x" * (other == key): 1.25 for other in keys}, ensure_ascii=False)
+        assert not allows(compiler, constraint, changed)
+
+
+def test_numbers_end(compiler: GrammarCompiler) -> None:
+    for constraint in (Constraint("json"), Constraint("json_schema", '{"type": "object", "properties": {"a": true}}')):
+        for number in ("1" * 17, "-0." + "1" * 17, "1e+123", "1.5E-007"):
+            assert allows(compiler, constraint, f'{{"a": {number}}}')
+        for number in ("1" * 18, "0." + "1" * 18, "1e1234"):
+            assert not allows(compiler, constraint, f'{{"a": {number}}}')
 
 
 def test_parts_that_grammars_share_are_kept(compiler: GrammarCompiler) -> None:
