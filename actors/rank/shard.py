@@ -259,7 +259,7 @@ def _layout(
             in_panels = stored in ("int8", "int4") or (packed and kind != "embedding" and kind not in FLOATS)
         if name == "lm_head" and config.tie_embeddings and _shares_embedding(slots[0], in_panels, shard.vocab):
             continue
-        copied = copies and stored == "int4" and in_panels and not kind.startswith("experts_")
+        copied = copies and stored == "int4" and name != kind and not kind.startswith("experts_")
         slots.append(Slot(name, shape, stored, in_panels, offset, copied))
         offset += -(-slots[-1].nbytes // ALIGNMENT) * ALIGNMENT
     return slots, offset

@@ -140,7 +140,8 @@ def test_small_models_have_copies_of_int4_matrices(monkeypatch: pytest.MonkeyPat
     plain, plain_size = weight_layout(MIXED, "int4", shard, True)
     slots, size = weight_layout(MIXED, "int4", shard, True, copies=True)
     assert size <= weight_bytes(MIXED, "int4", 1, 0)
-    assert {slot.name for slot in slots if slot.copied} == {slot.name for slot in plain if slot.dtype == "int4"}
+    of_layers = {slot.name for slot in plain if slot.dtype == "int4" and "." in slot.name}
+    assert {slot.name for slot in slots if slot.copied} == of_layers, "tables of the vocabulary have none"
     for slot, following in zip(slots, [*slots[1:], None], strict=True):
         if slot.copied:
             assert slot.copy_offset == slot.offset + kernels.packed_bytes("int4", *slot.shape)
