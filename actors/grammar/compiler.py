@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.grammar.bounded import bounded
 from actors.grammar.errors import BadGrammar
 from actors.grammar.library import xgrammar
 from actors.grammar.schema import prepared
@@ -21,15 +22,14 @@ MAX_COMPILED_BYTES = 64 * 2**20
 CACHE_BYTES = 64 * 2**20
 """What a compiler keeps of parts that grammars share: strings of at most so many characters above all, each state of
 which takes milliseconds to compile."""
-_NUMBERS = (
-    ("basic_number_2", "[0-9]*", "[0-9]{0, 16}"),
-    ("basic_number_3", "basic_number_digits{1, -1}", "basic_number_digits{1, 17}"),
-    ("basic_number_5", "basic_number_digits{1, -1}", "basic_number_digits{1, 3}"),
-)
-"""xgrammar's rules for the digits of any number (whole, of a fraction, of an exponent), and what they become: a double
-has 17 digits, and a small model draws them for ever."""
+_BOUNDED_FORMATS = {
+    *("structural_tag", "sequence", "or", "tag", "triggered_tags", "tags_with_separator"),
+    *("const_string", "any_text", "json_schema"),
+}
+"""Of structural tags: what they hold is JSON or has no digits and nothing that holds itself."""
 _AMBIGUOUS = re.compile(r"\\x[0-9a-fA-F]{3}")
-"""An escape of two hexadecimal digits and a letter that xgrammar, reading its own grammar, would take for a third."""
+"""An escape of two hexadecimal digits and a letter that xgrammar, whose cache holds grammars as texts that it reads
+again, would take for a third."""
 _WHERE = re.compile(r"^\[[\d:]+\] \S+:\d+: ")
 _CHECK = re.compile(r"^Check failed: .*? is false: ")
 _QUOTED = 300
@@ -124,13 +124,21 @@ class GrammarCompiler:
             case "choice":
                 return compiler.compile_grammar(_choice(text))
             case _:
-                return compiler.compile_structural_tag(_structural_tag(text))
+                tag = _structural_tag(text)
+                if _formats(tag) <= _BOUNDED_FORMATS:
+                    grammar = xgrammar().Grammar.from_structural_tag(tag)
+                    return self._compile_bounded(grammar, compiler, self.tokens.info)
+                return compiler.compile_structural_tag(tag)
 
     def _compile_json(self, schema: str) -> Any:
-        grammar = _bounded_numbers(schema)
-        if grammar is None:
-            return self._json_compiler.compile_json_schema(schema, any_whitespace=False)
-        return self._json_compiler.compile_grammar(grammar)
+        grammar = xgrammar().Grammar.from_json_schema(schema, any_whitespace=False)
+        return self._compile_bounded(grammar, self._json_compiler, self.tokens.line_info)
+
+    def _compile_bounded(self, grammar: Any, compiler: Any, info: Any) -> Any:
+        grammar = bounded(grammar)
+        if _AMBIGUOUS.search(str(grammar)):
+            compiler = xgrammar().GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        return compiler.compile_grammar(grammar)
 
     def _check_beginning(self, constraint: Constraint, compiled: Any) -> None:
         """Raises BadGrammar if no answer can even begin."""
@@ -149,16 +157,6 @@ _NAMES = {
     "choice": "list of choices",
     "structural_tag": "structural tag",
 }
-
-
-def _bounded_numbers(schema: str) -> Any:
-    """xgrammar's `Grammar` of a schema with an end to its numbers; None where they have one, or it cannot be told."""
-    text = bounded = str(xgrammar().Grammar.from_json_schema(schema, any_whitespace=False))
-    for rule, digits, most in _NUMBERS:
-        bounded = re.sub(rf"^({rule} ::= .*){re.escape(digits)}", rf"\g<1>{most}", bounded, count=1, flags=re.MULTILINE)
-    if bounded == text or _AMBIGUOUS.search(text):
-        return None
-    return xgrammar().Grammar.from_ebnf(bounded)
 
 
 def _choice(text: str) -> str:
@@ -205,6 +203,16 @@ def _with_prepared_schemas(tag: Any) -> Any:
     if tag.get("type") == "json_schema" and "json_schema" in tag:
         return {**tag, "json_schema": prepared(tag["json_schema"])}
     return {name: _with_prepared_schemas(each) for name, each in tag.items()}
+
+
+def _formats(tag: Any) -> set[str]:
+    """The types of a structural tag and of what it holds, but for schemas."""
+    parts = tag if isinstance(tag, list) else []
+    found: set[str] = set()
+    if isinstance(tag, dict):
+        found = {str(tag["type"])} if "type" in tag else set()
+        parts = [part for name, part in tag.items() if name != "json_schema"]
+    return found.union(*(_formats(part) for part in parts))
 
 
 def _reason(error: BaseException) -> str:
