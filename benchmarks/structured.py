@@ -95,7 +95,7 @@ async def _valid(url: str, options: argparse.Namespace) -> int:
 
 def valid(options: argparse.Namespace) -> int:
     """Samples of every schema."""
-    with running(NAME, options.port, "smollm2.toml", *options.set):
+    with running(NAME, options.port, options.topology, *options.set):
         return asyncio.run(_valid(f"http://127.0.0.1:{options.port}", options))
 
 
@@ -131,7 +131,7 @@ async def _speed(url: str, options: argparse.Namespace) -> int:
 
 def speed(options: argparse.Namespace) -> int:
     """The same load with a schema and without, in turn on one node."""
-    with running(NAME, options.port, "smollm2.toml", *options.set):
+    with running(NAME, options.port, options.topology, *options.set):
         return asyncio.run(_speed(f"http://127.0.0.1:{options.port}", options))
 
 
@@ -185,6 +185,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=8960)
+    parser.add_argument("--topology", default="smollm2.toml", help="a file of topology/, or any (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
     options = parser.parse_args()
     options.tokens = options.tokens or (1024 if options.part == "valid" else 128)

@@ -272,3 +272,15 @@ def test_the_library_is_loaded_without_transformers_and_only_when_needed() -> No
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert ran.stdout.strip() == "transformers", ran.stderr
+
+
+def test_the_library_does_not_ask_for_cuda_devices() -> None:
+    """It is imported by a process that forks the ranks, which could not use them then."""
+    code = (
+        "import runtime.environment as e; e.prepare(); import torch; asked = []; "
+        "torch.cuda.is_available = lambda: asked.append(1); import actors.grammar as g; g.xgrammar(); print(asked)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.stdout.strip() == "[]", ran.stderr
