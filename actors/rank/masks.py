@@ -7,6 +7,7 @@ accepted, and when others take their place it goes back. So a position's mask is
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from actors.messages import OpenSlot
 logger = logging.getLogger(__name__)
 
 Int32s = NDArray[np.int32]
+
+THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+"""That fill the masks of a step. More than one where the cores are many, as beside a GPU: a mask takes some 50 µs."""
 
 
 class Automaton:
@@ -116,7 +120,7 @@ class Masks:
         going = [row for row, automaton in enumerate(automata) if not automaton.lost]
         if going:
             if self._batch is None:
-                self._batch = xgrammar().BatchGrammarMatcher(max_threads=1)
+                self._batch = xgrammar().BatchGrammarMatcher(max_threads=THREADS)
             self._batch.batch_fill_next_token_bitmask([automata[row].matcher for row in going], masks, going)
         for row in np.flatnonzero(~masks.any(axis=1)).tolist():
             allow(masks[row], automata[row].stops)
