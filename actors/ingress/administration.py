@@ -1,5 +1,5 @@
-"""What operators ask: SGLang's /get_load, /get_model_info, /get_server_info, /flush_cache and /abort_request, and /load
-of vLLM."""
+"""What operators ask: SGLang's /get_load, also as /v1/load, /get_model_info, /get_server_info, /flush_cache and
+/abort_request, and /load of vLLM."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def create_app(service: Service) -> Starlette:
                 methods=["POST"],
             ),
             Route("/load", Get(service, admin.load), methods=["GET"]),
-            Route("/get_load", Get(service, admin.get_load), methods=["GET"]),
+            *(Route(path, Get(service, admin.get_load), methods=["GET"]) for path in ("/v1/load", "/get_load")),
             Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
             Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),

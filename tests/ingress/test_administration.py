@@ -114,6 +114,7 @@ def test_get_load_and_infos(shared: Served) -> None:
     assert shared.client.get("/get_load").json() == [
         {"dp_rank": 0, "engine": "main", "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 32 * 16}
     ]
+    assert shared.client.get("/v1/load").json() == shared.client.get("/get_load").json()
     assert shared.client.get("/load").json() == {"server_load": 0}
     model = shared.client.get("/get_model_info").json()
     assert (model["model_path"], model["is_generation"], model["max_model_len"]) == (MODEL, True, MAX_MODEL_LEN)
