@@ -29,6 +29,8 @@ choices expressions, of tags [text, rule … two more], of a repetition [rule, l
 _DIGIT = [0, *b"09"]
 _EXPONENT = (_CLASS, [0, *b"eeEE"])
 _BODY = 1
+_PLAIN = (-1, False, -1, -1, "", False, None)
+"""What a rule has behind its body: nothing about what follows it, no limits, no capture."""
 _NEVER = 1 << 30
 
 Expression = tuple[int, list[int]]
@@ -99,7 +101,7 @@ class _Rules:
     def _digit_rule(self, digit_rules: set[int]) -> int:
         if not digit_rules:
             body = self._add(_CHOICES, [self._add(_SEQUENCE, [self._add(_CLASS, _DIGIT)])])
-            self.rules.append(["digit", body, *self.rules[0][_BODY + 1 :]])
+            self.rules.append(["digit", body, *_PLAIN])
             digit_rules.add(len(self.rules) - 1)
         return min(digit_rules)
 
