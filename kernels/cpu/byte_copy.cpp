@@ -64,30 +64,10 @@ struct SpanRows {
                 int count = int(std::min<int64_t>(SPAN, c.inputs - s * SPAN));
                 auto* bytes = (int8_t*)(words_from(from) + (s * rows + r) * SPAN_WORDS);
                 int64_t index = s * rows + r;
-                c.narrow ? round((const bf16*)c.x + at, count, bytes, scales_from(from)[index], starts_from(from)[index])
-                         : round((const float*)c.x + at, count, bytes, scales_from(from)[index], starts_from(from)[index]);
+                Steps steps = round_to_bytes<1, SPAN / LANES>(c, at, count, bytes);
+                scales_from(from)[index] = steps.scale;
+                starts_from(from)[index] = -ZERO * int32_t(steps.sum);
             }
-    }
-    template <class T>
-    INLINE static void round(const T* x, int count, int8_t* bytes, float& scale, int32_t& start) {
-        constexpr int VECTORS = SPAN / LANES;
-        V16 values[VECTORS], most = zeros(), sums = zeros();
-        for (int i = 0; i < VECTORS; ++i) {
-            values[i] = load_part(x + i * LANES, std::clamp(count - i * LANES, 0, LANES));
-            most = max(absolute(values[i]), most);
-        }
-        float largest_size = largest(most);
-        bool none = largest_size <= SMALLEST;
-        V16 inverse = broadcast(none ? 0 : 127 / largest_size);
-        for (int i = 0; i < VECTORS; ++i) {
-            V16 steps = nearest(values[i] * inverse);
-            store_bytes(bytes + i * LANES, steps);
-            sums = sums + steps;  // exact
-        }
-        float steps = sum(sums);
-        bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
-        scale = !numbers ? steps : none ? 0 : largest_size / 127;
-        start = numbers ? -ZERO * int32_t(steps) : 0;
     }
 };
 
