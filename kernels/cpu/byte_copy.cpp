@@ -33,7 +33,7 @@ struct Copy {
     }
 };
 
-// Rows of x in signed bytes, in tiles; of a tile, span by span the words [rows][16], scales [rows] and, to begin the sums
+// Rows of x in signed bytes, in tiles; of a tile, span by span the words [rows][24], scales [rows] and, to begin the sums
 // with, what the weights' zeros add, negated [rows].
 struct SpanRows {
     const Call& c;
