@@ -142,11 +142,13 @@ void copy_sixteen(const CopyCall& c, const Call& call, int64_t panel, int sixtee
     uint8_t* to = Copy<uint8_t>(c.copy, c.inputs, panel, sixteen).at;
     for (int64_t first = 0; first < call.groups(); first += SPAN_GROUPS) {
         int64_t end = std::min(call.groups(), first + SPAN_GROUPS);
-        V16 most = zeros();
+        V16 most = zeros(), none = zeros();  // none: no number where a group's scale or minimum is none
         for (int64_t g = first; g < end; ++g) {
             Block<4> block(call, panel, g);
             V16 scale = block.scale(sixteen), minimum = block.minimum(sixteen, scale);
-            most = max(most, max(absolute(minimum), absolute(fma(scale, broadcast(15.0f), minimum))));
+            V16 size = max(absolute(minimum), absolute(fma(scale, broadcast(15.0f), minimum)));
+            most = max(most, size);
+            none = fma(size, zeros(), none);
         }
         V16 inverse = broadcast(127.0f) / max(most, broadcast(SMALLEST));
         for (int64_t g = first; g < end; ++g, to += GROUP * LANES) {
@@ -168,7 +170,7 @@ void copy_sixteen(const CopyCall& c, const Call& call, int64_t panel, int sixtee
             }
         }
         for (int64_t g = end; g < first + SPAN_GROUPS; ++g, to += GROUP * LANES) std::memset(to, ZERO, GROUP * LANES);
-        store((float*)to, most * broadcast(1.0f / 127));
+        store((float*)to, most * broadcast(1.0f / 127) + none);
         to += LANES * sizeof(float);
     }
 }
