@@ -281,9 +281,10 @@ def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
     return rows.start % PANEL_ROWS == 0 and (rows.stop % PANEL_ROWS == 0 or rows.stop == embedding.shape[0])
 
 
-def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) -> int:
+def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int, copies: bool = True) -> int:
     """Bytes that the weights arena of a rank needs, whichever way its matrices of floats are stored.
 
+    copies: whether int4 matrices may have copies, as the processor likes it.
     Raises StartFailure as `shard_of` does, and for a type that the model cannot be loaded as.
     """
     shard = shard_of(config, tp, rank)
@@ -292,7 +293,7 @@ def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) ->
             whose = f"{config.architecture} is run by transformers' implementation"
             raise StartFailure(f'{whose}, which has no {dtype}: set model.dtype to "bfloat16"')
         return HEADER_BYTES + config.foreign.parameters * _ITEM_BYTES[dtype] + config.foreign.tensors * ALIGNMENT
-    return max(weight_layout(config, dtype, shard, packed, copies=True)[1] for packed in (False, True))
+    return max(weight_layout(config, dtype, shard, packed, copies)[1] for packed in (False, True))
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: KVDType, kv_heads: int) -> int:

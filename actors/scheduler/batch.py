@@ -157,11 +157,13 @@ class Batch:
 
         A longer step holds up all that decode for the sake of those that wait for their first token. Where more wait
         than decode, it may be so many times longer: of a burst, the first request does not make all others crawl.
+        Those for whom there is no slot have nothing of a longer step, and do not count.
         """
         decoding = sum(not request.prefilling and not request.away for request in self.running)
         if not decoding or not self._config.max_step_ms:
             return self.chunk_tokens
-        waiting = len(self.waiting) + sum(request.prefilling and not request.away for request in self.running)
+        waiting = sum(request.prefilling and not request.away for request in self.running)
+        waiting += min(len(self.waiting), len(self._slots))
         longest_s = self._config.max_step_ms / 1000 * max(1.0, waiting / decoding)
         most = self._times.most_tokens(longest_s, decoding + self.chunk_tokens) - decoding
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))

@@ -33,7 +33,7 @@ struct Copy {
     }
 };
 
-// Rows of x in signed bytes, in tiles; of a tile, span by span the words [rows][16], scales [rows] and, to begin the sums
+// Rows of x in signed bytes, in tiles; of a tile, span by span the words [rows][24], scales [rows] and, to begin the sums
 // with, what the weights' zeros add, negated [rows].
 struct SpanRows {
     const Call& c;
@@ -64,30 +64,10 @@ struct SpanRows {
                 int count = int(std::min<int64_t>(SPAN, c.inputs - s * SPAN));
                 auto* bytes = (int8_t*)(words_from(from) + (s * rows + r) * SPAN_WORDS);
                 int64_t index = s * rows + r;
-                c.narrow ? round((const bf16*)c.x + at, count, bytes, scales_from(from)[index], starts_from(from)[index])
-                         : round((const float*)c.x + at, count, bytes, scales_from(from)[index], starts_from(from)[index]);
+                Steps steps = round_to_bytes<1, SPAN / LANES>(c, at, count, bytes);
+                scales_from(from)[index] = steps.scale;
+                starts_from(from)[index] = -ZERO * int32_t(steps.sum);
             }
-    }
-    template <class T>
-    INLINE static void round(const T* x, int count, int8_t* bytes, float& scale, int32_t& start) {
-        constexpr int VECTORS = SPAN / LANES;
-        V16 values[VECTORS], most = zeros(), sums = zeros();
-        for (int i = 0; i < VECTORS; ++i) {
-            values[i] = load_part(x + i * LANES, std::clamp(count - i * LANES, 0, LANES));
-            most = max(absolute(values[i]), most);
-        }
-        float largest_size = largest(most);
-        bool none = largest_size <= SMALLEST;
-        V16 inverse = broadcast(none ? 0 : 127 / largest_size);
-        for (int i = 0; i < VECTORS; ++i) {
-            V16 steps = nearest(values[i] * inverse);
-            store_bytes(bytes + i * LANES, steps);
-            sums = sums + steps;  // exact
-        }
-        float steps = sum(sums);
-        bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
-        scale = !numbers ? steps : none ? 0 : largest_size / 127;
-        start = numbers ? -ZERO * int32_t(steps) : 0;
     }
 };
 
@@ -162,11 +142,13 @@ void copy_sixteen(const CopyCall& c, const Call& call, int64_t panel, int sixtee
     uint8_t* to = Copy<uint8_t>(c.copy, c.inputs, panel, sixteen).at;
     for (int64_t first = 0; first < call.groups(); first += SPAN_GROUPS) {
         int64_t end = std::min(call.groups(), first + SPAN_GROUPS);
-        V16 most = zeros();
+        V16 most = zeros(), none = zeros();  // none: no number where a group's scale or minimum is none
         for (int64_t g = first; g < end; ++g) {
             Block<4> block(call, panel, g);
             V16 scale = block.scale(sixteen), minimum = block.minimum(sixteen, scale);
-            most = max(most, max(absolute(minimum), absolute(fma(scale, broadcast(15.0f), minimum))));
+            V16 size = max(absolute(minimum), absolute(fma(scale, broadcast(15.0f), minimum)));
+            most = max(most, size);
+            none = fma(size, zeros(), none);
         }
         V16 inverse = broadcast(127.0f) / max(most, broadcast(SMALLEST));
         for (int64_t g = first; g < end; ++g, to += GROUP * LANES) {
@@ -188,7 +170,7 @@ void copy_sixteen(const CopyCall& c, const Call& call, int64_t panel, int sixtee
             }
         }
         for (int64_t g = end; g < first + SPAN_GROUPS; ++g, to += GROUP * LANES) std::memset(to, ZERO, GROUP * LANES);
-        store((float*)to, most * broadcast(1.0f / 127));
+        store((float*)to, most * broadcast(1.0f / 127) + none);
         to += LANES * sizeof(float);
     }
 }

@@ -39,7 +39,7 @@ struct ByteRows {
         int32_t* to = words_from(first) + (row - first) * WORDS;
         float* steps_to = steps_from(first) + row - first;
         for (int64_t g = 0; g < groups; ++g, to += rows * WORDS, steps_to += 2 * rows) {
-            Rounded<BYTES> group = round_to_bytes<BYTES>(c, row, g);
+            Rounded<BYTES> group = round_group<BYTES>(c, row, g);
             std::memcpy(to, group.bytes, BYTES * GROUP);
             steps_to[0] = group.scale;
             steps_to[rows] = group.sum;

@@ -100,50 +100,63 @@ INLINE void for_row_tiles(int64_t rows, F f) {
     }(std::make_integer_sequence<int, MOST - 1>());
 }
 
-// A group of a row's activations in signed bytes: x = scale * first, or x = scale * (REST * first + second).
-template <int BYTES>
-struct Rounded {
-    int8_t bytes[BYTES][GROUP];
-    float scale, sum;  // sum: of what they stand for
+// Values in whole steps of a scale.
+struct Steps {
+    float scale, sum;  // sum: of the steps
 };
 
-template <int BYTES, class T>
-INLINE Rounded<BYTES> round_to_bytes(const T* x, int count) {
+// The first `count` of VECTORS sixteens of values in signed bytes: x = scale * first, or x = scale * (REST * first + second).
+template <int BYTES, int VECTORS, class T>
+INLINE Steps round_to_bytes(const T* x, int count, int8_t* first_bytes, int8_t* second_bytes) {
     constexpr float MOST = BYTES == 2 ? 127 * REST : 127;
-    Rounded<BYTES> to;
-    V16 values[2], most = zeros(), sums = zeros();
-    for (int i = 0; i < 2; ++i) {
+    V16 values[VECTORS], most = zeros(), sums = zeros();
+    for (int i = 0; i < VECTORS; ++i) {
         values[i] = load_part(x + i * LANES, std::clamp(count - i * LANES, 0, LANES));
         most = max(absolute(values[i]), most);
     }
     float largest_size = largest(most);
     bool none = largest_size <= SMALLEST;
     V16 inverse = broadcast(none ? 0 : MOST / largest_size);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < VECTORS; ++i) {
         V16 steps = nearest(values[i] * inverse);
         if constexpr (BYTES == 1) {
-            store_bytes(to.bytes[0] + i * LANES, steps);
+            store_bytes(first_bytes + i * LANES, steps);
         } else {
             V16 first = nearest(steps * broadcast(1 / REST)), second = steps - first * broadcast(REST);
             // Halfway the even one is taken, which may leave 128: a byte holds -128 .. 127.
             V16 over = where_at_least(second, broadcast(REST / 2), broadcast(1.0f));
-            store_bytes(to.bytes[0] + i * LANES, first + over);
-            store_bytes(to.bytes[1] + i * LANES, second - over * broadcast(REST));
+            store_bytes(first_bytes + i * LANES, first + over);
+            store_bytes(second_bytes + i * LANES, second - over * broadcast(REST));
         }
         sums = sums + steps;  // exact
     }
     float steps = sum(sums);
     bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
-    to.scale = !numbers ? steps : none ? 0 : largest_size / MOST;
-    to.sum = numbers ? to.scale * steps : 0;
-    return to;
+    return {!numbers ? steps : none ? 0 : largest_size / MOST, numbers ? steps : 0};
 }
+// Those of a call's x from element `at` on.
+template <int BYTES, int VECTORS>
+INLINE Steps round_to_bytes(const Call& c, int64_t at, int count, int8_t* first_bytes, int8_t* second_bytes = nullptr) {
+    return c.narrow ? round_to_bytes<BYTES, VECTORS>((const bf16*)c.x + at, count, first_bytes, second_bytes)
+                    : round_to_bytes<BYTES, VECTORS>((const float*)c.x + at, count, first_bytes, second_bytes);
+}
+
+// A group of a row's activations.
 template <int BYTES>
-INLINE Rounded<BYTES> round_to_bytes(const Call& c, int64_t row, int64_t group) {
+struct Rounded {
+    int8_t bytes[BYTES][GROUP];
+    float scale, sum;  // sum: of what they stand for
+};
+
+template <int BYTES>
+INLINE Rounded<BYTES> round_group(const Call& c, int64_t row, int64_t group) {
     int64_t at = row * c.x_stride + group * GROUP;
     int count = row < c.rows ? c.group_inputs(group) : 0;  // rows behind the last fill a tile
-    return c.narrow ? round_to_bytes<BYTES>((const bf16*)c.x + at, count)
-                    : round_to_bytes<BYTES>((const float*)c.x + at, count);
+    Rounded<BYTES> to;
+    Steps steps = round_to_bytes<BYTES, GROUP / LANES>(c, at, count, to.bytes[0], to.bytes[BYTES - 1]);
+    to.scale = steps.scale;
+    to.sum = steps.sum == 0 ? 0 : steps.scale * steps.sum;  // the scale may be no number
+    return to;
 }
 
 template <class T>

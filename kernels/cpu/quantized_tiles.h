@@ -76,7 +76,7 @@ struct TileRows {
     int8_t* from(int64_t row, int64_t group, int part) const { return quants + (part * rows + row) * stride + group * GROUP; }
     void put(const Call& c, int64_t row) const {
         for (int64_t g = 0; g < c.groups(); ++g) {
-            Rounded<2> group = round_to_bytes<2>(c, row, g);
+            Rounded<2> group = round_group<2>(c, row, g);
             for (int part = 0; part < 2; ++part) std::memcpy(from(row, g, part), group.bytes[part], GROUP);
             scales[g * rows + row] = group.scale;
             sums[g * rows + row] = group.sum;

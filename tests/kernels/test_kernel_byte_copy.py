@@ -119,6 +119,17 @@ def test_extremes() -> None:
         assert out[4:].isfinite().all()
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_a_scale_that_is_no_number_is_not_lost(group: int) -> None:
+    scales = torch.full((64, 3), 0.5).half()
+    scales[5, group] = torch.nan
+    quants, minimums = torch.zeros(64, 96, dtype=torch.uint8), torch.ones(64, 3).half()
+    held = values(kernels.copy_weight(kernels.pack_int4(quants, scales, minimums)))
+    assert held[5].isnan().all()
+    assert held[torch.arange(64) != 5].isfinite().all()
+
+
 @pytest.mark.usefixtures("native")
 def test_taken_by_measured_numbers_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.json"

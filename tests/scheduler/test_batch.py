@@ -300,11 +300,12 @@ def test_requests_that_share_a_prefix_wait_for_the_first_one() -> None:
     assert simulation.pool.tree.total_pages == 5, "the prefix is kept once"
 
 
-@pytest.mark.parametrize(("waiting", "taken"), [(1, 39), (2, 79), (3, 119)])
-def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(waiting: int, taken: int) -> None:
-    """A millisecond a token, and 40 of them: as long for each that waits as for each that decodes."""
+@pytest.mark.parametrize(("waiting", "slots", "taken"), [(1, SLOTS, 39), (2, SLOTS, 79), (3, SLOTS, 119), (3, 2, 39)])
+def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(waiting: int, slots: int, taken: int) -> None:
+    """A millisecond a token, and 40 of them: as long for each that waits, and can have a slot, as for each that
+    decodes."""
     simulation = Simulation(0, "fcfs", 1_000)
-    config = msgspec.structs.replace(simulation.config, max_step_ms=40)
+    config = msgspec.structs.replace(simulation.config, max_step_ms=40, max_running=slots)
     times = StepTimes()
     for size in (1, 511):
         times.observe(size, size / 1000)
