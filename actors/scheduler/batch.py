@@ -157,16 +157,41 @@ class Batch:
 
         A longer step holds up all that decode for the sake of those that wait for their first token. Where more wait
         than decode, it may be so many times longer: of a burst, the first request does not make all others crawl.
-        Those for whom there is no slot have nothing of a longer step, and do not count.
+        Those count that go before some that decode, or with them, and can be admitted: a longer step is nothing to
+        others.
         """
-        decoding = sum(not request.prefilling and not request.away for request in self.running)
+        decoding = [request for request in self.running if not request.prefilling and not request.away]
         if not decoding or not self._config.max_step_ms:
             return self.chunk_tokens
-        waiting = sum(request.prefilling and not request.away for request in self.running)
-        waiting += min(len(self.waiting), len(self._slots))
-        longest_s = self._config.max_step_ms / 1000 * max(1.0, waiting / decoding)
-        most = self._times.most_tokens(longest_s, decoding + self.chunk_tokens) - decoding
+        least = min(request.priority for request in decoding)
+        waiting = sum(each.prefilling and not each.away and each.priority >= least for each in self.running)
+        waiting += self._admissible(least)
+        longest_s = self._config.max_step_ms / 1000 * max(1.0, waiting / len(decoding))
+        most = self._times.most_tokens(longest_s, len(decoding) + self.chunk_tokens) - len(decoding)
         return min(self.chunk_tokens, max(most, LEAST_CHUNK))
+
+    def _admissible(self, least: int) -> int:
+        """How many of the requests that wait with at least this priority there are slots and pages for."""
+        if not self.waiting or not self._slots:
+            return 0
+        room = self._pool.available - self._promised()
+        count = 0
+        for request in self.waiting:
+            if request.priority < least:
+                continue
+            room -= -(-request.planned // self._pool.page_size) + 1
+            if room < 0 or count == len(self._slots):
+                break
+            count += 1
+        return count
+
+    def _promised(self) -> int:
+        """Pages that running requests still need, with one for what each decodes next."""
+        return sum(
+            max(1, -(-request.planned // self._pool.page_size) - len(request.lease.pages))
+            for request in self.running
+            if request.lease is not None
+        )
 
     def admit_elsewhere(self) -> None:
         """Admits waiting requests whose prompts are computed elsewhere, whatever this engine's ranks are doing."""
@@ -267,11 +292,7 @@ class Batch:
         if not self.waiting:
             return budget
         pool = self._pool
-        promised = sum(
-            max(1, -(-request.planned // pool.page_size) - len(request.lease.pages))
-            for request in self.running
-            if request.lease is not None
-        )
+        promised = self._promised()
         for request in admission_order(self.waiting, self._config.policy, pool.tree):
             if not self._slots or (budget <= 0 and self._place is None):
                 break

@@ -295,8 +295,8 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
             le=1_000_000,
             description="While requests decode, a step takes no more of waiting prompts, and of guesses, than is "
             "expected from measured steps to end within so many milliseconds (but 32 tokens of prompts at least): "
-            "streams flow more evenly, prompts wait longer. Where more requests wait than decode, the time is so many "
-            "times as long. 0 for as much as `chunk_tokens` allows.",
+            "streams flow more evenly, prompts wait longer. Where more requests wait, can be admitted and are no less "
+            "urgent, than decode, the time is so many times as long. 0 for as much as `chunk_tokens` allows.",
         ),
     ] = 50
     max_running: Annotated[

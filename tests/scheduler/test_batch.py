@@ -300,21 +300,34 @@ def test_requests_that_share_a_prefix_wait_for_the_first_one() -> None:
     assert simulation.pool.tree.total_pages == 5, "the prefix is kept once"
 
 
-@pytest.mark.parametrize(("waiting", "slots", "taken"), [(1, SLOTS, 39), (2, SLOTS, 79), (3, SLOTS, 119), (3, 2, 39)])
-def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(waiting: int, slots: int, taken: int) -> None:
-    """A millisecond a token, and 40 of them: as long for each that waits, and can have a slot, as for each that
-    decodes."""
+@pytest.mark.parametrize(
+    ("waiting", "slots", "pages", "priority", "taken"),
+    [
+        *((count, SLOTS, NUM_PAGES, 0, 40 * count - 1) for count in (1, 2, 3)),
+        (3, 2, NUM_PAGES, 0, 39),
+        (3, SLOTS, 20, 0, 39),
+        (3, SLOTS, NUM_PAGES, 1, 119),
+        (3, SLOTS, NUM_PAGES, -1, 39),
+    ],
+)
+def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(
+    waiting: int, slots: int, pages: int, priority: int, taken: int
+) -> None:
+    """A millisecond a token, and 40 of them: as long for each that waits, is no less urgent, and can have a slot and
+    pages, as for each that decodes."""
     simulation = Simulation(0, "fcfs", 1_000)
     config = msgspec.structs.replace(simulation.config, max_step_ms=40, max_running=slots)
     times = StepTimes()
     for size in (1, 511):
         times.observe(size, size / 1000)
-    batch = Batch(config, simulation.pool, times)
+    ledger = PageLedger(Arena(Arena.create("pages", page_ledger_bytes(pages, PAGE_SIZE))), pages, PAGE_SIZE)
+    batch = Batch(config, PagePool(ledger, prefix_cache=True), times)
 
-    def arrive(rid: str, length: int) -> Request:
+    def arrive(rid: str, length: int, priority: int = 0) -> Request:
         prompt = np.full(length, ord(rid), np.int32).tobytes()
         sampling = SamplingParams(max_tokens=20, seed=0)
-        request = Request(Generate(rid, 0, prompt, sampling, TextParams()), "ingress0", 0, PAGE_SIZE)
+        generate = Generate(rid, 0, prompt, sampling, TextParams(), priority=priority)
+        request = Request(generate, "ingress0", 0, PAGE_SIZE)
         batch.add(request)
         return request
 
@@ -324,7 +337,7 @@ def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(waiting: int, s
     first.append(1)
     batch.computed(row)
     for number in range(waiting):
-        arrive("bcd"[number], 42)
+        arrive("bcd"[number], 42, priority)
     rows = batch.next_rows()
     assert rows[0].request is first
     assert sum(row.length for row in rows[1:]) == taken
