@@ -59,6 +59,7 @@ class _Rules:
         self.expressions: list[Expression] = [
             (data[start], data[start + 2 : start + 2 + data[start + 1]]) for start in starts
         ]
+        self._names = {rule[0] for rule in self.rules}
 
     def write(self, document: dict[str, Any]) -> None:
         data: list[int] = []
@@ -99,7 +100,7 @@ class _Rules:
     def _digit_rule(self, digit_rules: set[int]) -> int:
         if not digit_rules:
             body = self._add(_CHOICES, [self._add(_SEQUENCE, [self._add(_CLASS, _DIGIT)])])
-            self.rules.append(["digit", body, *self.rules[0][_BODY + 1 :]])
+            self.rules.append([self._named("digit"), body, *self.rules[0][_BODY + 1 :]])
             digit_rules.add(len(self.rules) - 1)
         return min(digit_rules)
 
@@ -175,7 +176,9 @@ class _Rules:
         copies = [{rule: rule for rule in group}]
         for level in range(1, levels + 1):
             copies.append({rule: len(self.rules) + place for place, rule in enumerate(group)})
-            self.rules += [[f"{self.rules[rule][0]}_level_{level}", *self.rules[rule][1:]] for rule in group]
+            self.rules += [
+                [self._named(f"{self.rules[rule][0]}_level_{level}"), *self.rules[rule][1:]] for rule in group
+            ]
         for rule in group:
             body = self._body(rule)
             for level, here in enumerate(copies[:-1]):
@@ -191,6 +194,13 @@ class _Rules:
         if kind in (_RULE, _REPEAT):
             return self._changed(index, kind, [names.get(values[0], values[0]), *values[1:]])
         return index
+
+    def _named(self, name: str) -> str:
+        """A name that no rule has yet; a schema's definitions may be called anything."""
+        while name in self._names:
+            name += "_"
+        self._names.add(name)
+        return name
 
     # Expressions.
 

@@ -147,6 +147,15 @@ def test_a_schema_of_many_that_refer_to_each_other_has_fewer_levels_and_an_end()
     assert not allows(automaton, '{"p1": ' * (LEVELS + 2) + "{}" + "}" * (LEVELS + 2))
 
 
+def test_definitions_may_be_called_as_levels_are() -> None:
+    lists = {"type": "array", "items": {"$ref": "#/$defs/a"}}
+    flags = {"type": "object", "properties": {"x": {"type": "boolean"}, "y": {"type": "boolean"}}}
+    properties = {"p": {"$ref": "#/$defs/a"}, "q": {"$ref": "#/$defs/a_level"}}
+    automaton = compiled(bounded(of_schema({"$defs": {"a": lists, "a_level": flags}, "properties": properties})))
+    assert allows(automaton, '{"p": [[[]]], "q": {"x": true, "y": false}}')
+    assert not allows(automaton, '{"p": [{"x": true}]}')
+
+
 @pytest.mark.parametrize(
     "schema",
     [
