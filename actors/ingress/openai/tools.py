@@ -137,7 +137,7 @@ def _moved(schema: Any, place: str, by_name: bool = False, depth: int = 0) -> An
         return schema
     moved = {}
     for name, each in schema.items():
-        if not by_name and name == "$ref" and isinstance(each, str) and each.startswith("#"):
+        if not by_name and name == "$ref" and isinstance(each, str) and (each == "#" or each.startswith("#/")):
             moved[name] = place + each[1:]
         elif not by_name and name in _VALUES:
             moved[name] = each
