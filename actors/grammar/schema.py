@@ -103,6 +103,8 @@ def prepared(schema: Any, depth: int = 0) -> Any:
 
 def _only(schema: dict[str, Any], whole: str) -> dict[str, Any]:
     """A schema with one of the keywords that say it all."""
+    if whole in ("enum", "const") and not _is_exact(schema[whole]):
+        raise BadGrammar(f"The JSON schema's '{whole}' has an integer of more than 64 bits, which is not supported.")
     beside = [name for name in schema if name != whole and (name in _VALIDATING or name in _WHOLE)]
     if whole in ("enum", "const") and beside == ["type"]:
         values = schema["enum"] if whole == "enum" else [schema["const"]]
@@ -118,6 +120,13 @@ def _only(schema: dict[str, Any], whole: str) -> dict[str, Any]:
     if whole == "$ref" and schema["$ref"] != "#" and not str(schema["$ref"]).startswith("#/"):
         raise BadGrammar("The JSON schema's keyword '$ref' is supported with '#' and '#/…' only.")
     return schema
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether the compiler, for which larger integers are floating point numbers, writes a value as it is."""
+    if isinstance(value, list | dict):
+        return all(_is_exact(each) for each in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or -MAX_INTEGER <= value <= MAX_INTEGER
 
 
 def _of_types(schema: dict[str, Any]) -> dict[str, Any]:

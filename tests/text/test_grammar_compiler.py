@@ -238,6 +238,7 @@ IGNORED_BY_THE_COMPILER: list[Any] = [
     {"type": "string", "pattern": "^(?!a)[ab]$"},
     {"type": "object", "patternProperties": {"^[ab](?=b)": True}},
     {"anyOf": []},
+    {"enum": ["a", [12345678901234567890]]},
     {"minimum": 3, "maxLength": 2},
     {"type": "object", "required": ["a"], "additionalProperties": False},
     {"properties": {"a": {"items": {"uniqueItems": True}}}},
