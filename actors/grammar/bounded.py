@@ -19,14 +19,16 @@ from actors.grammar.library import xgrammar
 LEVELS = 16
 """How often an object or list may stand, by way of others, in one of its kind."""
 MAX_COPIES, MIN_LEVELS = 8192, 4
-"""Of rules, in one grammar: a schema of hundreds of objects that refer to each other has fewer levels."""
+"""Of rules, in one grammar: a schema of hundreds of objects that refer to each other has fewer levels, and multiples of
+a large integer fewer digits."""
 DIGITS, EXPONENT_DIGITS = 17, 3
 """Of a number, and of its fraction; a double has no more."""
 
-_CLASS, _CLASS_STAR, _EMPTY, _RULE, _SEQUENCE, _CHOICES, _TAGS, _REPEAT = 1, 2, 3, 4, 5, 6, 7, 8
+_TEXT, _CLASS, _CLASS_STAR, _EMPTY, _RULE, _SEQUENCE, _CHOICES, _TAGS, _REPEAT = 0, 1, 2, 3, 4, 5, 6, 7, 8
 """Kinds of expressions. The data of a class is [negative, first, last …], of a rule its index, of a sequence and of
 choices expressions, of tags [text, rule … two more], of a repetition [rule, least, most]. Other kinds have no rules."""
 _DIGIT = [0, *b"09"]
+_DIGIT_TEXTS = [(_TEXT, [digit]) for digit in b"0123456789"]
 _EXPONENT = (_CLASS, [0, *b"eeEE"])
 _BODY = 1
 _PLAIN = (-1, False, -1, -1, "", False, None)
@@ -35,6 +37,7 @@ _NEVER = 1 << 30
 
 Expression = tuple[int, list[int]]
 Reference = tuple[int, bool]
+Remainder = tuple[tuple[int, int], ...]
 References = dict[int, list[Reference]]
 """By rule, the others that it refers to, and whether they stand at its end."""
 
@@ -47,6 +50,7 @@ def bounded(grammar: Any) -> Any:
     document = json.loads(grammar.serialize_json())
     rules = _Rules(document)
     rules.bound_numbers()
+    rules.share_multiples()
     rules.bound_depth(document["root_rule_id"])
     rules.write(document)
     return xgrammar().Grammar.deserialize_json(json.dumps(document))
@@ -61,6 +65,7 @@ class _Rules:
         self.expressions: list[Expression] = [
             (data[start], data[start + 2 : start + 2 + data[start + 1]]) for start in starts
         ]
+        self._names = {rule[0] for rule in self.rules}
 
     def write(self, document: dict[str, Any]) -> None:
         data: list[int] = []
@@ -101,26 +106,71 @@ class _Rules:
     def _digit_rule(self, digit_rules: set[int]) -> int:
         if not digit_rules:
             body = self._add(_CHOICES, [self._add(_SEQUENCE, [self._add(_CLASS, _DIGIT)])])
-            self.rules.append(["digit", body, *_PLAIN])
+            self.rules.append([self._named("digit"), body, *_PLAIN])
             digit_rules.add(len(self.rules) - 1)
         return min(digit_rules)
+
+    def share_multiples(self) -> None:
+        """Integers that must be multiples of the same one share the rules of their digits, of which there are many."""
+        references = {rule: self._references(self._body(rule)) for rule in range(len(self.rules))}
+        first: dict[tuple[Remainder, ...], list[int]] = {}
+        others: dict[int, int] = {}
+        for group in self._multiples(references):
+            rules = sorted(group)
+            place = {rule: index for index, rule in enumerate(rules)}
+            rests = tuple(tuple((digit, place[rest]) for digit, rest in self._remainder(rule) or ()) for rule in rules)
+            others.update(zip(rules, first.setdefault(rests, rules), strict=True))
+        for rule in range(len(self.rules) if others else 0):
+            self.rules[rule][_BODY] = self._renamed(self._body(rule), others)
+        for rule, other in others.items():
+            if rule != other:
+                self.rules[rule][_BODY] = self._add(_CHOICES, [self._add(_EMPTY, [])])
+
+    def _multiples(self, references: References) -> list[set[int]]:
+        """Groups of rules of the rest of an integer's digits, of which it must be a multiple: one a remainder."""
+        graph = {rule: [other for other, _ in each] for rule, each in references.items()}
+        return [
+            group
+            for group in _strong_components(graph)
+            if all({rest for _, rest in self._remainder(rule) or [(0, -1)]} <= group for rule in group)
+        ]
+
+    def _remainder(self, rule: int) -> Remainder | None:
+        """The digits that a rule begins with, and the rule that follows each; None if that is not what it is."""
+        kind, choices = self.expressions[self._body(rule)]
+        if kind != _CHOICES:
+            return None
+        found = []
+        for part, values in (self.expressions[each] for each in choices):
+            digit, rest = [self.expressions[each] for each in values] if len(values) == 2 else [(_EMPTY, [])] * 2
+            if part == _SEQUENCE and digit in _DIGIT_TEXTS and rest[0] == _RULE:
+                found.append((digit[1][0], rest[1][0]))
+            elif part != _EMPTY:
+                return None
+        return tuple(found)
 
     # Depth.
 
     def bound_depth(self, root: int) -> None:
         references = {rule: self._references(self._body(rule)) for rule in range(len(self.rules))}
-        groups = _nesting(references)
-        if not groups:
+        groups, multiples = _nesting(references), self._multiples(references)
+        if not groups and not multiples:
             return
-        heights = self._heights(groups)
-        if heights[root] >= _NEVER:
+        heights = self._heights(groups + multiples)
+        if any(heights[rule] >= _NEVER for rule in (root, *self._tagged())):
             raise BadGrammar("The JSON schema allows no answer that ends: what it describes holds itself, always.")
         for rule, height in enumerate(heights):
             if height < _NEVER:
                 self.rules[rule][_BODY] = self._ending(self._body(rule), heights)
-        levels = max(MIN_LEVELS, min(LEVELS, MAX_COPIES // sum(len(group) for group in groups)))
+        for group in multiples:
+            self._unfold(group, group, heights, _levels(multiples, DIGITS - 1))
+        levels = _levels(groups, LEVELS)
         for group in groups:
             self._unfold({rule for rule in group if heights[rule] < _NEVER}, _heads(group, references), heights, levels)
+
+    def _tagged(self) -> list[int]:
+        """The rules of what follows tags: they cannot be left out, for whoever writes a tag does not know them."""
+        return [rule for kind, values in self.expressions if kind == _TAGS for rule in values[1:-2:2]]
 
     def _references(self, index: int, last: bool = True) -> list[Reference]:
         """The rules an expression refers to, and whether each stands at its end."""
@@ -177,7 +227,9 @@ class _Rules:
         copies = [{rule: rule for rule in group}]
         for level in range(1, levels + 1):
             copies.append({rule: len(self.rules) + place for place, rule in enumerate(group)})
-            self.rules += [[f"{self.rules[rule][0]}_level_{level}", *self.rules[rule][1:]] for rule in group]
+            self.rules += [
+                [self._named(f"{self.rules[rule][0]}_level_{level}"), *self.rules[rule][1:]] for rule in group
+            ]
         for rule in group:
             body = self._body(rule)
             for level, here in enumerate(copies[:-1]):
@@ -194,6 +246,13 @@ class _Rules:
             return self._changed(index, kind, [names.get(values[0], values[0]), *values[1:]])
         return index
 
+    def _named(self, name: str) -> str:
+        """A name that no rule has yet; a schema's definitions may be called anything."""
+        while name in self._names:
+            name += "_"
+        self._names.add(name)
+        return name
+
     # Expressions.
 
     def _body(self, rule: int) -> int:
@@ -205,6 +264,11 @@ class _Rules:
 
     def _changed(self, index: int, kind: int, values: list[int]) -> int:
         return index if values == self.expressions[index][1] else self._add(kind, values)
+
+
+def _levels(groups: list[set[int]], most: int) -> int:
+    rules = sum(len(group) for group in groups)
+    return max(MIN_LEVELS, min(most, MAX_COPIES // max(rules, 1)))
 
 
 def _nesting(references: References) -> list[set[int]]:

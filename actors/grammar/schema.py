@@ -6,6 +6,7 @@ schema is gone through first: what would be ignored is refused, and what can be 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from actors.grammar.errors import BadGrammar
@@ -13,6 +14,8 @@ from actors.grammar.errors import BadGrammar
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1
 """Of integers without bounds, whose digits small models draw for ever."""
+MAX_MULTIPLE = 1024
+"""Of `multipleOf`; the compiler ignores a larger one."""
 _UNKNOWN = (
     *("not", "if", "then", "else"),
     *("contains", "minContains", "maxContains", "unevaluatedItems"),
@@ -56,6 +59,8 @@ _MAX_COUNTED = 128
 _CHARACTER = '[^"\\\\\\x00-\\x1f]'
 """Of strings whose length is told; without escapes, as the compiler has it. As a pattern of up to so many its masks are
 made many times faster; beyond, slower."""
+_LITERAL = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
+"""Parts of a pattern in which no assertion begins."""
 _PYTHON = {
     "string": str,
     "number": int | float,
@@ -87,14 +92,19 @@ def prepared(schema: Any, depth: int = 0) -> Any:
         if name in schema:
             result[name] = prepared(schema[name], depth + 1)
     for name in ("prefixItems", "anyOf", "oneOf", "allOf"):
+        if schema.get(name) == [] and name != "prefixItems":
+            raise BadGrammar(f"The JSON schema's keyword '{name}' must be a list that is not empty.")
         if isinstance(schema.get(name), list):
             result[name] = [prepared(each, depth + 1) for each in schema[name]]
+    _check_patterns(schema)
     whole = [name for name in _WHOLE if name in schema]
     return _only(result, whole[0]) if whole else _of_types(result)
 
 
 def _only(schema: dict[str, Any], whole: str) -> dict[str, Any]:
     """A schema with one of the keywords that say it all."""
+    if whole in ("enum", "const") and not _is_exact(schema[whole]):
+        raise BadGrammar(f"The JSON schema's '{whole}' has an integer of more than 64 bits, which is not supported.")
     beside = [name for name in schema if name != whole and (name in _VALIDATING or name in _WHOLE)]
     if whole in ("enum", "const") and beside == ["type"]:
         values = schema["enum"] if whole == "enum" else [schema["const"]]
@@ -110,6 +120,13 @@ def _only(schema: dict[str, Any], whole: str) -> dict[str, Any]:
     if whole == "$ref" and schema["$ref"] != "#" and not str(schema["$ref"]).startswith("#/"):
         raise BadGrammar("The JSON schema's keyword '$ref' is supported with '#' and '#/…' only.")
     return schema
+
+
+def _is_exact(value: Any) -> bool:
+    """Whether the compiler, for which larger integers are floating point numbers, writes a value as it is."""
+    if isinstance(value, list | dict):
+        return all(_is_exact(each) for each in (value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or -MAX_INTEGER <= value <= MAX_INTEGER
 
 
 def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +150,8 @@ def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
         schema["pattern"] = f"^{_CHARACTER}{{{least},{most}}}$"
     if "number" in types and "multipleOf" in schema:
         raise BadGrammar("The JSON schema's keyword 'multipleOf' is supported for integers only.")
+    if "integer" in types and "multipleOf" in schema:
+        _check_multiple(schema)
     if types == ["integer"] and "multipleOf" not in schema:
         if not {"minimum", "exclusiveMinimum"} & schema.keys():
             schema["minimum"] = -MAX_INTEGER
@@ -146,6 +165,26 @@ def _of_types(schema: dict[str, Any]) -> dict[str, Any]:
     if "object" in types:
         _object(schema)
     return schema
+
+
+def _check_multiple(schema: dict[str, Any]) -> None:
+    multiple = schema["multipleOf"]
+    if multiple == 1:
+        del schema["multipleOf"]
+        return
+    if not isinstance(multiple, int) or not 1 <= multiple <= MAX_MULTIPLE:
+        raise BadGrammar(f"The JSON schema's keyword 'multipleOf' must be an integer from 1 to {MAX_MULTIPLE}.")
+    beside = sorted(schema.keys() & (_OF_TYPE["number"] - {"multipleOf"}))
+    if beside:
+        raise BadGrammar(f"The JSON schema's keyword 'multipleOf' is not supported beside '{beside[0]}'.")
+
+
+def _check_patterns(schema: dict[str, Any]) -> None:
+    """The compiler refuses what else it does not keep of a pattern."""
+    names = schema.get("patternProperties")
+    for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
+        if isinstance(pattern, str) and re.search(r"\(\?[=!]", _LITERAL.sub("", pattern)):
+            raise BadGrammar("The JSON schema has a pattern with a lookahead, which is not supported.")
 
 
 def _object(schema: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -344,7 +345,7 @@ def test_forced_calls() -> None:
                     "type": "object",
                     "properties": {
                         "name": {"const": "f"},
-                        "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}},
+                        "parameters": {"$ref": "#/$defs/tool0"},
                     },
                     "required": ["name", "parameters"],
                     "additionalProperties": False,
@@ -357,15 +358,35 @@ def test_forced_calls() -> None:
                 },
             ]
         },
-        "$defs": {"A": {"type": "string"}},
+        "$defs": {"tool0": {**parameters, "properties": {"a": {"$ref": "#/$defs/tool0/$defs/A"}}}},
     }
-    assert "$defs" in parameters
+    assert parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
     once = forced_calls(tools, "required", parallel=False)
     named = forced_calls(tools[1:], NamedTool("function", Function("g")), parallel=True)  # type: ignore[arg-type]
     assert once is not None
     assert named is not None
     assert once["maxItems"] == named["maxItems"] == 1
     assert forced_calls(tools, "auto", parallel=True) is forced_calls(tools, None, parallel=True) is None
+
+
+def test_parameters_of_forced_calls_refer_to_themselves() -> None:
+    """And to nothing of other tools, or of the list of calls."""
+    tree = {"type": "object", "properties": {"$ref": {"type": "array", "items": {"$ref": "#"}}}}
+    point = {"definitions": {"A": {"const": {"$ref": "#"}}}, "properties": {"enum": {"$ref": "#/definitions/A"}}}
+    other = {"definitions": {"A": {"type": "null"}}, "properties": {"enum": {"$ref": "#/definitions/A"}}}
+    parameters: tuple[dict[str, Any], ...] = (tree, point, other)
+    tools = [Tool("function", Function(f"f{i}", parameters=each)) for i, each in enumerate(parameters)]
+    schema = forced_calls(tools, "required", parallel=True)
+    assert schema is not None
+
+    def call(name: str, arguments: Any) -> bool:
+        return jsonschema.Draft202012Validator(schema).is_valid([{"name": name, "parameters": arguments}])
+
+    assert call("f0", {"$ref": [{"$ref": []}]})
+    assert not call("f0", {"$ref": [[{"name": "f0", "parameters": {}}]]})
+    assert call("f1", {"enum": {"$ref": "#"}})
+    assert not call("f1", {"enum": None})
+    assert call("f2", {"enum": None})
 
 
 def test_identities_of_calls() -> None:

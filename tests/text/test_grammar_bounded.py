@@ -134,6 +134,28 @@ def test_digits_have_an_end(kind: str, limits: dict[str, int]) -> None:
         jsonschema.validate(json.loads(text), schema)
 
 
+def test_multiples_are_as_long_as_other_integers() -> None:
+    automaton = compiled(bounded(of_schema({"type": "integer", "multipleOf": 3})))
+    assert allows(automaton, "0")
+    assert allows(automaton, "-12")
+    assert allows(automaton, "3" * 17)
+    assert not allows(automaton, "3" * 16 + "4")
+    text = written(automaton, str.isdigit, 100)
+    assert text is not None
+    assert int(text) % 3 == 0
+
+
+def test_multiples_of_the_same_integer_share_their_rules() -> None:
+    one = {"type": "integer", "multipleOf": 30}
+    schema = {"type": "array", "prefixItems": [one, one, {"type": "integer", "multipleOf": 7}], "items": False}
+    grammar = bounded(of_schema(schema))
+    automaton = compiled(grammar)
+    assert allows(automaton, "[60, -90, 49]")
+    assert not allows(automaton, "[60, 7, 49]")
+    assert not allows(automaton, "[60, 90, 50]")
+    assert len(str(grammar).splitlines()) < len(str(bounded(of_schema(one))).splitlines()) * 1.5
+
+
 def test_a_schema_of_many_that_refer_to_each_other_has_fewer_levels_and_an_end() -> None:
     many = 40
     names = [f"#/$defs/d{index}" for index in range(many)]
@@ -147,6 +169,15 @@ def test_a_schema_of_many_that_refer_to_each_other_has_fewer_levels_and_an_end()
     assert not allows(automaton, '{"p1": ' * (LEVELS + 2) + "{}" + "}" * (LEVELS + 2))
 
 
+def test_definitions_may_be_called_as_levels_are() -> None:
+    lists = {"type": "array", "items": {"$ref": "#/$defs/a"}}
+    flags = {"type": "object", "properties": {"x": {"type": "boolean"}, "y": {"type": "boolean"}}}
+    properties = {"p": {"$ref": "#/$defs/a"}, "q": {"$ref": "#/$defs/a_level"}}
+    automaton = compiled(bounded(of_schema({"$defs": {"a": lists, "a_level": flags}, "properties": properties})))
+    assert allows(automaton, '{"p": [[[]]], "q": {"x": true, "y": false}}')
+    assert not allows(automaton, '{"p": [{"x": true}]}')
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -158,6 +189,10 @@ def test_a_schema_of_many_that_refer_to_each_other_has_fewer_levels_and_an_end()
 def test_a_schema_without_an_end_is_refused(schema: Any) -> None:
     with pytest.raises(BadGrammar, match="allows no answer that ends"):
         bounded(of_schema(schema))
+    tag = {"type": "tag", "begin": "<a>", "content": {"type": "json_schema", "json_schema": schema}, "end": "!"}
+    tags = {"type": "triggered_tags", "triggers": ["<a>"], "tags": [tag]}
+    with pytest.raises(BadGrammar, match="allows no answer that ends"):
+        bounded(xgrammar().Grammar.from_structural_tag(json.dumps({"type": "structural_tag", "format": tags})))
 
 
 def test_tags_hold_what_has_an_end() -> None:

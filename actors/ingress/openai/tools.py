@@ -17,6 +17,11 @@ from actors.messages import SamplingParams
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 
 MAX_TOOLS = 1024
+_MAX_DEPTH = 256
+"""Of lists and objects in a tool's parameters."""
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_VALUES = ("const", "enum", "default", "examples")
+"""Keywords of JSON Schema whose values have names of the client's, and those whose values are no schemas."""
 
 
 class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
@@ -91,18 +96,19 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: boo
     """JSON Schema of the whole output where `tool_choice` leaves the model no choice: a list of calls, which
     `JSONListCalls` reads. None where it may do without.
 
-    It is the same for all models, as SGLang's and vLLM's is. Definitions in a tool's parameters are moved to the root,
-    which is what `#/$defs/` in them is relative to.
+    It is the same for all models, as SGLang's and vLLM's is. A tool's parameters that refer to places in themselves
+    become a definition, and their references are made relative to it.
     """
     if choice is None or choice in ("auto", "none"):
         return None
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
-    for tool in tools:
-        parameters = dict(tool.function.parameters or {"type": "object", "properties": {}})
-        for name, definition in (parameters.pop("$defs", None) or {}).items():
-            if definitions.setdefault(name, definition) != definition:
-                raise invalid(f"Invalid value for 'tools': they define '#/$defs/{name}' in several ways.", "tools")
+    for place, tool in enumerate(tools):
+        parameters: Any = tool.function.parameters or {"type": "object", "properties": {}}
+        moved = _moved(parameters, f"#/$defs/tool{place}")
+        if moved != parameters:
+            definitions[f"tool{place}"] = moved
+            parameters = {"$ref": f"#/$defs/tool{place}"}
         calls.append(
             {
                 "type": "object",
@@ -115,6 +121,29 @@ def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: boo
     if isinstance(choice, NamedTool) or not parallel:
         schema["maxItems"] = 1
     return {**schema, "$defs": definitions} if definitions else schema
+
+
+def _moved(schema: Any, place: str, by_name: bool = False, depth: int = 0) -> Any:
+    """A schema that stands at a place of another one, with the references to itself made anew.
+
+    Args:
+        by_name: it is an object whose fields are schemas.
+    """
+    if depth > _MAX_DEPTH:
+        raise invalid("Invalid value for 'tools': the parameters are nested too deep.", "tools", "invalid_value")
+    if isinstance(schema, list):
+        return [_moved(each, place, False, depth + 1) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {}
+    for name, each in schema.items():
+        if not by_name and name == "$ref" and isinstance(each, str) and (each == "#" or each.startswith("#/")):
+            moved[name] = place + each[1:]
+        elif not by_name and name in _VALUES:
+            moved[name] = each
+        else:
+            moved[name] = _moved(each, place, not by_name and name in _BY_NAME, depth + 1)
+    return moved
 
 
 def constrained(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
