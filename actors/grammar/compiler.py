@@ -22,6 +22,9 @@ MAX_COMPILED_BYTES = 64 * 2**20
 CACHE_BYTES = 64 * 2**20
 """What a compiler keeps of parts that grammars share: strings of at most so many characters above all, each state of
 which takes milliseconds to compile."""
+BLANKS = 32
+"""Between the parts of JSON in structural tags, unless the tag says how many: enough to indent it, and no more, for
+small models draw them for ever."""
 _BOUNDED_FORMATS = {
     *("structural_tag", "sequence", "or", "tag", "triggered_tags", "tags_with_separator"),
     *("const_string", "any_text", "json_schema"),
@@ -201,7 +204,8 @@ def _with_prepared_schemas(tag: Any) -> Any:
     if not isinstance(tag, dict):
         return tag
     if tag.get("type") == "json_schema" and "json_schema" in tag:
-        return {**tag, "json_schema": prepared(tag["json_schema"])}
+        blanks = {"max_whitespace_cnt": BLANKS} if tag.get("style", "json") == "json" else {}
+        return {**blanks, **tag, "json_schema": prepared(tag["json_schema"])}
     return {name: _with_prepared_schemas(each) for name, each in tag.items()}
 
 

@@ -26,7 +26,8 @@ NICE = 10
 
 
 class Workshop:
-    """Compiles on a thread of its own, which starts with the first wish, and keeps what was wanted last.
+    """Compiles on a thread of its own, which starts with the first wish, and keeps what was wanted last. Of what waits,
+    a short constraint is not held up by longer ones.
 
     Args:
         load: gives the model's tokens; called on the thread. May raise ImportError and CheckpointError.
@@ -42,7 +43,8 @@ class Workshop:
         self._kept_bytes = 0
         self._askers: dict[str, list[str]] = {}
         self._pending: set[str] = set()  # what the thread has
-        self._wishes: queue.SimpleQueue[tuple[str, Constraint]] = queue.SimpleQueue()
+        self._wishes: queue.PriorityQueue[tuple[int, int, Constraint]] = queue.PriorityQueue()
+        self._count = 0  # of wishes
         self._made: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._tokens: Tokens | None = None
@@ -76,7 +78,8 @@ class Workshop:
             os.eventfd_write(self.fd, 1)
         elif digest not in self._pending:
             self._pending.add(digest)
-            self._wishes.put((digest, constraint))
+            self._count += 1
+            self._wishes.put((len(constraint.text).bit_length(), self._count, constraint))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="grammars", daemon=True)
                 self._thread.start()
@@ -155,7 +158,8 @@ class Workshop:
     def _work(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
-            digest, constraint = self._wishes.get()
+            constraint = self._wishes.get()[2]
+            digest = constraint.digest
             self._working = digest, self._spent_s()
             try:
                 outcome: Any = self._compile(constraint)

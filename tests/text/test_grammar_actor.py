@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import select
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from text_harness import DEADLINE_S, Node
 from vocabularies import byte_level_gguf
 
+from actors.grammar import Tokens, Workshop, load_tokens
 from actors.messages import Compile, Compiled, Constraint
 
 LEVELS = 1500
@@ -83,3 +86,26 @@ def test_memory_is_limited(new_node: NewNode) -> None:
     soft = next(line for line in limits.splitlines() if line.startswith("Max address space")).split()[3]
     pages = int(Path(f"/proc/{node.process.pid}/statm").read_text().split()[0])
     assert int(soft) <= 4096 * pages + 2**28
+
+
+def test_a_short_one_is_not_held_up_by_long_ones(tmp_path: Path) -> None:
+    model = byte_level_gguf(tmp_path / "model.gguf", "llama-bpe")
+    begun, go = threading.Event(), threading.Event()
+
+    def load() -> Tokens:
+        begun.set()
+        assert go.wait(DEADLINE_S)
+        return load_tokens(model, 600)
+
+    workshop = Workshop(load)
+    first, *long = (Constraint("regex", f"({'ab|' * 300}{end})") for end in "xyz")
+    workshop.want(first, "somebody")
+    assert begun.wait(DEADLINE_S)
+    for constraint in (*long, GOOD):
+        workshop.want(constraint, "somebody")
+    go.set()
+    answers: list[str] = []
+    while len(answers) < 4:
+        assert select.select([workshop.fd], [], [], DEADLINE_S)[0]
+        answers += [answer.digest for _, answer in workshop.finished()]
+    assert list(workshop._kept) == [each.digest for each in (first, GOOD, *long)]

@@ -15,7 +15,7 @@ from text_harness import smollm2
 from vocabularies import byte_level_gguf
 
 from actors.grammar import BadGrammar, GrammarCompiler, load_tokens, xgrammar
-from actors.grammar.compiler import CACHE_BYTES
+from actors.grammar.compiler import BLANKS, CACHE_BYTES
 from actors.messages import Constraint
 from actors.vocabulary import load_vocabulary
 
@@ -138,6 +138,15 @@ def test_numbers_end(compiler: GrammarCompiler) -> None:
             assert allows(compiler, constraint, f'{{"a": {number}}}')
         for number in ("1" * 18, "0." + "1" * 18, "1e1234"):
             assert not allows(compiler, constraint, f'{{"a": {number}}}')
+
+
+def test_blanks_in_tags_end(compiler: GrammarCompiler) -> None:
+    content = {"type": "json_schema", "json_schema": {"type": "array", "items": {"type": "integer"}}}
+    for limit in ({}, {"max_whitespace_cnt": 3}):
+        constraint = Constraint("structural_tag", json.dumps({"format": {**FORMAT, "content": {**content, **limit}}}))
+        most = limit.get("max_whitespace_cnt", BLANKS)
+        assert allows(compiler, constraint, f"<f>[1,{' ' * most}2\n]!")
+        assert not allows(compiler, constraint, f"<f>[1,{' ' * (most + 1)}2\n]!")
 
 
 def test_parts_that_grammars_share_are_kept(compiler: GrammarCompiler) -> None:
