@@ -80,27 +80,46 @@ class WholeSum {
 #endif
 };
 
-// Reads logits sixteen at a time, NaN and what lies beyond the end as -inf: calls f(first index, values).
-template <class F>
-INLINE void for_logits(const float* logits, int count, F f) {
-    V16 nothing = broadcast(-INFINITE);
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) f(i, numbers_or(load(logits + i), nothing));
-    if (i < count) f(i, lanes_or(numbers_or(load_part(logits + i, count - i), nothing), 0, count - i, nothing));
-}
+// A row's logits, and the mask of the tokens that may be drawn, null for all. Those that may not are -inf.
+struct Row {
+    const float* logits;
+    int count;
+    const uint32_t* mask;
 
-float highest(const float* logits, int count) {
+    float operator[](int i) const { return !mask || mask[i / 32] >> i % 32 & 1 ? logits[i] : -INFINITE; }
+    // Sixteen from `i` on, NaN and what lies beyond the end as -inf.
+    INLINE V16 sixteen(int i) const { return mask ? sixteen<true>(i) : sixteen<false>(i); }
+    // Calls f(i, sixteen(i)) for all.
+    template <class F>
+    INLINE void each(F f) const {
+        mask ? each<true>(f) : each<false>(f);
+    }
+
+  private:
+    template <bool MASKED>
+    INLINE V16 sixteen(int i) const {
+        V16 nothing = broadcast(-INFINITE);
+        bool whole = i + LANES <= count;
+        V16 a = numbers_or(whole ? load(logits + i) : load_part(logits + i, count - i), nothing);
+        if constexpr (MASKED) a = bits_or(a, mask[i / 32] >> i % 32, nothing);
+        return whole ? a : lanes_or(a, 0, count - i, nothing);
+    }
+    template <bool MASKED, class F>
+    INLINE void each(F f) const {
+        for (int i = 0; i < count; i += LANES) f(i, sixteen<MASKED>(i));
+    }
+};
+
+float highest(const Row& row) {
     V16 most = broadcast(-INFINITE);
-    for_logits(logits, count, [&](int, V16 a) { most = max(most, a); });
+    row.each([&](int, V16 a) { most = max(most, a); });
     return largest(most);
 }
 
-int first_of(const float* logits, int count, float value) {
-    V16 wanted = broadcast(value), nothing = broadcast(-INFINITE);
-    for (int i = 0; i < count; i += LANES) {
-        V16 a = numbers_or(lanes_or(load_part(logits + i, count - i), 0, count - i, nothing), nothing);
-        if (uint32_t found = at_least(a, wanted)) return i + __builtin_ctz(found);
-    }
+int first_of(const Row& row, float value) {
+    V16 wanted = broadcast(value);
+    for (int i = 0; i < row.count; i += LANES)
+        if (uint32_t found = at_least(row.sixteen(i), wanted)) return i + __builtin_ctz(found);
     return 0;
 }
 
@@ -120,42 +139,30 @@ struct Parameters {
 
 class Sampler {
   public:
-    int draw(const float* logits, int count, const Parameters& p) {
-        float best = highest(logits, count);
-        if (p.temperature == 0 || best / p.temperature <= -HIGHEST) return first_of(logits, count, best);
-        scale(logits, count, best, p.temperature);
+    int draw(const Row& row, const Parameters& p) {
+        float best = highest(row);
+        if (p.temperature == 0 || best / p.temperature <= -HIGHEST) return first_of(row, best);
+        scale(row, best, p.temperature);
         for (float limit : LIMITS) {
-            collect(logits, count, limit);
+            collect(row, limit);
             int token = choose(p);
             if (token >= 0) return token;
         }
-        return first_of(logits, count, best);  // not reached: the last limit leaves nothing out
-    }
-
-    // The logits with -inf where a mask has no bit, until the next call.
-    const float* masked(const float* logits, int count, const uint32_t* mask) {
-        V16 nothing = broadcast(-INFINITE);
-        masked_.resize(padded(count));
-        for (int i = 0; i < count; i += LANES) {
-            V16 a = i + LANES <= count ? load(logits + i) : load_part(logits + i, count - i);
-            store(masked_.data() + i, bits_or(a, mask[i / 32] >> i % 32, nothing));
-        }
-        return masked_.data();
+        return first_of(row, best);  // not reached: the last limit leaves nothing out
     }
 
   private:
-    std::vector<float> masked_;
     std::vector<Token> tokens_, bucket_;
     std::vector<float> x_;  // distances of all scaled logits from the best, padded with -inf
     int counts_[BUCKETS];
     int64_t weights_[BUCKETS];
     float limit_ = 0;
 
-    void scale(const float* logits, int count, float best, float temperature) {
+    void scale(const Row& row, float best, float temperature) {
         V16 divisor = broadcast(temperature), most = broadcast(HIGHEST), least = broadcast(-HIGHEST);
         V16 origin = min(max(broadcast(best) / divisor, least), most);
-        x_.resize(padded(count));
-        for_logits(logits, count, [&](int first, V16 logit) {
+        x_.resize(padded(row.count));
+        row.each([&](int first, V16 logit) {
             V16 x = temperature == 1 ? logit : logit / divisor;
             store(x_.data() + first, min(max(x, least), most) - origin);
         });
@@ -170,13 +177,13 @@ class Sampler {
     static V16 weights(V16 x) { return exp_rounded(x) * broadcast(WEIGHT_ONE); }
 
     // Collects the tokens with x >= limit and counts them in buckets.
-    void collect(const float* logits, int count, float limit) {
+    void collect(const Row& row, float limit) {
         V16 bound = broadcast(limit);
         limit_ = limit;
         tokens_.clear();
         std::fill_n(counts_, BUCKETS, 0);
         std::fill_n(weights_, BUCKETS, 0);
-        for (int first = 0; first < count; first += LANES) {
+        for (int first = 0; first < row.count; first += LANES) {
             V16 x = load(x_.data() + first);
             uint32_t likely = at_least(x, bound);
             if (!likely) continue;
@@ -184,7 +191,7 @@ class Sampler {
             store(weight, weights(x));
             for (; likely; likely &= likely - 1) {
                 int i = __builtin_ctz(likely);
-                Token token{logits[first + i], x_[first + i], first + i, int64_t(weight[i])};
+                Token token{row[first + i], x_[first + i], first + i, int64_t(weight[i])};
                 tokens_.push_back(token);
                 int b = bucket_of(token.x);
                 ++counts_[b];
@@ -251,7 +258,7 @@ class Sampler {
 };
 
 // The `wanted` greatest logits of a row, the lower id first among equals.
-void top(const float* logits, int count, int wanted, float* values, int32_t* ids) {
+void top(const Row& logits, int wanted, float* values, int32_t* ids) {
     if (!wanted) return;
     int found = 0;
     auto insert = [&](float value, int id) {
@@ -263,8 +270,8 @@ void top(const float* logits, int count, int wanted, float* values, int32_t* ids
         values[at] = value;
         ids[at] = id;
     };
-    for_logits(logits, count, [&](int first, V16 a) {
-        int lanes = std::min(LANES, count - first);
+    logits.each([&](int first, V16 a) {
+        int lanes = std::min(LANES, logits.count - first);
         uint32_t greater = (1u << lanes) - 1;
         if (found == wanted) greater &= above(a, broadcast(values[wanted - 1]));
         if (!greater) return;
@@ -351,10 +358,8 @@ EXPORT int sample(const SampleCall* c) try {
         thread_local Sampler sampler;
         double u = uniform(c->seeds[row], c->positions[row]);
         Parameters p{c->temperature[row], c->top_p[row], c->log_min_p[row], c->top_k[row], u};
-        const float* logits = c->logits.row(row);
-        int count = int(c->logits.vocabulary);
-        if (c->places && c->places[row] >= 0) logits = sampler.masked(logits, count, c->masks + c->places[row] * c->words);
-        c->tokens[row] = sampler.draw(logits, count, p);
+        const uint32_t* mask = c->places && c->places[row] >= 0 ? c->masks + c->places[row] * c->words : nullptr;
+        c->tokens[row] = sampler.draw({c->logits.row(row), int(c->logits.vocabulary), mask}, p);
     });
     return 0;
 } catch (const std::bad_alloc&) {
@@ -364,8 +369,8 @@ EXPORT int sample(const SampleCall* c) try {
 EXPORT int argmax(const ArgmaxCall* c) {
     int count = int(c->logits.vocabulary);
     parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
-        const float* logits = c->logits.row(row);
-        c->tokens[row] = first_of(logits, count, highest(logits, count));
+        Row logits{c->logits.row(row), count, nullptr};
+        c->tokens[row] = first_of(logits, highest(logits));
     });
     return 0;
 }
@@ -375,14 +380,14 @@ EXPORT int logprobs(const LogprobsCall* c) {
     for (int64_t row = 0; row < c->logits.rows; ++row)
         if (!c->logits.has(row, c->tokens[row])) return -2;
     parallel(c->logits.rows, int(c->threads), [&](int64_t row, int) {
-        const float* logits = c->logits.row(row);
-        float best = highest(logits, count);
+        Row logits{c->logits.row(row), count, nullptr};
+        float best = highest(logits);
         V16 total = zeros(), shift = broadcast(best);
-        for_logits(logits, count, [&](int, V16 a) { total = total + exp(a - shift); });
+        logits.each([&](int, V16 a) { total = total + exp(a - shift); });
         float log_total = std::log(sum(total)), logit = logits[c->tokens[row]];
         c->chosen[row] = ((logit == logit ? logit : -INFINITE) - best) - log_total;
         float* values = c->values + row * c->top_n;
-        top(logits, count, int(c->top_n), values, c->ids + row * c->top_n);
+        top(logits, int(c->top_n), values, c->ids + row * c->top_n);
         for (int64_t i = 0; i < c->top_n; ++i) values[i] = (values[i] - best) - log_total;
     });
     return 0;
