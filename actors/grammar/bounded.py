@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.grammar.errors import BadGrammar
 from actors.grammar.library import xgrammar
@@ -54,6 +54,20 @@ def bounded(grammar: Any) -> Any:
     rules.bound_depth(document["root_rule_id"])
     rules.write(document)
     return xgrammar().Grammar.deserialize_json(json.dumps(document))
+
+
+class Group(NamedTuple):
+    """Rules that refer to each other in circles.
+
+    Attributes:
+        heads: those of them on which a level begins: no circle, but for mere repetition, goes round them all.
+    """
+
+    rules: set[int]
+    heads: set[int]
+
+
+_NO_GROUP = Group(set(), set())
 
 
 class _Rules:
@@ -153,20 +167,20 @@ class _Rules:
 
     def bound_depth(self, root: int) -> None:
         references = {rule: self._references(self._body(rule)) for rule in range(len(self.rules))}
-        groups, multiples = _nesting(references), self._multiples(references)
-        if not groups and not multiples:
+        nesting = [Group(rules, _heads(rules, references)) for rules in _nesting(references)]
+        multiples = [Group(rules, rules) for rules in self._multiples(references)]
+        if not nesting and not multiples:
             return
-        heights = self._heights(groups + multiples)
+        heights = self._heights(nesting + multiples)
         if any(heights[rule] >= _NEVER for rule in (root, *self._tagged())):
             raise BadGrammar("The JSON schema allows no answer that ends: what it describes holds itself, always.")
         for rule, height in enumerate(heights):
             if height < _NEVER:
-                self.rules[rule][_BODY] = self._ending(self._body(rule), heights)
-        for group in multiples:
-            self._unfold(group, group, heights, _levels(multiples, DIGITS - 1))
-        levels = _levels(groups, LEVELS)
-        for group in groups:
-            self._unfold({rule for rule in group if heights[rule] < _NEVER}, _heads(group, references), heights, levels)
+                self.rules[rule][_BODY] = self._ending(self._body(rule), heights, _NO_GROUP, _NEVER - 1)
+        for found, most in ((multiples, DIGITS - 1), (nesting, LEVELS)):
+            levels = max(MIN_LEVELS, min(most, MAX_COPIES // max(1, sum(len(group.rules) for group in found))))
+            for group in found:
+                self._unfold(group, heights, levels)
 
     def _tagged(self) -> list[int]:
         """The rules of what follows tags: they cannot be left out, for whoever writes a tag does not know them."""
@@ -187,53 +201,53 @@ class _Rules:
                 found += self._references(part, last and (kind == _CHOICES or place == len(values) - 1))
         return found
 
-    def _heights(self, groups: list[set[int]]) -> list[int]:
-        """Of each rule, how many of its own group it has to go through to come to an end; `_NEVER` if there is none."""
-        group_of = {rule: group for group in groups for rule in group}
+    def _heights(self, groups: list[Group]) -> list[int]:
+        """Of each rule, through how many heads of its group it has to go to an end; `_NEVER` if there is none."""
+        group_of = {rule: group for group in groups for rule in group.rules}
         heights = [_NEVER] * len(self.rules)
         changed = True
         while changed:
             changed = False
             for rule in range(len(self.rules)):
-                height = self._height(self._body(rule), heights, group_of.get(rule, set()))
+                height = self._height(self._body(rule), heights, group_of.get(rule, _NO_GROUP))
                 if height < heights[rule]:
                     heights[rule], changed = height, True
         return heights
 
-    def _height(self, index: int, heights: list[int], group: set[int]) -> int:
+    def _height(self, index: int, heights: list[int], group: Group) -> int:
         kind, values = self.expressions[index]
         if kind == _CHOICES:
             return min(self._height(each, heights, group) for each in values)
         if kind == _SEQUENCE:
             return max((self._height(each, heights, group) for each in values), default=0)
         if kind == _RULE or (kind == _REPEAT and values[1] > 0):
-            height = heights[values[0]]
-            return _NEVER if height >= _NEVER else height + 1 if values[0] in group else 0
+            return _height_through(values[0], heights, group)
         return 0
 
-    def _ending(self, index: int, heights: list[int], group: set[int] | None = None, most: int = _NEVER - 1) -> int:
-        """An expression without the choices that are higher than that, and, of a group, what need not stand there."""
+    def _ending(self, index: int, heights: list[int], group: Group, most: int) -> int:
+        """An expression without what is higher than that and need not stand there."""
         kind, values = self.expressions[index]
         if kind == _CHOICES:
-            values = [each for each in values if self._height(each, heights, group or set()) <= most]
+            values = [each for each in values if self._height(each, heights, group) <= most]
         if kind in (_CHOICES, _SEQUENCE):
             return self._changed(index, kind, [self._ending(each, heights, group, most) for each in values])
-        if kind == _REPEAT and values[1] == 0 and (heights[values[0]] >= _NEVER or values[0] in (group or ())):
+        if kind == _REPEAT and values[1] == 0 and _height_through(values[0], heights, group) > most:
             return self._add(_EMPTY, [])
         return index
 
-    def _unfold(self, group: set[int], heads: set[int], heights: list[int], levels: int) -> None:
+    def _unfold(self, group: Group, heights: list[int], levels: int) -> None:
         """Puts the rules of a group there once for each level, and once more for the last."""
-        copies = [{rule: rule for rule in group}]
+        rules = [rule for rule in group.rules if heights[rule] < _NEVER]
+        copies = [{rule: rule for rule in rules}]
         for level in range(1, levels + 1):
-            copies.append({rule: len(self.rules) + place for place, rule in enumerate(group)})
+            copies.append({rule: len(self.rules) + place for place, rule in enumerate(rules)})
             self.rules += [
-                [self._named(f"{self.rules[rule][0]}_level_{level}"), *self.rules[rule][1:]] for rule in group
+                [self._named(f"{self.rules[rule][0]}_level_{level}"), *self.rules[rule][1:]] for rule in rules
             ]
-        for rule in group:
+        for rule in rules:
             body = self._body(rule)
             for level, here in enumerate(copies[:-1]):
-                below = {**here, **{head: copies[level + 1][head] for head in heads & group}}
+                below = {**here, **{head: copies[level + 1][head] for head in group.heads.intersection(rules)}}
                 self.rules[here[rule]][_BODY] = self._renamed(body, below)
             last = self._ending(body, heights, group, heights[rule])
             self.rules[copies[-1][rule]][_BODY] = self._renamed(last, copies[-1])
@@ -266,9 +280,10 @@ class _Rules:
         return index if values == self.expressions[index][1] else self._add(kind, values)
 
 
-def _levels(groups: list[set[int]], most: int) -> int:
-    rules = sum(len(group) for group in groups)
-    return max(MIN_LEVELS, min(most, MAX_COPIES // max(rules, 1)))
+def _height_through(rule: int, heights: list[int], group: Group) -> int:
+    if heights[rule] >= _NEVER:
+        return _NEVER
+    return heights[rule] + (rule in group.heads) if rule in group.rules else 0
 
 
 def _nesting(references: References) -> list[set[int]]:

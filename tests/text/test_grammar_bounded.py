@@ -108,6 +108,16 @@ def test_depths() -> None:
     assert not allows(free, '{"a": ' * deep + "1" + "}" * deep)
 
 
+def test_all_that_leads_to_an_end_is_allowed_on_the_last_level() -> None:
+    inner = {"anyOf": [{"type": "null"}, {"type": "array", "items": NODE}, {"type": "number"}]}
+    schema = {"$defs": {"node": {"anyOf": [inner, {"type": "array", "items": {"type": "number"}}]}}, **NODE}
+    automaton = compiled(bounded(of_schema(schema)))
+    for deep in (LEVELS - 1, LEVELS):
+        for leaf in ("1.5", "null", "[]", "[1, 2]"):
+            assert allows(automaton, "[1, " * deep + leaf + "]" * deep)
+    assert not allows(automaton, "[1, " * (LEVELS + 2) + "null" + "]" * (LEVELS + 2))
+
+
 def test_lists_and_strings_are_as_long_as_before() -> None:
     free = compiled(bounded(of_schema({"type": "object"})))
     members = ", ".join(f'"{"k" * 300}{index}": [{", ".join(["-1.5e3"] * 100)}]' for index in range(100))
