@@ -281,15 +281,21 @@ def test_no_special_token_and_no_token_that_is_not_there(tmp_path: Path) -> None
     assert tokens.stops([]) == tokens.ends
 
 
+def printed(code: str) -> str:
+    """What a fresh interpreter prints."""
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.strip()
+
+
 def test_the_library_is_loaded_without_transformers_and_only_when_needed() -> None:
     code = (
         "import sys, actors.grammar as g; assert 'xgrammar' not in sys.modules; g.xgrammar(); "
         "assert 'transformers' not in sys.modules; import transformers; print(transformers.__name__)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.stdout.strip() == "transformers", ran.stderr
+    assert printed(code) == "transformers"
 
 
 def test_the_library_does_not_ask_for_cuda_devices() -> None:
@@ -298,7 +304,4 @@ def test_the_library_does_not_ask_for_cuda_devices() -> None:
         "import runtime.environment as e; e.prepare(); import torch; asked = []; "
         "torch.cuda.is_available = lambda: asked.append(1); import actors.grammar as g; g.xgrammar(); print(asked)"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert ran.stdout.strip() == "[]", ran.stderr
+    assert printed(code) == "[]"
