@@ -4,7 +4,7 @@ Both are without end in JSON and in its schemas, and a small model goes on for e
 `Grammar.serialize_json` gives, in which a rule has a body, and a body is made of expressions: kind, then data.
 
 A rule that may hold itself stands in the result once for each level, and refers to the next level where the answer
-goes deeper. On the last level only those choices are left that lead out fastest.
+goes deeper. On the last level only those choices are left that lead to an end without going deeper.
 """
 
 from __future__ import annotations
@@ -126,10 +126,9 @@ class _Rules:
 
     def share_multiples(self) -> None:
         """Integers that must be multiples of the same one share the rules of their digits, of which there are many."""
-        references = {rule: self._references(self._body(rule)) for rule in range(len(self.rules))}
         first: dict[tuple[Remainder, ...], list[int]] = {}
         others: dict[int, int] = {}
-        for group in self._multiples(references):
+        for group in self._multiples():
             rules = sorted(group)
             place = {rule: index for index, rule in enumerate(rules)}
             rests = tuple(tuple((digit, place[rest]) for digit, rest in self._remainder(rule) or ()) for rule in rules)
@@ -140,14 +139,12 @@ class _Rules:
             if rule != other:
                 self.rules[rule][_BODY] = self._add(_CHOICES, [self._add(_EMPTY, [])])
 
-    def _multiples(self, references: References) -> list[set[int]]:
+    def _multiples(self) -> list[set[int]]:
         """Groups of rules of the rest of an integer's digits, of which it must be a multiple: one a remainder."""
-        graph = {rule: [other for other, _ in each] for rule, each in references.items()}
-        return [
-            group
-            for group in _strong_components(graph)
-            if all({rest for _, rest in self._remainder(rule) or [(0, -1)]} <= group for rule in group)
-        ]
+        found = {rule: self._remainder(rule) for rule in range(len(self.rules))}
+        rests = {rule: [rest for _, rest in remainder] for rule, remainder in found.items() if remainder}
+        graph = {rule: [rest for rest in each if rest in rests] for rule, each in rests.items()}
+        return [group for group in _strong_components(graph) if all(group.issuperset(rests[rule]) for rule in group)]
 
     def _remainder(self, rule: int) -> Remainder | None:
         """The digits that a rule begins with, and the rule that follows each; None if that is not what it is."""
@@ -168,7 +165,7 @@ class _Rules:
     def bound_depth(self, root: int) -> None:
         references = {rule: self._references(self._body(rule)) for rule in range(len(self.rules))}
         nesting = [Group(rules, _heads(rules, references)) for rules in _nesting(references)]
-        multiples = [Group(rules, rules) for rules in self._multiples(references)]
+        multiples = [Group(rules, rules) for rules in self._multiples()]
         if not nesting and not multiples:
             return
         heights = self._heights(nesting + multiples)

@@ -134,6 +134,7 @@ INLINE Steps round_to_bytes(const T* x, int count, int8_t* first_bytes, int8_t* 
     bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
     return {!numbers ? steps : none ? 0 : largest_size / MOST, numbers ? steps : 0};
 }
+
 // Those of a call's x from element `at` on.
 template <int BYTES, int VECTORS>
 INLINE Steps round_to_bytes(const Call& c, int64_t at, int count, int8_t* first_bytes, int8_t* second_bytes = nullptr) {
