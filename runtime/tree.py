@@ -24,8 +24,8 @@ from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
-MAX_JOURNALLED = 4096
-"""Connections of one ingress worker that outlive it, at most: what a supervisor keeps of one child."""
+MAX_JOURNALLED = 2**14
+"""Connections of one ingress worker that outlive it while they have a request, at most."""
 _SCHEDULERS = {"unified": "Scheduler", "prefill": "PrefillScheduler", "decode": "DecodeScheduler"}
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""

@@ -62,6 +62,9 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Attributes:
         models: what is served; no two share a name.
         api_key: what clients must send as `Authorization: Bearer KEY`; None lets everybody in.
+        admin_api_key: what administrators must send; None lets those in who may ask for anything.
+        cors_origins: web pages of other servers that may ask, `*` for all of them.
+        allowed_hosts: names under which the server may be asked, besides those of this machine; None for any.
         request_timeout_s: a request that takes longer ends with an error.
         drain_s: after a shutdown request, how long running answers may go on. Must be below the child spec's
             `shutdown` time by a few seconds.
@@ -81,6 +84,9 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     models: Annotated[list[ServedModel], Meta(min_length=1)]
     api_key: Annotated[str, Meta(min_length=1)] | None = None
+    admin_api_key: Annotated[str, Meta(min_length=1)] | None = None
+    cors_origins: list[str] = []
+    allowed_hosts: list[str] | None = None
     request_timeout_s: Seconds = 3600.0
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
     client_stall_s: Seconds = 60.0
