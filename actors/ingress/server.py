@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 ACCEPT_AGAIN_S = 0.5
 """After a failure to accept, such as too many open files."""
 SPARE_DESCRIPTORS = 256
+"""That many are no connections', or a third of the few there are: ZeroMQ ends the process when it gets none."""
 DRAIN_STEP_S = 0.05
 REFUSED_AT_ONCE = 32
 """So many refused connections are open at a time, above what others may have."""
@@ -66,9 +67,6 @@ class Server(uvicorn.Server):
         self._counters = counters
         self._shelter = Shelter(journal, context.link, counters, context.incarnation)
         self._stopped = False
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._first_beyond = limit - min(SPARE_DESCRIPTORS, limit // 3)
-        """Descriptors from this number on are no connections': ZeroMQ ends the process when it gets none."""
         self._left: deque[str] = deque()
         """Names of connections without a request that an earlier incarnation has left."""
         self._loop: asyncio.AbstractEventLoop
@@ -104,7 +102,8 @@ class Server(uvicorn.Server):
             logger.warning("cannot accept connections: %s; trying again", error)
             self._pause_accepting()
             return
-        beyond = accepted.fileno() - self._first_beyond
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        beyond = accepted.fileno() - (limit - min(SPARE_DESCRIPTORS, limit // 3))
         if beyond >= 0:
             self._refuse(accepted)
             if beyond >= REFUSED_AT_ONCE:
