@@ -161,7 +161,7 @@ def test_a_deepseek_answers_the_same_after_its_rank_was_killed(cli: Cli) -> None
         assert len(set(before.split())) > 5  # not one word repeated
         assert cli("kill", "main.rank0").returncode == 0
         assert cli.ask(model="deepseek-v3-tiny") == before
-        assert cli.processes()["main.rank0"]["incarnation"] == 2
+        wait_for(lambda: cli.processes()["main.rank0"]["incarnation"] == 2, "the restart to be reported")
     finally:
         cli("down")
 

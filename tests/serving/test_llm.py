@@ -107,7 +107,12 @@ def test_the_death_of_a_rank_changes_nothing(llm: LLM) -> None:
     generating.join(120)
     assert [each.token_ids for each in after] == [each.token_ids for each in before]
     assert [each.text for each in after] == [each.text for each in before]
-    assert private_tree(llm)["main.rank0"]["incarnation"] == rank["incarnation"] + 1
+
+    def restarted() -> bool:
+        now = private_tree(llm)["main.rank0"]
+        return now["incarnation"] == rank["incarnation"] + 1 and now["state"] == "running"
+
+    wait_until(restarted, "the rank to run again")
 
 
 def test_refusals_are_one_sentence(llm: LLM, tmp_path: Path) -> None:
