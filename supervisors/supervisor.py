@@ -56,6 +56,8 @@ class Supervisor:
         """`generation` and `link` are for nested supervisors. Raises SpecError for a faulty specification."""
         descriptors = descriptors or {}
         validate(spec)
+        if any(child.id == name for child in spec.descendants()):
+            raise SpecError(f"child {name!r} has the name of its supervisor; give it another id")
         for child in spec.children:
             for wanted in child.inherited():
                 if wanted not in descriptors:
