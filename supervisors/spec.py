@@ -25,6 +25,7 @@ NESTED_SUPERVISOR = "supervisors.nested:NestedSupervisor"
 """What a child of type "supervisor" runs."""
 
 DEFAULT_SHUTDOWN_MS = 5000
+HEARTBEAT_S = 1.0
 MAX_DESCRIPTORS = 200
 """Named descriptors one child may inherit; the kernel passes at most 253 in one message."""
 
@@ -96,6 +97,11 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.shutdown == "infinity":
             return None
         return 0 if self.shutdown == "brutal_kill" else self.shutdown
+
+    @property
+    def heartbeat_s(self) -> float:
+        """Seconds from one heartbeat to the next."""
+        return min(HEARTBEAT_S, self.heartbeat_timeout_ms / 4000)
 
     @property
     def process_title(self) -> str:
