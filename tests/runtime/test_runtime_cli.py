@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
     "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "uptime_s", "cpu_percent",
-    "rss_bytes", "children"
+    "rss_bytes", "pss_bytes", "children"
 }  # fmt: skip
 
 needs_model = pytest.mark.skipif(
