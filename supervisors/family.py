@@ -38,6 +38,7 @@ class Family:
     """The children of one supervisor.
 
     report(event)       is told what happens to the children.
+    pass_on(event)      is told what nested supervisors report of theirs.
     pass_up(msg, fds)   what descendants send that the supervisor's own parent has to know too.
     replied(msg)        answers of nested supervisors to commands.
     gone(child)         the process of a child has ended.
@@ -51,6 +52,7 @@ class Family:
         descriptors: Mapping[str, int],
         *,
         report: Callable[[Event], None],
+        pass_on: Callable[[Event], None],
         pass_up: Callable[[Up, Sequence[int]], None],
         replied: Callable[[messages.Reply], None],
         gone: Callable[[Child], None],
@@ -65,6 +67,7 @@ class Family:
         self._generation = generation
         self._descriptors = descriptors
         self._report = report
+        self._pass_on = pass_on
         self._pass_up = pass_up
         self._replied = replied
         self._gone = gone
@@ -298,7 +301,7 @@ class Family:
             case messages.Tree():
                 child.subtree = message.children
             case messages.EventRaised():
-                self._report(message.event)
+                self._pass_on(message.event)
             case messages.Reply():
                 self._replied(message)
             case messages.Park(owner=owner, name=name, meta=meta):
@@ -333,7 +336,7 @@ class Family:
         child.culprit = None if process.ending is None else process.ending.culprit
         child.subtree_stopped()
         self._gone(child)
-        self._tell(child, "exit", reason.text, process.pid or None)
+        self._tell(child, "exit", reason.text, process.pid or None, crash=reason.abnormal and not process.asked)
         if self._needed_until_its_turn(child, process):
             self._start(child)
         elif process.asked or process.ignored or self.result is not None:
@@ -461,8 +464,19 @@ class Family:
     def _log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
 
-    def _tell(self, child: Child, kind: EventKind, text: str = "", pid: int | None = None) -> None:
+    def _tell(
+        self, child: Child, kind: EventKind, text: str = "", pid: int | None = None, *, crash: bool = False
+    ) -> None:
         if pid is None and child.process is not None:
             pid = child.process.pid or None
-        event = Event(kind=kind, id=child.spec.id, text=text, pid=pid, incarnation=child.incarnation, when=time.time())
-        self._report(event)
+        self._report(
+            Event(
+                kind=kind,
+                id=child.spec.id,
+                text=text,
+                pid=pid,
+                incarnation=child.incarnation,
+                when=time.time(),
+                crash=crash,
+            )
+        )

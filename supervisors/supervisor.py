@@ -28,6 +28,7 @@ LATE_S = 0.5
 """A supervisor that wakes so much later than it should was stopped itself, or the whole machine was."""
 
 _log = logging.getLogger(__name__)
+_LEVELS = {"gave_up": logging.ERROR, "backoff": logging.WARNING, "zygote": logging.WARNING}
 
 
 class Supervisor:
@@ -70,6 +71,7 @@ class Supervisor:
             generation,
             descriptors,
             report=self._report,
+            pass_on=self._pass_on,
             pass_up=self._pass_up,
             replied=self._replied,
             gone=self._fail_calls,
@@ -336,9 +338,15 @@ class Supervisor:
             self.kill_all()
 
     def _report(self, event: Event) -> None:
-        self._changed()
+        """Something happened to a child, or to the zygote. Only this supervisor logs it."""
         says_kind = event.kind in ("ready", "zygote")  # the text does
-        _log.info("%s: %s", event.id, event.text if says_kind else f"{event.kind} {event.text}".rstrip())
+        text = event.text if says_kind else f"{event.kind} {event.text}".rstrip()
+        level = logging.WARNING if event.crash else _LEVELS.get(event.kind, logging.INFO)
+        _log.log(level, "%s: %s", event.id, text)
+        self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        self._changed()
         if self._parent is not None:
             self._parent.event(event)
         elif self._on_event is not None:
