@@ -36,6 +36,7 @@ class Family:
     """The children of one supervisor.
 
     report(event)       is told what happens to the children.
+    pass_on(event)      is told what nested supervisors report of theirs.
     pass_up(msg, fds)   what descendants send that the supervisor's own parent has to know too.
     replied(msg)        answers of nested supervisors to commands.
     gone(child)         the process of a child has ended.
@@ -50,6 +51,7 @@ class Family:
         incarnations: Mapping[str, int],
         *,
         report: Callable[[Event], None],
+        pass_on: Callable[[Event], None],
         pass_up: Callable[[Up, Sequence[int]], None],
         replied: Callable[[messages.Reply], None],
         gone: Callable[[Child], None],
@@ -67,6 +69,7 @@ class Family:
         self._descriptors = descriptors
         self._incarnations = dict(incarnations)
         self._report = report
+        self._pass_on = pass_on
         self._pass_up = pass_up
         self._replied = replied
         self._gone = gone
@@ -311,7 +314,7 @@ class Family:
             case messages.Tree():
                 child.subtree = message.children
             case messages.EventRaised():
-                self._report(message.event)
+                self._pass_on(message.event)
             case messages.Reply():
                 self._replied(message)
             case messages.Counted(id=name, incarnation=incarnation):
@@ -348,7 +351,7 @@ class Family:
         child.culprit = None if process.ending is None else process.ending.culprit
         child.subtree_stopped()
         self._gone(child)
-        self._tell(child, "exit", reason.text, process.pid or None)
+        self._tell(child, "exit", reason.text, process.pid or None, crash=reason.abnormal and not process.asked)
         if self._needed_until_its_turn(child, process):
             self._start(child)
         elif process.asked or process.ignored or self.result is not None:
@@ -481,8 +484,19 @@ class Family:
     def _log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
 
-    def _tell(self, child: Child, kind: EventKind, text: str = "", pid: int | None = None) -> None:
+    def _tell(
+        self, child: Child, kind: EventKind, text: str = "", pid: int | None = None, *, crash: bool = False
+    ) -> None:
         if pid is None and child.process is not None:
             pid = child.process.pid or None
-        event = Event(kind=kind, id=child.spec.id, text=text, pid=pid, incarnation=child.incarnation, when=time.time())
-        self._report(event)
+        self._report(
+            Event(
+                kind=kind,
+                id=child.spec.id,
+                text=text,
+                pid=pid,
+                incarnation=child.incarnation,
+                when=time.time(),
+                crash=crash,
+            )
+        )

@@ -31,6 +31,7 @@ _NO_CHANGE = messages.Heartbeat | messages.Park | messages.Unpark | messages.Cou
 """Messages of children after which their state is what it was."""
 
 _log = logging.getLogger(__name__)
+_LEVELS = {"gave_up": logging.ERROR, "backoff": logging.WARNING, "zygote": logging.WARNING}
 
 
 class Supervisor:
@@ -78,6 +79,7 @@ class Supervisor:
             descriptors,
             incarnations or {},
             report=self._report,
+            pass_on=self._pass_on,
             pass_up=self._pass_up,
             replied=self._replied,
             gone=self._fail_calls,
@@ -348,9 +350,15 @@ class Supervisor:
             self.kill_all()
 
     def _report(self, event: Event) -> None:
-        self._changed()
+        """Something happened to a child, or to the zygote. Only this supervisor logs it."""
         says_kind = event.kind in ("ready", "zygote")  # the text does
-        _log.info("%s: %s", event.id, event.text if says_kind else f"{event.kind} {event.text}".rstrip())
+        text = event.text if says_kind else f"{event.kind} {event.text}".rstrip()
+        level = logging.WARNING if event.crash else _LEVELS.get(event.kind, logging.INFO)
+        _log.log(level, "%s: %s", event.id, text)
+        self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        self._changed()
         if self._parent is not None:
             self._parent.event(event)
         elif self._on_event is not None:
