@@ -375,6 +375,7 @@ class _Builder:
             "max_model_len": model.max_model_len,
             "vocab_size": model.config.vocab_size,
             "eos_token_ids": model.config.eos_token_ids,
+            "sampling": msgspec.to_builtins(model.sampling),
             "tokenizer": model.tokenizer,
             "task": model.task,
             "encoders": [engine.actor for engine in model.encoders],

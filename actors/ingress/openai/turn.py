@@ -133,7 +133,10 @@ async def open_turn(
     shown = prompt or conversation(service.model, request, tools)
     markers = None if prompt is not None else _markers(service.model, request)
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
-    limit, default = (None, asked) if cut_limit else (asked, None)
+    usual = service.model.sampling.max_tokens
+    if usual is not None:
+        usual = max(usual, request.min_tokens or 0)
+    limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
         exchange.work,
