@@ -25,7 +25,7 @@ from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeSta
 from runtime.errors import UserError
 from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
-from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
+from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
 from runtime.report import as_json
 from runtime.rundir import NodeInfo, RunDirectory
 from runtime.status_socket import StatusSocket
@@ -65,6 +65,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
 
     Raises UserError when the run directory or the port cannot be had.
     """
+    tell = _undisturbed(tell)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
@@ -85,8 +86,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
         raise
     except Exception as error:
         keep_logs = True
-        with run_dir.root_log.open("a") as log:
-            traceback.print_exc(file=log)
+        traceback.print_exc(file=logs.open_log(run_dir.root_log))
         stopped = Stopped(f"the node failed: {type(error).__name__}: {error}", str(run_dir.root_log))
     finally:
         run_dir.remove(keep_logs)
@@ -203,6 +203,18 @@ class _Root:
         return "running" if all(node.state == "running" for node in tree.walk()) else "degraded"
 
 
+def _undisturbed(tell: Tell) -> Tell:
+    """`tell` for a node that goes on when its terminal, pipe or disk takes no more words."""
+
+    def say(progress: Progress) -> None:
+        try:
+            tell(progress)
+        except (OSError, ValueError) as error:  # the latter: the stream is closed
+            logger.debug("nobody is told of %s: %s", type(progress).__name__, error)
+
+    return say
+
+
 def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, str]]:
     for child in spec.children:
         yield depth, child.id
@@ -234,22 +246,19 @@ def _load_grammars(plan: ModelPlan) -> None:
 
 
 def _log_to(run_dir: RunDirectory) -> None:
-    handler = logging.FileHandler(run_dir.root_log)
+    handler = logging.StreamHandler(logs.open_log(run_dir.root_log))
     handler.setFormatter(logs.formatter("root", 1))
     logging.root.handlers[:] = [handler]
 
 
 def _redirect_output(run_dir: RunDirectory) -> None:
     """Standard output and error of this process to its log, standard input from nowhere."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(run_dir.root_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
-    for source, target in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-        os.set_inheritable(target, True)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.close(null)
-    os.close(log)
+    sys.stdout = sys.stderr = logs.open_log(run_dir.root_log, descriptors=(1, 2))
 
 
 def _listener(plan: NodePlan, owner: Owner | None) -> socket.socket | None:

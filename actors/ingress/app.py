@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -86,7 +86,8 @@ class Post(Generic[T]):
         self._decoder = decoder
         self._tasks = tasks
         self.handle = handle
-        self.body: type[T] = decoder.type
+        body: Any = decoder.type  # msgspec 0.23 says TypeForm, versions before it say type
+        self.body: type[T] = body
         self.wire = wire
         self.default = default
 

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from actors.actor import BadMessage, Context, handles, role_of
+from actors.actor import Context, handles, role_of
 from actors.messages import (
     Abort,
     Acknowledge,
@@ -82,8 +82,6 @@ class Scheduler(EngineScheduler):
             self.batch.remove(known)
             del self.requests[known.rid]
             _end_phases(known, "handed on anew")
-        if not message.prompt or len(message.prompt) % 4 or len(message.output) % 4:
-            raise BadMessage("token ids must be packed int32, and at least one in the prompt")
         refusal = self._refusal(message)
         if refusal is not None:
             self.send(sender, refusal)
@@ -139,7 +137,13 @@ class Scheduler(EngineScheduler):
         self.forget(request)
 
     def _refusal(self, message: Generate) -> Refused | None:
-        length = len(message.prompt) // 4
+        length, odd = divmod(len(message.prompt), 4)
+        if not length or odd or len(message.output) % 4:
+            text = "Token ids must be packed int32, and at least one in the prompt."
+            return Refused(message.rid, message.attempt, 400, text)
+        unknown = self.unknown_token(message.prompt + message.output, message.sampling)
+        if unknown:
+            return Refused(message.rid, message.attempt, 400, unknown)
         if length + message.sampling.max_tokens > self.config.max_model_len:
             text = (
                 f"The prompt has {length} tokens and max_tokens is {message.sampling.max_tokens}; "

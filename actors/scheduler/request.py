@@ -50,6 +50,7 @@ class Request:
         held: it waits for its constraint to be ready.
         phases: what it is at, if it is traced. trace: context that came with it.
         arrived: monotonic time. admitted: whether it has had a slot.
+        failed_transfers: how often its KV was computed by another engine and got lost.
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
@@ -86,6 +87,7 @@ class Request:
         self.node: Node | None = None
         self.away = False
         self.held = False
+        self.failed_transfers = 0
         self.speculates = not message.sampling.one_by_one
         self.lookup: Lookup | None = None
         self.computed = 0
