@@ -264,6 +264,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    response_store_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes that stored responses (of `/v1/responses` without `store` = false) may take in the run "
+            "directory. Those not used for longest go first; after a day all do. 0 stores nothing.",
+        ),
+    ] = 2**28
     access_log: Annotated[
         bool, Meta(description="One line in the log for each request that has been answered, with its `X-Request-Id`.")
     ] = False
