@@ -33,6 +33,8 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
     """Ends requests, whichever worker has them; answers without waiting for that. Their clients get what there is."""
     if bool(body.rid) == body.abort_all:
         raise invalid("Send either 'rid' or abort_all = true.", "rid")
+    if body.abort_all:
+        service.access.check(exchange, admin=True)
     service.end(body.rid)
     service.control.end_elsewhere(body.rid)
     await exchange.answer(b"{}")

@@ -65,6 +65,9 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Attributes:
         models: what is served; no two share a name.
         api_key: what clients must send as `Authorization: Bearer KEY`; None lets everybody in.
+        admin_api_key: what administrators must send; None lets those in who may ask for anything.
+        cors_origins: web pages of other servers that may ask, `*` for all of them.
+        allowed_hosts: names under which the server may be asked, besides those of this machine; None for any.
         request_timeout_s: a request that takes longer ends with an error.
         drain_s: after a shutdown request, how long running answers may go on. Must be below the child spec's
             `shutdown` time by a few seconds.
@@ -79,11 +82,16 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tracing: where spans go; None traces nothing.
         access_log: one line for each request that has been answered.
         cache_report: whether answers say how many tokens of the prompt were cached.
+        response_dir: where responses are stored, shared by all workers of the node; empty for nowhere.
+        response_store_bytes: what they may take there; 0 stores nothing.
         crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
     """
 
     models: Annotated[list[ServedModel], Meta(min_length=1)]
     api_key: Annotated[str, Meta(min_length=1)] | None = None
+    admin_api_key: Annotated[str, Meta(min_length=1)] | None = None
+    cors_origins: list[str] = []
+    allowed_hosts: list[str] | None = None
     request_timeout_s: Seconds = 3600.0
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 30.0
     client_stall_s: Seconds = 60.0
@@ -97,4 +105,6 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     tracing: TracingConfig | None = None
     access_log: bool = False
     cache_report: bool = True
+    response_dir: str = ""
+    response_store_bytes: Annotated[int, Meta(ge=0)] = 0
     crash_dump_dir: str = ""

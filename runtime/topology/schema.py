@@ -49,6 +49,14 @@ class Node(Struct, frozen=True, forbid_unknown_fields=True):
             "alone. Relative as `model.path` is."
         ),
     ] = None
+    profile_dir: Annotated[
+        Text | None,
+        Meta(
+            description="Directory for the profiles of `/start_profile`, on the machine of each rank; a request can "
+            "name directories below it and no other. By default `profiles` in the run directory, which is removed when "
+            "the node stops. Relative as `model.path` is."
+        ),
+    ] = None
 
 
 class Machine(Struct, frozen=True, forbid_unknown_fields=True):
@@ -204,7 +212,10 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
 
     host: Annotated[
         Text,
-        Meta(description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then."),
+        Meta(
+            description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then: without "
+            "one, `runtime check` and `runtime up` warn."
+        ),
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65_535, description="Port to listen on; `--port` sets it too.")] = 8000
     node: Annotated[
@@ -219,6 +230,30 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
             "without either, none is asked for."
         ),
     ] = None
+    admin_api_key: Annotated[
+        Text | None,
+        Meta(
+            description="Key that administrators must send, in the same way, to take profiles, flush caches and abort "
+            "all requests; it opens everything else too. By default `$RUNTIME_ADMIN_API_KEY`; without either, these "
+            "endpoints take what clients send."
+        ),
+    ] = None
+    cors_origins: Annotated[
+        list[Text] | None,
+        Meta(
+            description="Web pages of other servers that may ask from a browser, by their origins, such as "
+            '`["https://app.example.com"]`; `["*"]` is any page.'
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        list[Text] | None,
+        Meta(
+            description="Names by which clients may ask for this server (their `Host` header), besides addresses, "
+            "names without a dot, this machine's own, and those that end in `.localhost`, `.local` or `.internal`; "
+            '`["*"]` is any. By default none where the server listens on loopback without a key, so that no web page '
+            "can lead its own name here, and any elsewhere."
+        ),
+    ] = None
     request_timeout_s: Annotated[Seconds, Meta(description="Seconds after which a request is given up.")] = 3600.0
     drain_s: Annotated[
         Seconds, Meta(description="How long running answers may go on when the node is asked to stop.")
@@ -229,6 +264,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    response_store_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes that stored responses (of `/v1/responses` without `store` = false) may take in the run "
+            "directory. Those not used for longest go first; after a day all do. 0 stores nothing.",
+        ),
+    ] = 2**28
     access_log: Annotated[
         bool, Meta(description="One line in the log for each request that has been answered, with its `X-Request-Id`.")
     ] = False
@@ -541,6 +584,8 @@ def describe(info: msgspec.inspect.Type) -> str:
             return f"a number from 0 to {high:g}"
         case msgspec.inspect.FloatType(le=high):
             return f"a number above 0, at most {high:g}"
+        case msgspec.inspect.ListType(item_type=item):
+            return f"a list of {describe(item).partition(' ')[2]}s"
         case msgspec.inspect.StrType(pattern=None):
             return "a string"
         case msgspec.inspect.StrType(pattern=pattern) if pattern == URL:
