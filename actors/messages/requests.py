@@ -61,6 +61,8 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
         prompt_logprobs: the same for the prompt's tokens.
         constraint: only tokens are drawn with which the output can still become what it says.
         thinking: where the output reasons; None if that makes no difference.
+        checked: a constraint that must be one that can be kept; the tokens are not held to it. For a request without
+            `constraint`.
     """
 
     max_tokens: Annotated[int, Meta(ge=0)]
@@ -79,6 +81,7 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     constraint: Constraint | None = None
     thinking: Thinking | None = None
+    checked: Constraint | None = None
 
     @property
     def penalizes(self) -> bool:
