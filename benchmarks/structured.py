@@ -3,7 +3,7 @@
     python benchmarks/structured.py valid                # ten samples at temperature 1 of each of twenty schemas
     python benchmarks/structured.py speed                # time per token with a schema and without, at concurrency 8
     python benchmarks/structured.py mask                 # where the time of a mask goes, in this process
-    python benchmarks/structured.py maskbench DIRECTORY  # schemas and instances of MaskBench (guidance-ai/jsonschemabench)
+    python benchmarks/structured.py maskbench DIRECTORY  # instances of MaskBench (guidance-ai/jsonschemabench)
 
 `valid` asks as applications do: a question, the schema, and room for the answer. A sample counts if the answer ends by
 itself, is JSON, and the schema allows it. Exit status 1 if one does not.
