@@ -158,8 +158,8 @@ class Request:
         output alone, an answer that is made again ends in the same place."""
         count, tokens = self.sampling.max_repeats, self.tokens
         length = len(tokens) - self.prompt_len
-        if not count or length < self.sampling.min_tokens:
-            return False
+        if not count or length < self.sampling.min_tokens or self.sampling.constraint is not None:
+            return False  # a constraint may want repetition, and its answers end by themselves
         for size in range(1, min(REPEATED_TOKENS, length // count) + 1):
             if tokens[-1] == tokens[-1 - size] and tokens[-size * count : -size] == tokens[-size * (count - 1) :]:
                 return True
