@@ -25,7 +25,7 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 """Of a compiler's and of a mask's work. The first is about 100 ms of a processor."""
-SIZE, SIZE_OF_CHARACTER = 400_000, 60
+SIZE, SIZE_OF_CHARACTER = 300_000, 100
 """Bytes of a compiled constraint, and for each character of its text, as measured."""
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _LIBRARY = re.compile(r"^(failed to compile JSON schema|invalid regex .* \(in regex\)): ")
