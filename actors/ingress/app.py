@@ -33,6 +33,7 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.openai.responses.stored import delete_response, get_response, input_items
 from actors.ingress.openapi import Description
 from actors.ingress.pooling.classify import ClassifyRequest, classify
 from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
@@ -175,6 +176,9 @@ def create_app(service: Service) -> Starlette:
                 for path in ("/v1/classify", "/classify")
             ),
             Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+            Route("/v1/responses/{response_id}", Get(service, get_response), methods=["GET"]),
+            Route("/v1/responses/{response_id}", Get(service, delete_response), methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/input_items", Get(service, input_items), methods=["GET"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),

@@ -13,7 +13,8 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from actors.ingress.content_coding import CODINGS, UNKNOWN_CODING, body_too_large, decompressed
-from actors.ingress.errors import ApiError, from_decoding, internal
+from actors.ingress.decoding import decoded
+from actors.ingress.errors import ApiError, internal
 from actors.ingress.wire import OPENAI, Wire
 from actors.ingress.work import Work
 
@@ -30,6 +31,9 @@ MAX_DISCARDED_BYTES = 64 * 2**20
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 """What is taken over of a client's `X-Request-Id`; others are as if they had not been sent."""
 _JSON = [(b"content-type", b"application/json")]
+_MAX_WARNINGS = 16
+_WARNING_LENGTH = 256
+_UNQUOTABLE = re.compile(r'[^\x20-\x7e]|["\\]')
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -68,6 +72,7 @@ class Exchange:
         self.status = 200 if self._sent else 0
         self.on_body: Callable[[bytes], None] | None = None
         self.model = ""
+        self._warnings: list[bytes] = []
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -99,10 +104,7 @@ class Exchange:
         data = await self._read(max_bytes)
         if coding:
             data = decompressed(data, coding, max_bytes)
-        try:
-            document = decoder.decode(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-            raise from_decoding(error) from None
+        document = decoded(data, decoder)
         if self.on_body is not None:
             self.on_body(data)
         return document
@@ -152,10 +154,23 @@ class Exchange:
 
     # -- the answer -----------------------------------------------------------------------------------------------
 
+    def warn(self, text: str) -> None:
+        """Tells the client of something in the request that is left out of account, in a header `Warning` of the answer
+        (RFC 7234, section 5.5). Only before the answer begins."""
+        if len(self._warnings) < _MAX_WARNINGS:
+            plain = _UNQUOTABLE.sub("?", text)[:_WARNING_LENGTH]
+            self._warnings.append(f'299 llm-runtime "{plain}"'.encode())
+
+    @property
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        identity = self.request_id.encode()
+        names = (b"x-request-id", *self._wire.identity_headers)
+        return [*((name, identity) for name in names), *((b"warning", each) for each in self._warnings)]
+
     async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """The whole answer, a JSON document unless `headers` name another type."""
         self.status = status
-        own = [(b"content-length", str(len(body)).encode()), (b"x-request-id", self.request_id.encode())]
+        own = [(b"content-length", str(len(body)).encode()), *self._own_headers]
         await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + own})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -169,7 +184,7 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            headers = [*self._wire.stream_headers, (b"x-request-id", self.request_id.encode())]
+            headers = [*self._wire.stream_headers, *self._own_headers]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 from actors.checkpoint.pooling import Task
@@ -21,6 +22,7 @@ from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.openai.responses.store import ResponseStore
 from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
@@ -74,6 +76,7 @@ class Service:
         recent: None if no requests are kept for the case of a crash.
         encoders: what it is asked that embeds or classifies.
         actors: the figures of the others.
+        responses: those that are kept for later requests.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
         draining: new requests are refused, since this worker is about to stop.
@@ -104,6 +107,7 @@ class Service:
         self.control = control
         self.tracing = tracing
         self.recent = recent
+        self.responses = ResponseStore(Path(config.response_dir), config.response_store_bytes)
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._served = list(models)
@@ -204,6 +208,10 @@ class Service:
             tokens.append(answer)
         exchange.work.prompts = tokens
         return tokens
+
+    async def length_of(self, prompt: Prompt) -> int:
+        """The tokens of a prompt. Raises ApiError for one that cannot be encoded."""
+        return len(await self._tokenize(prompt, b"")) // 4
 
     async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> Detokenized:
         """The text of token ids. Raises ApiError for ids that the model does not have."""

@@ -155,6 +155,58 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are drawn for requests that do not say it themselves; each key stands above what the model recommends.
+    With several models, the table of one follows it: `[model.sampling]` under its `[[model]]`."""
+
+    defaults: Annotated[
+        Literal["model", "openai"],
+        Meta(
+            description="Where the keys below come from that are not set. `model` takes what `generation_config.json` "
+            "or a GGUF file's `general.sampling.*` recommends, and for the embedded model what its authors do. "
+            "`openai` takes nothing from the model: temperature 1, and nothing cut. Ollama's endpoints have Ollama's "
+            "defaults where a key stays open."
+        ),
+    ] = "model"
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 takes the most probable token.")
+    ] = None
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="Draws from the most probable tokens that have this probability together."),
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)] | None,
+        Meta(description="Draws from so many of the most probable tokens; 0 from all."),
+    ] = None
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="Leaves out tokens that are less probable than the most probable one times this."),
+    ] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=2)] | None,
+        Meta(
+            description="Makes tokens less probable that have occurred; 1 leaves them. Another value costs speed, as "
+            "such requests cannot be decoded speculatively."
+        ),
+    ] = None
+    max_tokens: Annotated[
+        Count | None,
+        Meta(
+            description="Most tokens of an answer of a chat whose request sets no limit. By default all that fit into "
+            "`max_model_len`. Completions and `/generate` have limits of their own, 16 and 128."
+        ),
+    ] = None
+    max_repeats: Annotated[
+        Annotated[int, Meta(ge=2, le=2**31 - 1)] | None,
+        Meta(
+            description="Ends an answer, with finish reason `length`, whose last tokens are one run of up to 64 tokens "
+            "so many times over. By default none; 16 is a careful choice. Not with `ignore_eos`, nor before "
+            "`min_tokens`."
+        ),
+    ] = None
+
+
 class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     """The HTTP servers."""
 
@@ -212,6 +264,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    response_store_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes that stored responses (of `/v1/responses` without `store` = false) may take in the run "
+            "directory. Those not used for longest go first; after a day all do. 0 stores nothing.",
+        ),
+    ] = 2**28
     access_log: Annotated[
         bool, Meta(description="One line in the log for each request that has been answered, with its `X-Request-Id`.")
     ] = False
@@ -460,11 +520,13 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole topology file; `nodes` are its tables `[node.NAME]`.
 
-    `models` has what stands in `[model]`, or in the tables `[[model]]`, `array`, with the names they are served by.
+    `models` has what stands in `[model]`, or in the tables `[[model]]`, `array`, with the names they are served by;
+    `samplings` has the table inside each of these.
     """
 
     models: list[Model]
     engine: dict[str, Engine]
+    samplings: list[Sampling]
     array: bool = False
     node: Node = field(default_factory=Node)
     nodes: dict[str, Machine] = field(default_factory=dict)
@@ -490,6 +552,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
 TABLES: dict[str, type[Struct]] = {
     "node": Node,
     "model": Model,
+    "model.sampling": Sampling,
     "ingress": Ingress,
     "engine.NAME": Engine,
     "transfer": Transfer,
