@@ -217,7 +217,8 @@ KEYS = {"api_key": "client", "admin_api_key": "admin"}
 @pytest.mark.parametrize("with_clients_key", [True, False])
 def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
     served = serve(**{key: value for key, value in KEYS.items() if with_clients_key or key != "api_key"})
-    wait_for(lambda: served.fakes.registered, "an engine")
+    as_admin = {"Authorization": "Bearer admin"}
+    wait_for(lambda: served.client.get("/get_load", headers=as_admin).json(), "an engine")
 
     def status(key: str, path: str, body: Any = None, method: str = "POST") -> int:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -243,6 +244,7 @@ def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
 
 def test_one_key_is_for_all(serve: Serve) -> None:
     served = serve(api_key="client")
+    wait_for(lambda: served.client.get("/get_load", headers={"x-api-key": "client"}).json(), "an engine")
     for key, expected in (("client", 200), ("wrong", 401)):
         for path, body in (("/flush_cache", None), ("/abort_request", {"abort_all": True})):
             response = served.client.post(path, json=body, headers={"x-api-key": key})
