@@ -157,6 +157,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
         thread = threading.Thread(target=read)
         thread.start()
         wait_for(lambda: served.fakes._running, "the stream")
+        served.fakes.frozen = True
         served.request_shutdown()
         wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the draining")
         for path, body in (("/health", None), ("/v1/models", None), ("/v1/chat/completions", CHAT), ("/api/chat", {})):
@@ -169,6 +170,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
                 assert "draining" in response.text
         assert httpx.get(f"{served.url}/metrics").status_code == 200
         idle = socket.create_connection(("127.0.0.1", served.port))
+        served.fakes.frozen = False
         thread.join(30)
     assert stream[0].endswith("data: [DONE]\n\n")
     assert '"finish_reason":"length"' in stream[0]
