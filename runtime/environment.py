@@ -35,8 +35,8 @@ def prepare() -> None:
 
 
 def cache_directory() -> Path:
-    """Where this user's caches of the runtime are, if possible a directory that is there: in the user's own cache if that can be written, else in a private
-    directory for temporary files."""
+    """Where this user's caches of the runtime are, if possible a directory that is there: in the user's own cache if
+    that can be written, else in a private directory for temporary files."""
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache") / "llm-runtime"
     if own.is_absolute() and _can_write(own):
         return own
