@@ -25,6 +25,7 @@ from supervisors.restarts import Delay, Intensity, affected, wants_restart
 from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
+SAY_FULL_S = 60.0
 TRIALS = 3
 """How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
 itself is not: it would fail again."""
@@ -36,6 +37,7 @@ class Family:
     """The children of one supervisor.
 
     report(event)       is told what happens to the children.
+    pass_on(event)      is told what nested supervisors report of theirs.
     pass_up(msg, fds)   what descendants send that the supervisor's own parent has to know too.
     replied(msg)        answers of nested supervisors to commands.
     gone(child)         the process of a child has ended.
@@ -50,6 +52,7 @@ class Family:
         incarnations: Mapping[str, int],
         *,
         report: Callable[[Event], None],
+        pass_on: Callable[[Event], None],
         pass_up: Callable[[Up, Sequence[int]], None],
         replied: Callable[[messages.Reply], None],
         gone: Callable[[Child], None],
@@ -67,12 +70,14 @@ class Family:
         self._descriptors = descriptors
         self._incarnations = dict(incarnations)
         self._report = report
+        self._pass_on = pass_on
         self._pass_up = pass_up
         self._replied = replied
         self._gone = gone
         self._intensity = Intensity(spec.intensity, spec.period_s)
         self._dynamic = spec.strategy == "simple_one_for_one"
         self._wave_number: int | None = None
+        self._said_full_at = -SAY_FULL_S
         for child in () if self._dynamic else spec.children:
             self.children[child.id] = Child(
                 child, Delay(spec.backoff), in_wave=True, incarnation=self._incarnations.get(child.id, 0)
@@ -311,7 +316,7 @@ class Family:
             case messages.Tree():
                 child.subtree = message.children
             case messages.EventRaised():
-                self._report(message.event)
+                self._pass_on(message.event)
             case messages.Reply():
                 self._replied(message)
             case messages.Counted(id=name, incarnation=incarnation):
@@ -320,7 +325,7 @@ class Family:
                 if len(fds) == 1:
                     self._pass_up(message, fds)
                     if not child.lot.park(owner, name, fds.pop(), meta):
-                        _log.error("%s parks too many descriptors; %r was closed", owner, name)
+                        self._say_full(owner)
             case messages.Unpark(owner=owner, name=name):
                 self._pass_up(message, ())
                 child.lot.unpark(owner, name)
@@ -328,6 +333,12 @@ class Family:
                 process.heard(message)
         for fd in fds:
             os.close(fd)
+
+    def _say_full(self, owner: str) -> None:
+        if time.monotonic() - self._said_full_at > SAY_FULL_S:
+            self._said_full_at = time.monotonic()
+            what = "there are too many descriptors: raise `ulimit -n`"
+            _log.error("connections of %s are not kept for its next incarnation, %s", owner, what)
 
     def _became_ready(self, child: Child, process: Process) -> None:
         if process.ready_at is not None:
@@ -348,7 +359,7 @@ class Family:
         child.culprit = None if process.ending is None else process.ending.culprit
         child.subtree_stopped()
         self._gone(child)
-        self._tell(child, "exit", reason.text, process.pid or None)
+        self._tell(child, "exit", reason.text, process.pid or None, crash=reason.abnormal and not process.asked)
         if self._needed_until_its_turn(child, process):
             self._start(child)
         elif process.asked or process.ignored or self.result is not None:
@@ -481,8 +492,19 @@ class Family:
     def _log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
 
-    def _tell(self, child: Child, kind: EventKind, text: str = "", pid: int | None = None) -> None:
+    def _tell(
+        self, child: Child, kind: EventKind, text: str = "", pid: int | None = None, *, crash: bool = False
+    ) -> None:
         if pid is None and child.process is not None:
             pid = child.process.pid or None
-        event = Event(kind=kind, id=child.spec.id, text=text, pid=pid, incarnation=child.incarnation, when=time.time())
-        self._report(event)
+        self._report(
+            Event(
+                kind=kind,
+                id=child.spec.id,
+                text=text,
+                pid=pid,
+                incarnation=child.incarnation,
+                when=time.time(),
+                crash=crash,
+            )
+        )

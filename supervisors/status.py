@@ -62,7 +62,8 @@ class NodeStatus(msgspec.Struct, kw_only=True):
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a child; `when` is unix time in seconds."""
+    """Something that happened to a child; `when` is unix time in seconds, and `crash` marks an exit that nobody asked
+    for and that was no normal end."""
 
     kind: EventKind
     id: str
@@ -70,6 +71,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     pid: int | None = None
     incarnation: int = 0
     when: float = 0.0
+    crash: bool = False
 
 
 class ChildInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ _NO_CHANGE = messages.Heartbeat | messages.Park | messages.Unpark | messages.Cou
 """Messages of children after which their state is what it was."""
 
 _log = logging.getLogger(__name__)
+_LEVELS = {"gave_up": logging.ERROR, "backoff": logging.WARNING, "zygote": logging.WARNING}
 
 
 class Supervisor:
@@ -78,6 +79,7 @@ class Supervisor:
             descriptors,
             incarnations or {},
             report=self._report,
+            pass_on=self._pass_on,
             pass_up=self._pass_up,
             replied=self._replied,
             gone=self._fail_calls,
@@ -118,7 +120,8 @@ class Supervisor:
         """Supervises until a shutdown or failure; returns when no child has a process any more.
 
         Must run in the main thread, which must live on: the children die with it. `extra` maps descriptors to
-        callbacks for when they are readable. SIGTERM and SIGINT stop the tree, a second SIGINT kills it.
+        callbacks for when they are readable. SIGTERM, SIGINT and, at the root, SIGHUP unless it is ignored, stop the
+        tree; a second SIGINT kills it.
         """
         if self._zygote.channel is None:
             self.start_zygote()
@@ -127,13 +130,14 @@ class Supervisor:
         nursery = Nursery(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
         self._nursery = nursery
         family.attach(nursery)
-        self._loop.watch_signals(
-            {
-                signal.SIGCHLD: nursery.child_ended,
-                signal.SIGTERM: self.shutdown,
-                signal.SIGINT: self._interrupted,
-            }
-        )
+        callbacks = {
+            signal.SIGCHLD: nursery.child_ended,
+            signal.SIGTERM: self.shutdown,
+            signal.SIGINT: self._interrupted,
+        }
+        if self._parent is None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            callbacks[signal.SIGHUP] = self.shutdown
+        self._loop.watch_signals(callbacks)
         for fd, callback in (extra or {}).items():
             self.watch(fd, callback)
         try:
@@ -348,9 +352,15 @@ class Supervisor:
             self.kill_all()
 
     def _report(self, event: Event) -> None:
-        self._changed()
+        """Something happened to a child, or to the zygote. Only this supervisor logs it."""
         says_kind = event.kind in ("ready", "zygote")  # the text does
-        _log.info("%s: %s", event.id, event.text if says_kind else f"{event.kind} {event.text}".rstrip())
+        text = event.text if says_kind else f"{event.kind} {event.text}".rstrip()
+        level = logging.WARNING if event.crash else _LEVELS.get(event.kind, logging.INFO)
+        _log.log(level, "%s: %s", event.id, text)
+        self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        self._changed()
         if self._parent is not None:
             self._parent.event(event)
         elif self._on_event is not None:

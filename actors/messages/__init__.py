@@ -39,6 +39,7 @@ from actors.messages.steps import (
     Compiled,
     OpenSlot,
     Step,
+    StepRefused,
     StepResult,
     TopLogprobs,
 )
@@ -103,6 +104,7 @@ Message = (
     | Attach
     | Attached
     | Step
+    | StepRefused
     | StepResult
     | Tokens
     | Stopped
@@ -192,6 +194,7 @@ __all__ = [
     "SpanEnded",
     "SpanId",
     "Step",
+    "StepRefused",
     "StepResult",
     "Stopped",
     "Tagged",
