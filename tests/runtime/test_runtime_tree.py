@@ -399,7 +399,11 @@ def test_prefill_and_decode_engines_share_memory(plan_of: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("setting", "kind", "sources"),
-    [("engine.p.tp=2", "shm", ["p.rank0.kv", "p.rank1.kv"]), ("transfer.engine=mooncake", "mooncake", [])],
+    [
+        ("engine.p.tp=2", "shm", ["p.rank0.kv", "p.rank1.kv"]),
+        ("transfer.engine=mooncake", "mooncake", []),
+        ("transfer.engine=tcp", "tcp", []),
+    ],
 )
 def test_pages_are_copied_where_memory_cannot_be_shared(
     plan_of: Any, tmp_path: Path, setting: str, kind: str, sources: list[str]
