@@ -25,6 +25,7 @@ from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.openai.responses.store import ResponseStore
 from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
+from actors.ingress.sampling import check_size
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
 from actors.ingress.work import Work
@@ -32,6 +33,7 @@ from actors.messages import (
     ChatPrompt,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     SamplingParams,
     TextParams,
@@ -247,8 +249,10 @@ class Service:
             )
         return max_tokens
 
-    async def tokenize_pairs(self, exchange: Exchange, pairs: Sequence[PairPrompt]) -> list[tuple[bytes, bytes]]:
-        """Token ids (i32) and token type ids, one byte each, of pairs of texts. Raises ApiError as `tokenize`."""
+    async def tokenize_pairs(
+        self, exchange: Exchange, pairs: Sequence[PairPrompt | FillPrompt]
+    ) -> list[tuple[bytes, bytes]]:
+        """Token ids (i32) of pairs of texts, and what `Tokenized` tells more. Raises ApiError as `tokenize`."""
         known = exchange.work.prompts
         if known is not None:
             return list(zip(known[::2], known[1::2], strict=True))
@@ -276,7 +280,9 @@ class Service:
         extra_key: str = "",
         eager: bool = False,
     ) -> Generation:
-        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
+        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered. Raises
+        ApiError when they are too large together."""
+        check_size([len(prompt) for prompt, _ in prompts], n, sampling, text)
         return Generation(
             self.ledger,
             work,

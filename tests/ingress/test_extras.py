@@ -149,3 +149,15 @@ def test_a_request_by_its_own_name(shared: Served, path: str, name: str) -> None
         assert shared.client.post("/abort_request", json={"rid": "mine"}).status_code == 200
         finishes = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines if line.startswith("data: {")]
     assert finishes[-1] == "abort"
+
+
+def test_a_text_to_fill_in(shared: Served) -> None:
+    document, chunks = answers(shared, TEXT, prompt="def f(", suffix="):\n  return x", seed=1)
+    generate = shared.fakes.seen.generates[-1]
+    assert generate.prompt == packed("<P>def f(<S>):\n  return x<M>")
+    assert 77 in generate.sampling.stop_token_ids
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert document["choices"][0]["text"] == text
+    document, _ = answers(shared, TEXT, prompt=["a", "b"], suffix="c", seed=1, echo=True, ignore_eos=True)
+    assert [choice["text"][0] for choice in document["choices"]] == ["a", "b"]
+    assert shared.fakes.seen.generates[-1].sampling.stop_token_ids == []
