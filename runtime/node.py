@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -66,8 +67,11 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
     Raises UserError when the run directory or the port cannot be had.
     """
     tell = _undisturbed(tell)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if detached:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
     stopped, keep_logs = Stopped(), False
     os.environ[logs.VARIABLE] = plan.topology.node.log_format
@@ -113,6 +117,7 @@ class _Root:
         self.owner = owner
         spec = build_tree(plan, run_dir.path)
         self.roles = {child.id: child.role for child in spec.descendants()}
+        self.ingresses = {name for name, role in self.roles.items() if role == "ingress"}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
@@ -156,6 +161,11 @@ class _Root:
                 self.listener.close()
 
     def on_event(self, event: Event) -> None:
+        if event.kind == "stopped" and event.id in self.ingresses:
+            self.ingresses.discard(event.id)
+            if not self.ingresses and self.listener is not None:
+                with contextlib.suppress(OSError):
+                    self.listener.shutdown(socket.SHUT_RDWR)  # nobody accepts any more: refuse who connects now
         self.tell(Happened(event))
         if event.kind == "ready" and event.id in self.waiting_for:
             self.waiting_for.discard(event.id)

@@ -25,6 +25,7 @@ from supervisors.restarts import Delay, Intensity, affected, wants_restart
 from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
+SAY_FULL_S = 60.0
 TRIALS = 3
 """How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
 itself is not: it would fail again."""
@@ -76,6 +77,7 @@ class Family:
         self._intensity = Intensity(spec.intensity, spec.period_s)
         self._dynamic = spec.strategy == "simple_one_for_one"
         self._wave_number: int | None = None
+        self._said_full_at = -SAY_FULL_S
         for child in () if self._dynamic else spec.children:
             self.children[child.id] = Child(
                 child, Delay(spec.backoff), in_wave=True, incarnation=self._incarnations.get(child.id, 0)
@@ -323,7 +325,7 @@ class Family:
                 if len(fds) == 1:
                     self._pass_up(message, fds)
                     if not child.lot.park(owner, name, fds.pop(), meta):
-                        _log.error("%s parks too many descriptors; %r was closed", owner, name)
+                        self._say_full(owner)
             case messages.Unpark(owner=owner, name=name):
                 self._pass_up(message, ())
                 child.lot.unpark(owner, name)
@@ -331,6 +333,12 @@ class Family:
                 process.heard(message)
         for fd in fds:
             os.close(fd)
+
+    def _say_full(self, owner: str) -> None:
+        if time.monotonic() - self._said_full_at > SAY_FULL_S:
+            self._said_full_at = time.monotonic()
+            what = "there are too many descriptors: raise `ulimit -n`"
+            _log.error("connections of %s are not kept for its next incarnation, %s", owner, what)
 
     def _became_ready(self, child: Child, process: Process) -> None:
         if process.ready_at is not None:

@@ -17,7 +17,7 @@ from supervisors.spec import SupervisorSpec
 from supervisors.status import StatValue
 from supervisors.wire import Channel
 
-MAX_PARKED = 4096
+MAX_PARKED = 2**16
 """Descriptors one child may park at a time."""
 MAX_META_BYTES = 32 * 1024
 

@@ -67,9 +67,20 @@ def thread_count() -> int:
 
 
 def raise_descriptor_limit() -> None:
-    """Lifts the soft limit of open descriptors to the hard one: a supervisor may hold many parked ones."""
+    """Lifts the soft limit of open descriptors to the hard one: each connection takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def descriptors_for_connections(limit: int | None = None) -> int:
+    """Descriptors below this number may be connections. The others are for everything without which a process cannot
+    live: libraries abort when they get none.
+
+    Args:
+        limit: of open descriptors; by default this process's.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if limit is None else limit
+    return limit - min(256, limit // 3)
 
 
 def is_stopped(pid: int) -> bool:

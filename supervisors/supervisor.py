@@ -120,7 +120,8 @@ class Supervisor:
         """Supervises until a shutdown or failure; returns when no child has a process any more.
 
         Must run in the main thread, which must live on: the children die with it. `extra` maps descriptors to
-        callbacks for when they are readable. SIGTERM and SIGINT stop the tree, a second SIGINT kills it.
+        callbacks for when they are readable. SIGTERM, SIGINT and, at the root, SIGHUP unless it is ignored, stop the
+        tree; a second SIGINT kills it.
         """
         if self._zygote.channel is None:
             self.start_zygote()
@@ -129,13 +130,14 @@ class Supervisor:
         nursery = Nursery(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
         self._nursery = nursery
         family.attach(nursery)
-        self._loop.watch_signals(
-            {
-                signal.SIGCHLD: nursery.child_ended,
-                signal.SIGTERM: self.shutdown,
-                signal.SIGINT: self._interrupted,
-            }
-        )
+        callbacks = {
+            signal.SIGCHLD: nursery.child_ended,
+            signal.SIGTERM: self.shutdown,
+            signal.SIGINT: self._interrupted,
+        }
+        if self._parent is None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            callbacks[signal.SIGHUP] = self.shutdown
+        self._loop.watch_signals(callbacks)
         for fd, callback in (extra or {}).items():
             self.watch(fd, callback)
         try:

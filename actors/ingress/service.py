@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 from array import array
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actors.checkpoint.pooling import Task
+from actors.ingress.access import Access
 from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.control import Control
 from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
-from actors.ingress.exchange import ClientGone, Exchange
+from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
@@ -81,6 +81,8 @@ class Service:
         responses: those that are kept for later requests.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
+        draining: new requests are refused, since this worker is about to stop.
+        access: who may ask for what.
     """
 
     def __init__(
@@ -113,20 +115,19 @@ class Service:
         self._served = list(models)
         self._by_name = {name: each for each in models for name in each.model.served_model_names}
         self._names: dict[str, list[Entry]] = {}
-        self._key = config.api_key.encode() if config.api_key is not None else None
+        self.draining = False
+        self.access = Access(config.api_key, config.admin_api_key, config.cors_origins, config.allowed_hosts)
 
     # -- who may ask ----------------------------------------------------------------------------------------------
 
-    def authorize(self, exchange: Exchange) -> None:
-        """Raises ApiError unless the client has sent the API key, if there is one."""
-        if self._key is None:
-            return
-        scheme, _, key = exchange.header(b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = exchange.header(b"x-api-key")  # Anthropic's
-        if not hmac.compare_digest(key.strip(), self._key):
+    def check_open(self, exchange: Exchange) -> None:
+        """Raises ApiError when this worker is about to stop and the request is a new one."""
+        if self.draining and not exchange.work.is_continued:
             raise ApiError(
-                401, "Incorrect API key provided: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+                503,
+                "The server is shutting down: it is draining and takes no new requests.",
+                code=SHUTTING_DOWN,
+                retry_after_s=1.0,
             )
 
     @contextmanager

@@ -62,7 +62,8 @@ class Rank(Actor):
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
         self.watched.append(self.executor.grammars.fd)
-        self.profiler = Profiler(self.name, self.executor.device, self.context.run_dir / "profiles")
+        directory = Path(self.config.profile_dir or self.context.run_dir / "profiles")
+        self.profiler = Profiler(self.name, self.executor.device, directory)
         self.traces = SlotTraces(self.spans, self.after)
 
     def peer_started(self, peer: str, incarnation: int) -> None:

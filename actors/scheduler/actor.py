@@ -173,8 +173,11 @@ class Scheduler(EngineScheduler):
         if prompt_logprobs is not None:
             request.prompt_logprobs += prompt_logprobs
         tokens = self._accepted(row, drawn) if row.draft else drawn
-        for token in tokens:
+        for count, token in enumerate(tokens, 1):
             request.append(token)
+            if row.draft and request.repeats:
+                tokens, row.length = tokens[:count], count
+                break
         self.batch.computed(row)
         if tokens or (row.start + row.length >= request.prompt_len and not request.sampling.max_tokens):
             self.deliver(request, tokens, logprobs and logprobs[: len(tokens)])
@@ -197,7 +200,7 @@ class Scheduler(EngineScheduler):
         length = len(request.tokens)
         if length > request.prompt_len and request.tokens[-1] in request.stop_token_ids:
             return "stop"
-        if length >= request.max_len or length >= self.config.max_model_len:
+        if length >= request.max_len or length >= self.config.max_model_len or request.repeats:
             return "length"
         return None
 

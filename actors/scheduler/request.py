@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from actors.scheduler.phases import Phases
 
 
+REPEATED_TOKENS = 64
+"""The longest run of tokens that is looked for at the end of an output that may only repeat itself."""
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """A running request's slot and pages.
@@ -145,6 +149,19 @@ class Request:
         self.tokens.append(token)
         if len(self.tokens) % self.page_size == 0:
             self.extend_digests()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the output's last tokens are the same run of tokens as often as ends it. As this is a function of the
+        output alone, an answer that is made again ends in the same place."""
+        count, tokens = self.sampling.max_repeats, self.tokens
+        length = len(tokens) - self.prompt_len
+        if not count or length < self.sampling.min_tokens:
+            return False
+        for size in range(1, min(REPEATED_TOKENS, length // count) + 1):
+            if tokens[-1] == tokens[-1 - size] and tokens[-size * count : -size] == tokens[-size * (count - 1) :]:
+                return True
+        return False
 
     def extend_digests(self) -> None:
         """Brings `digests` up to the full pages of `tokens`."""

@@ -5,14 +5,15 @@
     python tests/clients/release/run.py --list
 
 Each group gets an environment of its own below --environments (made once, or again with --fresh), never in the tree. A
-group's scripts are `GROUP_*.py` or `GROUP_*.mjs` beside this file. They find in the environment variables BASE_URL, MODEL,
-and OPENAI_BASE_URL and OPENAI_API_KEY, a server whose model is scripted (`scripted.py`), and in NODE_URL and NODE_MODEL a
-node with the embedded model. Exit status 1 if one of them fails.
+group's scripts are `GROUP_*.py` or `GROUP_*.mjs` beside this file. The environment names them a server whose model is
+scripted (BASE_URL, MODEL, OPENAI_BASE_URL, OPENAI_API_KEY; `scripted.py`) and a node with the embedded model (NODE_URL,
+NODE_MODEL). Exit status 1 if one of them fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -22,6 +23,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from actors.vocabulary import load_vocabulary
+from runtime.models import resolve_model
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -76,7 +80,10 @@ def scripted() -> Iterator[str]:
     """URL of a server with the scripted model."""
     with tempfile.TemporaryDirectory(prefix="c-") as directory:
         command = [sys.executable, str(HERE / "scripted.py"), directory]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        with subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:
@@ -106,16 +113,11 @@ def node() -> Iterator[str]:
 
 def tokenizer(directory: Path) -> None:
     """Writes the embedded model's tokenizer as tools want it that count tokens themselves."""
-    code = (
-        "import json, pathlib, sys; from runtime.models import resolve_model; from actors.vocabulary import load_vocabulary;"
-        "found = load_vocabulary(resolve_model(sys.argv[2], pathlib.Path(), False, print).path);"
-        "to = pathlib.Path(sys.argv[1]); (to / 'tokenizer.json').write_text(found.tokenizer.to_str());"
-        "settings = {'tokenizer_class': 'PreTrainedTokenizerFast', **found.special_tokens};"
-        "settings['chat_template'] = found.chat_templates['default'];"
-        "(to / 'tokenizer_config.json').write_text(json.dumps(settings))"
-    )
-    command = [sys.executable, "-c", code, str(directory), NODE_MODEL]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    vocabulary = load_vocabulary(resolve_model(NODE_MODEL, Path(), download=False).path)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **vocabulary.special_tokens}
+    settings["chat_template"] = vocabulary.chat_templates["default"]
+    (directory / "tokenizer.json").write_text(vocabulary.tokenizer.to_str())
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def run(name: str, directory: Path, url: str, node_url: str) -> list[str]:

@@ -1,6 +1,6 @@
 """A server whose model does what agents wait for: it calls the tool that fits, reads its result, and fills in schemas.
 
-Started as `python scripted.py DIRECTORY`; prints its URL, and ends when standard input does.
+Started as `python scripted.py DIRECTORY` with the tests on PYTHONPATH; prints its URL, and ends with standard input.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[3])]
 
 from ingress.conftest import one_ingress
 from ingress.fakes import Fakes, unpacked
