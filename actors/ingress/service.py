@@ -130,6 +130,19 @@ class Service:
                 retry_after_s=1.0,
             )
 
+    def check_priority(self, exchange: Exchange, priority: int | None) -> None:
+        """Raises ApiError when the client may not say how urgent its request is, and says so."""
+        if not priority or self.config.priority == "anyone":
+            return
+        if self.config.priority == "admin" and self.config.admin_api_key is not None:
+            self.access.check(exchange, admin=True)
+            return
+        raise invalid(
+            "priority is not allowed on this server (ingress.priority): leave it out.",
+            "priority",
+            "unsupported_parameter",
+        )
+
     @contextmanager
     def admitted(self, exchange: Exchange) -> Iterator[None]:
         """Counts the request as in progress, and interrupts it when its client goes or its time is up.
