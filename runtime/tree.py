@@ -371,6 +371,7 @@ class _Builder:
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
+                "priority": settings.priority,
                 "response_dir": str(self.run_dir / "responses"),
                 "response_store_bytes": settings.response_store_bytes,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),

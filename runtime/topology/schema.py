@@ -264,6 +264,12 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    priority: Annotated[
+        Literal["anyone", "admin", "nobody"],
+        Meta(
+            description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."
+        ),
+    ] = "anyone"
     response_store_bytes: Annotated[
         int,
         Meta(

@@ -118,7 +118,7 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
-    asked = limit_of(asked)
+    unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
     if request.top_logprobs is not None and not request.logprobs:
@@ -136,7 +136,7 @@ async def open_turn(
     markers = None if prompt is not None else _markers(service.model, request)
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
     tokens = request.cut(tokens, service.model.max_model_len)
-    usual = service.model.sampling.max_tokens
+    usual = None if unlimited else service.model.sampling.max_tokens
     if usual is not None:
         usual = max(usual, request.min_tokens or 0)
     limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
