@@ -26,10 +26,17 @@ class ApiError(Exception):
         param: the request's field that is wrong.
         code: OpenAI's machine-readable name of the error.
         retry_after_s: when the client should try again; 0 to say nothing.
+        details: what Anthropic's clients read of an error.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after_s: float = 0.0
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 0.0,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,6 +44,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.details = details
 
     @property
     def body(self) -> bytes:

@@ -23,6 +23,9 @@ MAX_DISCARDED_BYTES = 64 * 2**20
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 """What is taken over of a client's `X-Request-Id`; others are as if they had not been sent."""
 _JSON = [(b"content-type", b"application/json")]
+_MAX_WARNINGS = 16
+_WARNING_LENGTH = 256
+_UNQUOTABLE = re.compile(r'[^\x20-\x7e]|["\\]')
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -56,6 +59,7 @@ class Exchange:
         self.status = 200 if self._sent else 0
         self.on_body: Callable[[bytes], None] | None = None
         self.model = ""
+        self._warnings: list[bytes] = []
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -125,10 +129,23 @@ class Exchange:
 
     # -- the answer -----------------------------------------------------------------------------------------------
 
+    def warn(self, text: str) -> None:
+        """Tells the client of something in the request that is left out of account, in a header `Warning` of the answer
+        (RFC 7234, section 5.5). Only before the answer begins."""
+        if len(self._warnings) < _MAX_WARNINGS:
+            plain = _UNQUOTABLE.sub("?", text)[:_WARNING_LENGTH]
+            self._warnings.append(f'299 llm-runtime "{plain}"'.encode())
+
+    @property
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        identity = self.request_id.encode()
+        names = (b"x-request-id", *self._wire.identity_headers)
+        return [*((name, identity) for name in names), *((b"warning", each) for each in self._warnings)]
+
     async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """The whole answer, a JSON document unless `headers` name another type."""
         self.status = status
-        own = [(b"content-length", str(len(body)).encode()), (b"x-request-id", self.request_id.encode())]
+        own = [(b"content-length", str(len(body)).encode()), *self._own_headers]
         await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + own})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -142,7 +159,7 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            headers = [*self._wire.stream_headers, (b"x-request-id", self.request_id.encode())]
+            headers = [*self._wire.stream_headers, *self._own_headers]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
