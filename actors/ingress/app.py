@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from actors.checkpoint.pooling import Task
 from actors.ingress import administration as admin
-from actors.ingress.anthropic.endpoints import count_tokens, messages
+from actors.ingress.anthropic.endpoints import batches, count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
@@ -110,17 +110,21 @@ class Get:
 
     body = None
     default = b""
-    wire = OPENAI
 
     def __init__(
-        self, service: Service, handle: Callable[[Service, Exchange], Awaitable[None]], public: bool = False
+        self,
+        service: Service,
+        handle: Callable[[Service, Exchange], Awaitable[None]],
+        public: bool = False,
+        wire: Wire = OPENAI,
     ) -> None:
         self._service = service
         self.handle = handle
         self.public = public
+        self.wire = wire
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self.wire)
         with observed(self._service, exchange, self.public):
             await exchange.run(self._work)
 
@@ -164,12 +168,16 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+            *(
+                Route(path, Get(service, batches, wire=ANTHROPIC), methods=["GET", "POST", "DELETE"])
+                for path in ("/v1/messages/batches", "/v1/messages/batches/{batch:path}")
+            ),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
             Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
             Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA, tasks=TASKS), methods=["POST"]),
-            Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
-            Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
-            Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
+            Route("/api/tags", Get(service, ollama.tags, wire=OLLAMA), methods=["GET"]),
+            Route("/api/ps", Get(service, ollama.running, wire=OLLAMA), methods=["GET"]),
+            Route("/api/version", Get(service, ollama.get_version, wire=OLLAMA), methods=["GET"]),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
             Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),

@@ -65,13 +65,13 @@ _MORE: dict[tuple[str, str], Any] = {
 """What is checked beyond the types, by type and field."""
 _REFUSED: dict[str, tuple[str, ...]] = {
     "ChatMessage": ("annotations", "audio", "function_call", "refusal"),
-    "CountRequest": ("context_management", "mcp_servers"),
+    "CountRequest": ("compaction",),
     "GenerateBody": ("context", "images", "suffix", "template"),
     "GenerateRequest": (
         *("audio_data", "custom_logit_processor", "image_data", "input_embeds", "lora_path"),
         *("return_hidden_states", "session_params", "token_ids_logprob", "video_data"),
     ),
-    "MessagesRequest": ("container", "context_management", "mcp_servers"),
+    "MessagesRequest": ("compaction", "container"),
     "NativeSamplingParams": ("stop_regex", "stream_interval"),
     "ResponsesRequest": (
         *("background", "context_management", "conversation", "max_tool_calls", "moderation"),

@@ -61,7 +61,5 @@ def _response_error(error: bytes) -> bytes:
 
 OPENAI = Wire(lambda error: error.body, lambda body: b"data: %s\n\n" % body)
 RESPONSES = Wire(OPENAI.error, _response_error)
-ANTHROPIC = Wire(
-    _anthropic_error, lambda body: b"event: error\ndata: %s\n\n" % body, identity_headers=(b"request-id",)
-)
+ANTHROPIC = Wire(_anthropic_error, lambda body: b"event: error\ndata: %s\n\n" % body, identity_headers=(b"request-id",))
 OLLAMA = Wire(lambda error: _encode({"error": error.message}), lambda body: body + b"\n", _LINES, any_type=True)
