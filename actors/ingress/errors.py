@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-
-T = TypeVar("T")
 
 _TYPES = {408: "timeout_error", 429: "rate_limit_error"}
 _PATH = re.compile(
@@ -76,18 +74,6 @@ def unsupported(param: str, what: str | None = None) -> ApiError:
 def internal() -> ApiError:
     """An error of the server itself; what happened is in its log."""
     return ApiError(500, "The server had an error while processing your request.", code="internal_error")
-
-
-def converted(value: Any, to: type[T], param: str) -> T:
-    """A part of a JSON body as the type that it must have. Raises ApiError.
-
-    Args:
-        param: where in the body it is.
-    """
-    try:
-        return msgspec.convert(value, to)
-    except msgspec.ValidationError as error:
-        raise from_decoding(error, param) from None
 
 
 def from_decoding(error: Exception, within: str | None = None) -> ApiError:

@@ -11,7 +11,8 @@ from typing import TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from actors.ingress.errors import ApiError, from_decoding, internal
+from actors.ingress.decoding import decoded
+from actors.ingress.errors import ApiError, internal
 from actors.ingress.wire import OPENAI, Wire
 from actors.ingress.work import Work
 
@@ -88,10 +89,7 @@ class Exchange:
         if kind != b"application/json" and (not self._wire.any_type or self.header(b"origin")):
             raise ApiError(415, "The Content-Type header must be application/json.")
         data = await self._read(max_bytes)
-        try:
-            document = decoder.decode(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-            raise from_decoding(error) from None
+        document = decoded(data, decoder)
         if self.on_body is not None:
             self.on_body(data)
         return document

@@ -17,6 +17,8 @@ TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=2)]
 Tokens = Annotated[int, Meta(ge=0, lt=2**31)]
+TokenLimit = Annotated[int, Meta(ge=-1, lt=2**31)]
+"""Of an answer; -1 is none."""
 SeedField = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 ExtraKey = Annotated[str, Meta(max_length=1024)]
@@ -26,6 +28,11 @@ LogitBias = dict[int, Annotated[float, Meta(ge=-100, le=100)]]
 MAX_STOP_LENGTH = 1024
 MIN_TEMPERATURE = 1e-4
 """A lower temperature draws the most probable token, as 0 does: it would make logits overflow."""
+
+
+def limit_of(tokens: int | None) -> int | None:
+    """How many tokens an answer may have; None for no limit, which llama.cpp's clients write as -1."""
+    return None if tokens == -1 else tokens
 
 
 def sampling_params(

@@ -275,7 +275,7 @@ def test_what_the_template_and_the_engine_are_told(shared: Served) -> None:
     [
         ({"tool_choice": "required", "regex": "a*"}, "cannot be combined with another constraint"),
         ({"tool_choice": {"type": "function", "function": {"name": "then"}}}, "there is no tool named 'then'"),
-        ({"tool_choice": "auto", "tools": None}, "only allowed when tools are given"),
+        ({"tool_choice": "required", "tools": []}, "only allowed when tools are given"),
         ({"tools": [*TOOLS, TOOLS[1]]}, "two of them are named 'now'"),
     ],
 )

@@ -41,9 +41,6 @@ def chat_request(request: CountRequest, warn: Warn) -> ChatRequest:
     Args:
         warn: told what is left out of account.
     """
-    for name in ("compaction", "container"):
-        if getattr(request, name, None) not in (None, [], {}, ""):
-            raise unsupported(name)
     if request.mcp_servers:
         warn("mcp_servers is skipped: this server calls no MCP servers.")
     if request.speed == "fast":

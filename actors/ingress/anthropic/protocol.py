@@ -1,11 +1,11 @@
 """Bodies of POST /v1/messages and /v1/messages/count_tokens.
 
-Fields of type Any are without effect by their definition, or refused when they ask for anything: see docs/api.md.
+Fields of type Any are without effect by their definition; docs/api.md lists them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -316,6 +316,8 @@ class CountRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/messages/count_tokens. `tools` are read by `tools`, for those of Anthropic have fields of their
     own; `output_format` is a former name of `output_config.format`."""
 
+    unsupported: ClassVar[tuple[str, ...]] = ("compaction", "container")
+
     model: str
     messages: Annotated[list[Message], Meta(min_length=1)]
     system: str | list[Text] | None = None
@@ -330,8 +332,6 @@ class CountRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     # without effect on the answer
     cache_control: Any = None
     betas: Any = None
-    # not supported
-    compaction: Any = None
 
 
 class MessagesRequest(CountRequest, forbid_unknown_fields=True, kw_only=True):
@@ -352,5 +352,3 @@ class MessagesRequest(CountRequest, forbid_unknown_fields=True, kw_only=True):
     inference_geo: Any = None
     metadata: Any = None
     service_tier: Any = None
-    # not supported
-    container: Any = None

@@ -22,7 +22,8 @@ from actors.ingress.anthropic.protocol import (
     ToolResult,
     ToolSearchToolResult,
 )
-from actors.ingress.errors import converted, invalid, unsupported
+from actors.ingress.decoding import converted
+from actors.ingress.errors import invalid, unsupported
 from actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
 
 _CUSTOM = (None, "custom")

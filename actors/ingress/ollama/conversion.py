@@ -44,9 +44,6 @@ def of_chat(service: Service, body: ChatBody) -> ChatRequest:
 
 def of_generate(service: Service, body: GenerateBody) -> ChatRequest:
     """The prompt as a conversation, to which a template is applied. Raises ApiError for what is not supported."""
-    for name in ("context", "images", "suffix", "template"):
-        if getattr(body, name) not in (None, [], ""):
-            raise unsupported(name)
     if body.raw and body.system:
         raise invalid("With raw = true the prompt is all that the model sees: 'system' is not allowed.", "system")
     messages = [ChatMessage("system", body.system)] if body.system else []

@@ -5,7 +5,7 @@ Fields of type Any are without effect by their definition, or refused when they 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
@@ -109,14 +109,11 @@ class ChatBody(Request, forbid_unknown_fields=True, kw_only=True):
 class GenerateBody(Request, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /api/generate."""
 
+    unsupported: ClassVar[tuple[str, ...]] = ("context", "images", "suffix", "template")
+
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    # not supported
-    context: Any = None
-    images: Any = None
-    suffix: Any = None
-    template: Any = None
 
 
 class ShowBody(Struct, kw_only=True):

@@ -33,14 +33,17 @@ class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
     strict: bool | None = None
 
 
-class Tool(Struct, forbid_unknown_fields=True):
-    """A tool; all are functions."""
+class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A tool; all are functions. `cache_control` is what Anthropic's clients add, without effect."""
 
     type: Literal["function"]
     function: Function
+    cache_control: Any = None
 
 
-class _Name(Struct, forbid_unknown_fields=True):
+class FunctionName(Struct, forbid_unknown_fields=True):
+    """Which function is to be called."""
+
     name: str
 
 
@@ -48,7 +51,7 @@ class NamedTool(Struct, forbid_unknown_fields=True):
     """A `tool_choice` that asks for a call of one function."""
 
     type: Literal["function"]
-    function: _Name
+    function: FunctionName
 
 
 ToolChoice = Literal["auto", "none", "required"] | NamedTool
@@ -56,7 +59,7 @@ ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 def named_tool(name: str) -> NamedTool:
     """A `tool_choice` that asks for a call of this function."""
-    return NamedTool("function", _Name(name))
+    return NamedTool("function", FunctionName(name))
 
 
 def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
@@ -68,7 +71,7 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise invalid(f"Invalid value for 'tools': two of them are named '{twice}'.", "tools", "invalid_value")
-    if choice is not None and choice != "none" and not tools:
+    if choice not in (None, "none", "auto") and not tools:
         raise invalid("tool_choice is only allowed when tools are given.", "tool_choice")
     if isinstance(choice, NamedTool):
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -84,7 +87,7 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
 
 def rendered(tools: Sequence[Tool]) -> str:
     """The tools for the chat template, empty if there are none."""
-    return msgspec.json.encode(tools).decode() if tools else ""
+    return msgspec.json.encode([Tool(tool.type, tool.function) for tool in tools]).decode() if tools else ""
 
 
 def parameters_of(tools: Sequence[Tool]) -> Tools:

@@ -28,6 +28,7 @@ from actors.ingress.parsers.output import OutputParser
 from actors.ingress.parsers.reasoning import Markers, reasoning_markers, reasoning_parser
 from actors.ingress.parsers.tool_calls import tool_call_parser
 from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
+from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import thinking_budget, thinking_of
 from actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
@@ -117,6 +118,7 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
+    asked = limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
     if request.top_logprobs is not None and not request.logprobs:
@@ -133,6 +135,7 @@ async def open_turn(
     shown = prompt or conversation(service.model, request, tools)
     markers = None if prompt is not None else _markers(service.model, request)
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
+    tokens = request.cut(tokens, service.model.max_model_len)
     limit, default = (None, asked) if cut_limit else (asked, None)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from actors.ingress.errors import converted, invalid, unsupported
+from actors.ingress.decoding import converted
+from actors.ingress.errors import invalid, unsupported
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.protocol import (
