@@ -45,6 +45,7 @@ from actors.messages.steps import (
 from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
 from actors.messages.tokenization import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     PairPrompt,
@@ -52,6 +53,7 @@ from actors.messages.tokenization import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.messages.transfers import (
     NO_EPOCH,
@@ -84,6 +86,8 @@ Message = (
     | TokenizeFailed
     | Detokenize
     | Detokenized
+    | DescribeTokenizer
+    | TokenizerDescribed
     | Generate
     | Abort
     | Acknowledge
@@ -149,6 +153,7 @@ __all__ = [
     "Confirm",
     "Confirmed",
     "Constraint",
+    "DescribeTokenizer",
     "Detokenize",
     "Detokenized",
     "Embed",
@@ -207,6 +212,7 @@ __all__ = [
     "Tokenize",
     "TokenizeFailed",
     "Tokenized",
+    "TokenizerDescribed",
     "Tokens",
     "TopLogprobs",
     "Trace",
