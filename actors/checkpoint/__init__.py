@@ -2,12 +2,14 @@
 
 from actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
 from actors.checkpoint.gguf import GGUFFile, TensorInfo
 from actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
 from actors.checkpoint.read import checkpoint_identity, read_config
 
 __all__ = [
     "CheckpointError",
+    "CheckpointFacts",
     "Experts",
     "Foreign",
     "GGUFFile",
@@ -16,6 +18,7 @@ __all__ = [
     "PoolingConfig",
     "Task",
     "TensorInfo",
+    "checkpoint_facts",
     "checkpoint_identity",
     "read_config",
     "read_pooling_config",

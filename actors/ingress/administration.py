@@ -1,5 +1,5 @@
-"""What operators ask: SGLang's /get_load, also as /v1/load, /get_model_info, /get_server_info, /flush_cache and
-/abort_request, and /load of vLLM."""
+"""What operators ask: SGLang's /v1/load, /model_info and /server_info, also under their former names, /flush_cache and
+/abort_request, and vLLM's /load and /version."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from urllib.parse import parse_qs
 import msgspec
 from msgspec import Struct
 
-from actors.ingress.config import ServedModel
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
@@ -61,7 +60,7 @@ async def get_load(service: Service, exchange: Exchange) -> None:
 
 async def get_model_info(service: Service, exchange: Exchange) -> None:
     """What is served: of several models the first, or the one that `?model=` names."""
-    model = _asked(service, exchange)
+    model = asked_model(service, exchange).model
     document = {
         "model_path": model.root,
         "tokenizer_path": model.root,
@@ -75,7 +74,7 @@ async def get_model_info(service: Service, exchange: Exchange) -> None:
 
 async def get_server_info(service: Service, exchange: Exchange) -> None:
     """How it is served: settings that are no secret, of the model as above, and each engine with its figures."""
-    model = _asked(service, exchange)
+    model = asked_model(service, exchange).model
     document = {
         "model_path": model.root,
         "served_model_name": model.name,
@@ -88,12 +87,17 @@ async def get_server_info(service: Service, exchange: Exchange) -> None:
     await exchange.answer(_encode(document))
 
 
-def _asked(service: Service, exchange: Exchange) -> ServedModel:
-    """The model that `?model=` names, else the first. Raises ApiError for one that is not served."""
+async def get_version(service: Service, exchange: Exchange) -> None:
+    """This program's version."""
+    await exchange.answer(_encode({"version": VERSION}))
+
+
+def asked_model(service: Service, exchange: Exchange) -> Service:
+    """The service for the model that `?model=` names, else the first. Raises ApiError for one that is not served."""
     (name, *_) = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("model", [None])
     service = service.about(name)
     service.check_model(name)
-    return service.model
+    return service
 
 
 def _load(service: Service, rank: int, info: EngineInfo) -> dict[str, Any]:
