@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -25,7 +26,7 @@ from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeSta
 from runtime.errors import UserError
 from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
-from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
+from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
 from runtime.report import as_json
 from runtime.rundir import NodeInfo, RunDirectory
 from runtime.status_socket import StatusSocket
@@ -65,8 +66,12 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
 
     Raises UserError when the run directory or the port cannot be had.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    tell = _undisturbed(tell)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if detached:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
     stopped, keep_logs = Stopped(), False
     os.environ[logs.VARIABLE] = plan.topology.node.log_format
@@ -85,8 +90,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
         raise
     except Exception as error:
         keep_logs = True
-        with run_dir.root_log.open("a") as log:
-            traceback.print_exc(file=log)
+        traceback.print_exc(file=logs.open_log(run_dir.root_log))
         stopped = Stopped(f"the node failed: {type(error).__name__}: {error}", str(run_dir.root_log))
     finally:
         run_dir.remove(keep_logs)
@@ -113,6 +117,7 @@ class _Root:
         self.owner = owner
         spec = build_tree(plan, run_dir.path)
         self.roles = {child.id: child.role for child in spec.descendants()}
+        self.ingresses = {name for name, role in self.roles.items() if role == "ingress"}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
@@ -156,6 +161,11 @@ class _Root:
                 self.listener.close()
 
     def on_event(self, event: Event) -> None:
+        if event.kind == "stopped" and event.id in self.ingresses:
+            self.ingresses.discard(event.id)
+            if not self.ingresses and self.listener is not None:
+                with contextlib.suppress(OSError):
+                    self.listener.shutdown(socket.SHUT_RDWR)  # nobody accepts any more: refuse who connects now
         self.tell(Happened(event))
         if event.kind == "ready" and event.id in self.waiting_for:
             self.waiting_for.discard(event.id)
@@ -203,6 +213,18 @@ class _Root:
         return "running" if all(node.state == "running" for node in tree.walk()) else "degraded"
 
 
+def _undisturbed(tell: Tell) -> Tell:
+    """`tell` for a node that goes on when its terminal, pipe or disk takes no more words."""
+
+    def say(progress: Progress) -> None:
+        try:
+            tell(progress)
+        except (OSError, ValueError) as error:  # the latter: the stream is closed
+            logger.debug("nobody is told of %s: %s", type(progress).__name__, error)
+
+    return say
+
+
 def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, str]]:
     for child in spec.children:
         yield depth, child.id
@@ -234,22 +256,19 @@ def _load_grammars(plan: ModelPlan) -> None:
 
 
 def _log_to(run_dir: RunDirectory) -> None:
-    handler = logging.FileHandler(run_dir.root_log)
+    handler = logging.StreamHandler(logs.open_log(run_dir.root_log))
     handler.setFormatter(logs.formatter("root", 1))
     logging.root.handlers[:] = [handler]
 
 
 def _redirect_output(run_dir: RunDirectory) -> None:
     """Standard output and error of this process to its log, standard input from nowhere."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(run_dir.root_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
-    for source, target in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-        os.set_inheritable(target, True)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.close(null)
-    os.close(log)
+    sys.stdout = sys.stderr = logs.open_log(run_dir.root_log, descriptors=(1, 2))
 
 
 def _listener(plan: NodePlan, owner: Owner | None) -> socket.socket | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ class NodePlan:
     api_key: str | None
     placement: Placement
     crash_dump_dir: Path | None = None
+    admin_api_key: str | None = None
+    profile_dir: Path | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Everybody who reaches an interface of this machine may ask."""
+        return self.api_key is None and not is_loopback(self.topology.ingress.host)
 
     @property
     def engines(self) -> list[EnginePlan]:
@@ -84,7 +92,9 @@ def plan_node(
         models=models,
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         placement=placement,
-        crash_dump_dir=_crash_dump_dir(loaded),
+        crash_dump_dir=_directory(loaded, "node.crash_dump_dir", topology.node.crash_dump_dir),
+        admin_api_key=topology.ingress.admin_api_key or os.environ.get("RUNTIME_ADMIN_API_KEY") or None,
+        profile_dir=_directory(loaded, "node.profile_dir", topology.node.profile_dir),
     )
 
 
@@ -98,11 +108,18 @@ def _can_trace() -> bool:
         return False
 
 
-def _crash_dump_dir(loaded: LoadedTopology) -> Path | None:
-    given = loaded.topology.node.crash_dump_dir
+def _directory(loaded: LoadedTopology, key: str, given: str | None) -> Path | None:
     if given is None:
         return None
-    return Path(os.path.abspath(loaded.base_of("node.crash_dump_dir") / Path(given).expanduser()))
+    return Path(os.path.abspath(loaded.base_of(key) / Path(given).expanduser()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only clients on this machine reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _name(loaded: LoadedTopology, node: str | None) -> str:

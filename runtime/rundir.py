@@ -13,7 +13,7 @@ import msgspec
 
 from runtime.errors import UserError
 
-SUBDIRECTORIES = ("sockets", "logs", "incarnations", "crashes")
+SUBDIRECTORIES = ("sockets", "logs", "crashes")
 _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
 _LOCK_PATIENCE_S = 0.3  # a command that looks whether the node runs holds the lock for a moment
 

@@ -17,15 +17,15 @@ from runtime.model_plan import ModelPlan
 from runtime.needs import arena_sizes_of
 from runtime.nodes import ip_address, part_of
 from runtime.output_formats import output_formats
-from runtime.plan import NodePlan
+from runtime.plan import NodePlan, is_loopback
 from runtime.status_socket import NAME as STATUS_SOCKET
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
-MAX_JOURNALLED = 4096
-"""Connections of one ingress worker that outlive it, at most: what a supervisor keeps of one child."""
+MAX_JOURNALLED = 2**14
+"""Connections of one ingress worker that outlive it while they have a request, at most."""
 _SCHEDULERS = {"unified": "Scheduler", "prefill": "PrefillScheduler", "decode": "DecodeScheduler"}
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""
@@ -84,6 +84,14 @@ def _faults(faults: Faults) -> dict[str, float]:
         "delay_s": faults.delay_s,
         "seed": faults.seed,
     }
+
+
+def _allowed_hosts(plan: NodePlan) -> list[str] | None:
+    """Names by which clients may ask for the server, None for any."""
+    ingress = plan.topology.ingress
+    if ingress.allowed_hosts is None and (plan.api_key is not None or not is_loopback(ingress.host)):
+        return None
+    return [*(ingress.allowed_hosts or []), ingress.host]
 
 
 def _of_role(model: ModelPlan, role: str) -> list[EnginePlan]:
@@ -206,6 +214,7 @@ class _Builder:
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
+                "profile_dir": str(self.plan.profile_dir or ""),
             },
         )
 
@@ -343,6 +352,9 @@ class _Builder:
             config={
                 "models": [self._served_model(model) for model in plan.models],
                 "api_key": plan.api_key,
+                "admin_api_key": plan.admin_api_key,
+                "cors_origins": settings.cors_origins or [],
+                "allowed_hosts": _allowed_hosts(plan),
                 "request_timeout_s": settings.request_timeout_s,
                 "drain_s": settings.drain_s,
                 "max_body_bytes": settings.max_body_bytes,
@@ -350,6 +362,8 @@ class _Builder:
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
+                "response_dir": str(self.run_dir / "responses"),
+                "response_store_bytes": settings.response_store_bytes,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),
                 **self._tracing_config(),
             },
@@ -363,6 +377,7 @@ class _Builder:
             "max_model_len": model.max_model_len,
             "vocab_size": model.config.vocab_size,
             "eos_token_ids": model.config.eos_token_ids,
+            "sampling": msgspec.to_builtins(model.sampling),
             "tokenizer": model.tokenizer,
             "task": model.task,
             "encoders": [engine.actor for engine in model.encoders],

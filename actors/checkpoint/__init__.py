@@ -6,6 +6,7 @@ from actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
 from actors.checkpoint.gguf import GGUFFile, TensorInfo
 from actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
 from actors.checkpoint.read import checkpoint_identity, read_config
+from actors.checkpoint.sampling import SamplingDefaults, read_sampling_defaults
 
 __all__ = [
     "CheckpointError",
@@ -16,11 +17,13 @@ __all__ = [
     "Latent",
     "ModelConfig",
     "PoolingConfig",
+    "SamplingDefaults",
     "Task",
     "TensorInfo",
     "checkpoint_facts",
     "checkpoint_identity",
     "read_config",
     "read_pooling_config",
+    "read_sampling_defaults",
     "task_of",
 ]

@@ -21,6 +21,7 @@ from actors.ingress.crash_dumps import CrashDumps
 from actors.ingress.encoders import Encoders
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
+from actors.ingress.exchange import SHUTTING_DOWN
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
@@ -203,14 +204,15 @@ class Ingress(Actor):
             await asyncio.sleep(TICK_S)
 
     def _shut_down(self) -> None:
-        """Accepts no more connections; running answers may go on for a while."""
+        """Refuses new requests; running answers may go on for a while."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.link.shutdown_fd)
+        self.service.draining = True
         self._server.should_exit = True
         loop.call_later(self.config.drain_s, self._end_answers)
 
     def _end_answers(self) -> None:
-        error = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after_s=1.0)
+        error = ApiError(503, "The server is shutting down.", code=SHUTTING_DOWN, retry_after_s=1.0)
         for exchange in list(self.service.in_progress):
             exchange.interrupt(error)
 

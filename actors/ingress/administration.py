@@ -9,7 +9,9 @@ from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
+from actors.ingress.config import ServedModel
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
@@ -31,6 +33,8 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
     """Ends requests, whichever worker has them; answers without waiting for that. Their clients get what there is."""
     if bool(body.rid) == body.abort_all:
         raise invalid("Send either 'rid' or abort_all = true.", "rid")
+    if body.abort_all:
+        service.access.check(exchange, admin=True)
     service.end(body.rid)
     service.control.end_elsewhere(body.rid)
     await exchange.answer(b"{}")
@@ -65,7 +69,7 @@ async def get_model_info(service: Service, exchange: Exchange) -> None:
         "model_path": model.root,
         "tokenizer_path": model.root,
         "is_generation": model.task == "generate",
-        "preferred_sampling_params": None,
+        "preferred_sampling_params": _preferred(model),
         "weight_version": "default",
         "max_model_len": model.max_model_len,
     }
@@ -90,6 +94,12 @@ async def get_server_info(service: Service, exchange: Exchange) -> None:
 async def get_version(service: Service, exchange: Exchange) -> None:
     """This program's version."""
     await exchange.answer(_encode({"version": VERSION}))
+
+
+def _preferred(model: ServedModel) -> dict[str, Any] | None:
+    """How tokens are drawn for requests that do not say it."""
+    given = {name: value for name, value in asdict(model.sampling).items() if value is not None}
+    return given or None
 
 
 def asked_model(service: Service, exchange: Exchange) -> Service:

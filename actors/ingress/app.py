@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -18,8 +20,8 @@ from actors.ingress import administration as admin
 from actors.ingress.anthropic.endpoints import batches, count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
-from actors.ingress.health import health, health_generate, metrics
+from actors.ingress.exchange import Exchange, request_id
+from actors.ingress.health import HealthGenerate, health, metrics
 from actors.ingress.native import GenerateRequest, generate
 from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
@@ -34,6 +36,7 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.openai.responses.stored import delete_response, get_response, input_items
 from actors.ingress.openapi import Description
 from actors.ingress.pooling.classify import ClassifyRequest, classify
 from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
@@ -41,7 +44,7 @@ from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_pr
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
-from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire
+from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
 T = TypeVar("T")
 
@@ -74,7 +77,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 class Post(Generic[T]):
     """An endpoint that takes a JSON document, of models for some tasks. `default`: the one that is meant by a request
-    without a body."""
+    without a body. `admin`: one for administrators alone."""
 
     public = False
 
@@ -86,12 +89,15 @@ class Post(Generic[T]):
         wire: Wire = OPENAI,
         default: bytes = b"",
         tasks: Sequence[Task] = ("generate",),
+        admin: bool = False,
     ) -> None:
         self._service = service
         self._decoder = decoder
         self._tasks = tasks
+        self._admin = admin
         self.handle = handle
-        self.body: type[T] = decoder.type
+        body: Any = decoder.type  # msgspec 0.23 says TypeForm, versions before it say type
+        self.body: type[T] = body
         self.wire = wire
         self.default = default
 
@@ -102,7 +108,8 @@ class Post(Generic[T]):
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
-        service.authorize(exchange)
+        service.access.check(exchange, admin=self._admin)
+        service.check_open(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
         service = service.about(_model_named(request), self._tasks)
         exchange.model = service.model.name
@@ -112,7 +119,7 @@ class Post(Generic[T]):
 
 
 class Get:
-    """An endpoint without a request document. `public`: no API key is asked for."""
+    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone."""
 
     body = None
     default = b""
@@ -122,12 +129,14 @@ class Get:
         service: Service,
         handle: Callable[[Service, Exchange], Awaitable[None]],
         public: bool = False,
+        admin: bool = False,
         wire: Wire = OPENAI,
     ) -> None:
         self._service = service
         self.handle = handle
         self.public = public
         self.wire = wire
+        self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self.wire)
@@ -135,8 +144,9 @@ class Get:
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
+        self._service.access.check(exchange, public=self.public, admin=self._admin)
         if not self.public:
-            self._service.authorize(exchange)
+            self._service.check_open(exchange)
         await self.handle(self._service, exchange)
 
 
@@ -172,6 +182,9 @@ def create_app(service: Service) -> Starlette:
                 for path in ("/v1/classify", "/classify")
             ),
             Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+            Route("/v1/responses/{response_id}", Get(service, get_response), methods=["GET"]),
+            Route("/v1/responses/{response_id}", Get(service, delete_response), methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/input_items", Get(service, input_items), methods=["GET"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
             *(
@@ -199,17 +212,17 @@ def create_app(service: Service) -> Starlette:
             Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
             *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
-            Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+            Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
-            Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+            Route("/flush_cache", Get(service, admin.flush_cache, admin=True), methods=["GET", "POST"]),
             Route(
                 "/start_profile",
-                Post(service, _START_PROFILE, start_profile, default=b"{}"),
+                Post(service, _START_PROFILE, start_profile, default=b"{}", admin=True),
                 methods=["POST"],
             ),
             Route(
                 "/stop_profile",
-                Post(service, _STOP_PROFILE, stop_profile, default=b"{}"),
+                Post(service, _STOP_PROFILE, stop_profile, default=b"{}", admin=True),
                 methods=["POST"],
             ),
             Route("/load", Get(service, admin.load), methods=["GET"]),
@@ -227,16 +240,43 @@ def create_app(service: Service) -> Starlette:
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_error},
+        middleware=_cors(service),
     )
+    app.router.redirect_slashes = False  # the connection has taken them off
     description = Get(service, Description(app.routes), public=True)
     app.router.routes.append(Route("/openapi.json", description, methods=["GET"]))
     return app
 
 
+def _cors(service: Service) -> list[Middleware]:
+    """Answers browsers that ask for pages of other servers, if any may ask."""
+    origins = service.config.cors_origins
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=[each.rstrip("/") for each in origins],
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
+            allow_private_network=True,
+        )
+    ]
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """An unknown route or method, in the shape of all other errors."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
+    scope = request.scope
+    what = f"{request.method} {scope['path']}"
     messages = {404: f"Unknown request URL: {what}.", 405: f"Method not allowed: {what}."}
-    body = ApiError(error.status_code, messages.get(error.status_code, error.detail)).body
-    return Response(body, error.status_code, error.headers, "application/json")
+    if request.method == "OPTIONS" and "origin" in request.headers:
+        messages[405] = (
+            f"The page at '{request.headers['origin']}' may not ask: add its origin to ingress.cors_origins."
+        )
+    body = wire_of(scope["path"].encode()).error(
+        ApiError(error.status_code, messages.get(error.status_code, error.detail))
+    )
+    headers = {**(error.headers or {}), "x-request-id": request_id(scope)}
+    return Response(body, error.status_code, headers, "application/json")

@@ -56,6 +56,8 @@ class ApiError(Exception):
         """Response headers that belong to the status."""
         if self.status == 401:
             return [(b"www-authenticate", b"Bearer")]
+        if self.code == "unknown_content_encoding":
+            return [(b"accept-encoding", b"gzip, deflate")]
         if self.retry_after_s > 0:
             return [(b"retry-after", str(math.ceil(self.retry_after_s)).encode())]
         return []

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 from actors.checkpoint.pooling import Task
+from actors.ingress.access import Access
 from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.control import Control
 from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
-from actors.ingress.exchange import ClientGone, Exchange
+from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.openai.responses.store import ResponseStore
 from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
 from actors.ingress.tokenization import Tokenization
@@ -74,8 +76,11 @@ class Service:
         recent: None if no requests are kept for the case of a crash.
         encoders: what it is asked that embeds or classifies.
         actors: the figures of the others.
+        responses: those that are kept for later requests.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
+        draining: new requests are refused, since this worker is about to stop.
+        access: who may ask for what.
     """
 
     def __init__(
@@ -102,25 +107,25 @@ class Service:
         self.control = control
         self.tracing = tracing
         self.recent = recent
+        self.responses = ResponseStore(Path(config.response_dir), config.response_store_bytes)
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._served = list(models)
         self._by_name = {name: each for each in models for name in each.model.served_model_names}
         self._names: dict[str, list[Entry]] = {}
-        self._key = config.api_key.encode() if config.api_key is not None else None
+        self.draining = False
+        self.access = Access(config.api_key, config.admin_api_key, config.cors_origins, config.allowed_hosts)
 
     # -- who may ask ----------------------------------------------------------------------------------------------
 
-    def authorize(self, exchange: Exchange) -> None:
-        """Raises ApiError unless the client has sent the API key, if there is one."""
-        if self._key is None:
-            return
-        scheme, _, key = exchange.header(b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = exchange.header(b"x-api-key")  # Anthropic's
-        if not hmac.compare_digest(key.strip(), self._key):
+    def check_open(self, exchange: Exchange) -> None:
+        """Raises ApiError when this worker is about to stop and the request is a new one."""
+        if self.draining and not exchange.work.is_continued:
             raise ApiError(
-                401, "Incorrect API key provided: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+                503,
+                "The server is shutting down: it is draining and takes no new requests.",
+                code=SHUTTING_DOWN,
+                retry_after_s=1.0,
             )
 
     @contextmanager
@@ -203,6 +208,10 @@ class Service:
             tokens.append(answer)
         exchange.work.prompts = tokens
         return tokens
+
+    async def length_of(self, prompt: Prompt) -> int:
+        """The tokens of a prompt. Raises ApiError for one that cannot be encoded."""
+        return len(await self._tokenize(prompt, b"")) // 4
 
     async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> Detokenized:
         """The text of token ids. Raises ApiError for ids that the model does not have."""

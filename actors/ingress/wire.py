@@ -63,3 +63,10 @@ OPENAI = Wire(lambda error: error.body, lambda body: b"data: %s\n\n" % body)
 RESPONSES = Wire(OPENAI.error, _response_error)
 ANTHROPIC = Wire(_anthropic_error, lambda body: b"event: error\ndata: %s\n\n" % body, identity_headers=(b"request-id",))
 OLLAMA = Wire(lambda error: _encode({"error": error.message}), lambda body: body + b"\n", _LINES, any_type=True)
+
+
+def wire_of(path: bytes) -> Wire:
+    """The protocol that a path belongs to, whether there is such an endpoint or not."""
+    if path.startswith(b"/v1/messages"):
+        return ANTHROPIC
+    return OLLAMA if path.startswith(b"/api/") else OPENAI

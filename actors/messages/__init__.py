@@ -39,6 +39,7 @@ from actors.messages.steps import (
     Compiled,
     OpenSlot,
     Step,
+    StepRefused,
     StepResult,
     TopLogprobs,
 )
@@ -107,6 +108,7 @@ Message = (
     | Attach
     | Attached
     | Step
+    | StepRefused
     | StepResult
     | Tokens
     | Stopped
@@ -197,6 +199,7 @@ __all__ = [
     "SpanEnded",
     "SpanId",
     "Step",
+    "StepRefused",
     "StepResult",
     "Stopped",
     "Tagged",

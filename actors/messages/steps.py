@@ -81,7 +81,8 @@ with -1."""
 
 
 class Step(Tagged):
-    """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult`.
+    """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult` or
+    `StepRefused`.
 
     A row is a run of new tokens of one slot. The step reads the KV of positions [0, start) and writes
     [start, start + length), so it may be run again. Steps are run in the order of their numbers.
@@ -131,3 +132,16 @@ class StepResult(Tagged):
     logprobs: list[TopLogprobs] = []
     prompt_logprobs: list[TopLogprobs] = []
     duration_s: float = 0.0
+
+
+class StepRefused(Tagged):
+    """Rank 0 → scheduler, in place of `StepResult`: the step makes no sense, and nothing of it was computed.
+
+    Attributes:
+        slots: those whose rows, pages or parameters are to blame; none if the rank cannot tell.
+        reason: one sentence.
+    """
+
+    number: Index
+    slots: list[Index]
+    reason: str

@@ -234,7 +234,7 @@ def test_nothing_asked_is_answered_at_once(shared: Served, path: str) -> None:
     response = shared.client.post(path, content=b'{"model":"fake"}', headers=plain)
     assert response.json()["done_reason"] == "load"
     from_a_page = shared.client.post(path, content=b'{"model":"fake"}', headers={**plain, "origin": "http://x"})
-    assert from_a_page.status_code == 415
+    assert from_a_page.status_code == 403
     assert len(shared.fakes.seen.generates) == before
 
 

@@ -42,7 +42,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_embedded_model_is_checked_once(package: Path, tmp_path: Path) -> None:
     notes: list[str] = []
     for _ in range(2):
-        assert resolve_model(EMBEDDED, tmp_path, note=notes.append) == ResolvedModel(EMBEDDED, package)
+        assert resolve_model(EMBEDDED, tmp_path, note=notes.append).path == package
     assert notes == ["checking SmolLM2-135M-Instruct.Q4_1.gguf"]
 
 

@@ -50,7 +50,6 @@ def test_it_is_private_and_goes_without_a_trace(base: Path) -> None:
         "node.json",
         "sockets",
         "logs",
-        "incarnations",
         "crashes",
     }
     assert {path.stat().st_mode & 0o777 for path in (base, run_dir.path, run_dir.path / "sockets")} == {0o700}

@@ -10,7 +10,7 @@ import pytest
 
 from actors.actor import ActorArgs
 from actors.bootstrap import BootstrapConfig
-from actors.checkpoint import ModelConfig
+from actors.checkpoint import ModelConfig, SamplingDefaults
 from actors.detokenizer.actor import DetokenizerConfig
 from actors.grammar import GrammarConfig
 from actors.ingress.config import IngressConfig
@@ -47,6 +47,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans a topology with a small model in place of a file's."""
     monkeypatch.setattr(model_plan, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
     monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
+    monkeypatch.setattr(model_plan, "read_sampling_defaults", lambda _: SamplingDefaults())
     monkeypatch.delenv("RUNTIME_API_KEY", raising=False)
 
     def plan(*settings: str, head: str = '[model]\npath = "m"\n[engine.main]\n', text: str = "") -> NodePlan:

@@ -61,7 +61,6 @@ async def count_tokens(service: Service, request: CountRequest, exchange: Exchan
 
 async def batches(service: Service, exchange: Exchange) -> NoReturn:
     """Batches are not supported: there is no queue for requests that nobody waits for."""
-    service.authorize(exchange)
     raise ApiError(
         404,
         "Message batches are not supported by this server: send each request to /v1/messages, as many at a time as you "

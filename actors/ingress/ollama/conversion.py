@@ -9,6 +9,7 @@ from actors.ingress.errors import ApiError, invalid, unsupported
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
 from actors.ingress.openai.requests import ChatRequest
+from actors.ingress.sampling import Number
 from actors.ingress.service import LATEST, Service
 
 Warn = Callable[[str], None]
@@ -65,8 +66,9 @@ def _request(service: Service, body: Request, messages: list[ChatMessage], warn:
     penalty = options.repeat_penalty
     if options.repeat_last_n == 0:
         penalty = 1.0
-    elif penalty != 1.0 and options.repeat_last_n not in (None, -1):
+    elif penalty not in (None, 1.0) and options.repeat_last_n not in (None, -1):
         warn("options.repeat_last_n is skipped: the repeat_penalty is for the whole text.")
+    limit, model = options.num_predict, service.model
     thinks = body.think is not False
     chat = ChatRequest(
         model=served_name(service, body.model),
@@ -74,13 +76,13 @@ def _request(service: Service, body: Request, messages: list[ChatMessage], warn:
         stream=body.stream is not False,
         chat_template_kwargs=None if body.think is None else {"enable_thinking": thinks, "thinking": thinks},
         reasoning_effort=body.think if isinstance(body.think, str) else None,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
+        temperature=_drawn(options.temperature, model.sampling.temperature, 0.8),
+        top_k=_drawn(options.top_k, model.sampling.top_k, 40),
+        top_p=_drawn(options.top_p, model.sampling.top_p, 0.9),
         min_p=options.min_p,
         seed=None if options.seed == -1 else options.seed,
         stop=options.stop,
-        max_tokens=options.num_predict if options.num_predict > 0 else None,
+        max_tokens=limit if limit is None or limit > 0 else model.max_model_len,
         repetition_penalty=penalty,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
@@ -94,6 +96,13 @@ def _request(service: Service, body: Request, messages: list[ChatMessage], warn:
     elif body.format:
         raise invalid("Invalid value for 'format': it must be 'json' or a JSON schema.", "format", "invalid_value")
     return chat
+
+
+def _drawn(given: Number | None, of_model: Number | None, of_ollama: Number) -> Number:
+    """As in Ollama, the request goes before the model's parameters, and these before the program's defaults."""
+    if given is not None:
+        return given
+    return of_ollama if of_model is None else of_model
 
 
 def _message(message: Message, param: str) -> ChatMessage:

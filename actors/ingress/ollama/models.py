@@ -85,7 +85,6 @@ async def pull(service: Service, body: PullBody, exchange: Exchange) -> None:
 
 async def unmanaged(service: Service, exchange: Exchange) -> NoReturn:
     """Models are not made, copied, sent or deleted over HTTP."""
-    service.authorize(exchange)
     raise ApiError(
         404, "This server's models are chosen when it starts: see 'runtime up --help'. They are not managed over HTTP."
     )

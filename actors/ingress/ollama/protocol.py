@@ -21,16 +21,16 @@ Limit = Annotated[int, Meta(ge=-2, lt=2**31)]
 
 
 class Options(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How to sample, with Ollama's defaults. A limit of 0 or less is none."""
+    """How to sample. A limit of 0 or less is none."""
 
-    temperature: Temperature = 0.8
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 40
-    top_p: TopP = 0.9
-    min_p: MinP = 0.0
+    temperature: Temperature | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    top_p: TopP | None = None
+    min_p: MinP | None = None
     seed: SeedField = -1
     stop: str | list[str] | None = None
-    num_predict: Limit = -1
-    repeat_penalty: RepetitionPenalty = 1.0
+    num_predict: Limit | None = None
+    repeat_penalty: RepetitionPenalty | None = None
     repeat_last_n: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0

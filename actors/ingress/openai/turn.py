@@ -139,7 +139,10 @@ async def open_turn(
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
     tokens = context + tokens
     tokens = request.cut(tokens, service.model.max_model_len)
-    limit, default = (None, asked) if cut_limit else (asked, None)
+    usual = service.model.sampling.max_tokens
+    if usual is not None:
+        usual = max(usual, request.min_tokens or 0)
+    limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
         exchange.work,
