@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from actors.checkpoint import PoolingConfig
+from actors.checkpoint import PoolingConfig, checkpoint_facts
 from actors.ingress.journal import slot_bytes
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
@@ -391,6 +391,7 @@ class _Builder:
             "tokenizer": model.tokenizer,
             "task": model.task,
             "encoders": [engine.actor for engine in model.encoders],
+            "files": msgspec.to_builtins(checkpoint_facts(model.model.path)),
             **_classes(model),
             **(output_formats(model, self.plan.topology.ingress) if model.engines else {}),
         }

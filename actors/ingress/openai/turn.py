@@ -103,6 +103,7 @@ async def open_turn(
     limit_name: str | None = None,
     cut_limit: bool = False,
     prompt: Prompt | None = None,
+    context: bytes = b"",
 ) -> Turn:
     """Checks a request and renders its prompt. Raises ApiError.
 
@@ -110,6 +111,7 @@ async def open_turn(
         limit_name: the protocol's name for `max_tokens`.
         cut_limit: a limit beyond the model's context is lowered to what fits, not refused.
         prompt: in place of the conversation.
+        context: token ids (i32) of what was said before the prompt.
     """
     request.check()
     model = service.check_model(request.model)
@@ -135,6 +137,7 @@ async def open_turn(
     shown = prompt or conversation(service.model, request, tools)
     markers = None if prompt is not None else _markers(service.model, request)
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
+    tokens = context + tokens
     tokens = request.cut(tokens, service.model.max_model_len)
     usual = None if unlimited else service.model.sampling.max_tokens
     if usual is not None:
