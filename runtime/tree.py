@@ -216,6 +216,7 @@ class _Builder:
                 "max_model_len": model.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
+                "grammar_backend": engine.grammar_backend,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
                 "profile_dir": str(self.plan.profile_dir or ""),
             },
@@ -272,7 +273,11 @@ class _Builder:
             "grammar",
             "actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={"model": str(model.model.path), "vocab_size": model.config.vocab_size},
+            config={
+                "model": str(model.model.path),
+                "vocab_size": model.config.vocab_size,
+                "backend": engine.grammar_backend,
+            },
         )
 
     def _transfer_keys(self) -> dict[str, str]:

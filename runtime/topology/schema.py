@@ -437,6 +437,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    grammar_backend: Annotated[
+        Literal["auto", "llguidance", "xgrammar"],
+        Meta(
+            description="The library that compiles JSON schemas, regular expressions and grammars. `auto` is "
+            "llguidance. `xgrammar` needs `pip install xgrammar==0.2.8`; it refuses more schemas."
+        ),
+    ] = "auto"
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(
