@@ -141,7 +141,7 @@ def share_arenas(engines: list[EnginePlan], topology: Topology, placement: Place
             engine = replace(engine, weight_arenas=first.setdefault(holds, engine).weight_arenas)
         shared.append(engine)
     apart = [engine for engine in shared if engine.role != "unified"]
-    if not apart or topology.transfer.engine != "shm" or len({engine.settings.tp for engine in apart}) > 1:
+    if not apart or topology.transfer_engine != "shm" or len({engine.settings.tp for engine in apart}) > 1:
         return shared
     owners = [engine for engine in apart if engine.role == "decode"]
     total = sum(engine.num_pages for engine in owners)

@@ -104,6 +104,7 @@ async def open_turn(
     limit_name: str | None = None,
     cut_limit: bool = False,
     prompt: Prompt | None = None,
+    context: bytes = b"",
 ) -> Turn:
     """Checks a request and renders its prompt. Raises ApiError.
 
@@ -111,6 +112,7 @@ async def open_turn(
         limit_name: the protocol's name for `max_tokens`.
         cut_limit: a limit beyond the model's context is lowered to what fits, not refused.
         prompt: in place of the conversation.
+        context: token ids (i32) of what was said before the prompt.
     """
     request.check()
     model = service.check_model(request.model)
@@ -119,7 +121,7 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
-    asked = limit_of(asked)
+    unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
     if request.top_logprobs is not None and not request.logprobs:
@@ -136,8 +138,9 @@ async def open_turn(
     shown = prompt or conversation(service.model, request, tools)
     markers = None if prompt is not None else _markers(service.model, request)
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
+    tokens = context + tokens
     tokens = request.cut(tokens, service.model.max_model_len)
-    usual = service.model.sampling.max_tokens
+    usual = None if unlimited else service.model.sampling.max_tokens
     if usual is not None:
         usual = max(usual, request.min_tokens or 0)
     limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
