@@ -5,9 +5,11 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
+from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
 from msgspec import Meta, Struct, field
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
@@ -18,6 +20,12 @@ Text = Annotated[str, Meta(min_length=1)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+if TYPE_CHECKING:
+    ToolCallSetting = ReasoningSetting = str
+else:
+    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
+    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -188,29 +196,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        Literal[
-            "auto",
-            "none",
-            "deepseekv3",
-            "deepseekv31",
-            "deepseekv32",
-            "glm45",
-            "glm47",
-            "hermes",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "pythonic",
-            "qwen25",
-            "qwen3_coder",
-        ],
+        ToolCallSetting,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
             "calls in the content, and so does `auto` where the template shows none that is known."
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        ReasoningSetting,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
             "`none` are as with `tool_call_parser`."

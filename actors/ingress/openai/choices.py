@@ -11,8 +11,8 @@ from actors.ingress.generation import Generation
 from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.protocol import ChunkFrame
 from actors.ingress.openai.turn import Output
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from actors.messages import TextLogprob
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 
