@@ -106,7 +106,9 @@ class GemmaCalls(ToolCallParser):
         return words.get(plain.lower()) or json_number(plain) or quoted(plain)
 
     def _container(self, opening: str, depth: int) -> Steps[str | None]:
-        closing, members, items = "}" if opening == "{" else "]", {}, []
+        closing = "}" if opening == "{" else "]"
+        members: dict[str, Any] = {}
+        items: list[Any] = []
         while True:
             yield from self.space()
             if (yield from self.accept(closing)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from actors.parsers.reader import Steps
 from actors.parsers.tool_calls.registry import FORMATS
 from actors.parsers.tool_calls.tagged_calls import TaggedCalls
@@ -12,10 +14,10 @@ class GLMCalls(TaggedCalls):
     """`<tool_call>f`, for each parameter `<arg_key>k</arg_key><arg_value>v</arg_value>`, and `</tool_call>`. GLM-4.5
     and GLM-4.6 put line breaks between these, GLM-4.7 and GLM-5 do not."""
 
-    MARKERS: tuple[str, ...] = ("<tool_call>",)
-    ENDS: tuple[str, ...] = ("</tool_call>",)
+    MARKERS: ClassVar[tuple[str, ...]] = ("<tool_call>",)
+    ENDS: ClassVar[tuple[str, ...]] = ("</tool_call>",)
     NEXT = ("<arg_key>",)
-    CALL_ENDS: tuple[str, ...] = ("</tool_call>",)
+    CALL_ENDS: ClassVar[tuple[str, ...]] = ("</tool_call>",)
 
     def read_calls(self, marker: str) -> Steps[bool]:
         yield from self.space()

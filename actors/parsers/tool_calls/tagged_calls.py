@@ -63,7 +63,13 @@ class TaggedCalls(ToolCallParser):
             self.drop()
         if stream:
             self._member(key, '"')
-        yield from self._value(close, self._give_string if stream else pieces.append)
+
+        def give(text: str) -> None:
+            pieces.append(text)
+            if stream and text:
+                self.arguments(quoted(text)[1:-1])
+
+        yield from self._value(close, give)
         text = "".join(pieces)
         self._given[key] = text
         if stream:
@@ -135,10 +141,6 @@ class TaggedCalls(ToolCallParser):
         yield from self.space()
         yield from self.accept('"')
         return bool((yield from self.word("_-.$ ")))
-
-    def _give_string(self, text: str) -> None:
-        if text:
-            self.arguments(quoted(text)[1:-1])
 
     def _member(self, key: str, value: str) -> None:
         self.arguments(f"{', ' if self._members else '{'}{quoted(key)}: {value}")
