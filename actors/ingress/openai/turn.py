@@ -20,10 +20,11 @@ from actors.ingress.openai.tools import (
     call_id,
     callable_tools,
     constrained,
-    forced_calls,
+    is_forced,
     parameters_of,
     rendered,
 )
+from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import thinking_budget, thinking_of
 from actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
@@ -31,7 +32,8 @@ from actors.parsers.events import CallStart, Content, Event, Parser
 from actors.parsers.output import OutputParser
 from actors.parsers.reasoning import reasoning_format, reasoning_markers, reasoning_parser
 from actors.parsers.tool_calls import tool_call_format, tool_call_parser
-from actors.parsers.tool_calls.json_list import JSONListCalls
+from actors.parsers.tool_calls.json_list import ForcedCalls, JSONListCalls
+from actors.parsers.whole import WholeOutput
 
 _TAIL_TOKENS = 32
 """Tokens at the end of a prompt that tell whether it has begun the reasoning."""
@@ -102,6 +104,7 @@ async def open_turn(
     limit_name: str | None = None,
     cut_limit: bool = False,
     prompt: Prompt | None = None,
+    context: bytes = b"",
 ) -> Turn:
     """Checks a request and renders its prompt. Raises ApiError.
 
@@ -109,6 +112,7 @@ async def open_turn(
         limit_name: the protocol's name for `max_tokens`.
         cut_limit: a limit beyond the model's context is lowered to what fits, not refused.
         prompt: in place of the conversation.
+        context: token ids (i32) of what was said before the prompt.
     """
     request.check()
     model = service.check_model(request.model)
@@ -117,6 +121,7 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
+    unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
     if request.top_logprobs is not None and not request.logprobs:
@@ -125,8 +130,8 @@ async def open_turn(
     sampling = request.sampling(service.model, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
     tools = callable_tools(request.tools, request.tool_choice)
-    forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
-    sampling = constrained(sampling, forced)
+    as_list = is_forced(request.tool_choice) or (bool(tools) and sampling.constraint is not None)
+    sampling = constrained(sampling, tools, request.tool_choice, request.parallel_tool_calls is not False)
     if tools and service.model.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
     reasoning = service.model.reasoning_parser if prompt is None else None
@@ -135,7 +140,12 @@ async def open_turn(
 
     shown = prompt or conversation(service.model, request, tools)
     tokens, inside, sampling = await _tokenized(service, request, exchange, shown, reasoning, sampling)
-    limit, default = (None, asked) if cut_limit else (asked, None)
+    tokens = context + tokens
+    tokens = request.cut(tokens, service.model.max_model_len)
+    usual = None if unlimited else service.model.sampling.max_tokens
+    if usual is not None:
+        usual = max(usual, request.min_tokens or 0)
+    limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
         exchange.work,
@@ -152,7 +162,7 @@ async def open_turn(
     def named(choice: int) -> Callable[[int], str]:
         return lambda call: call_id(rid, choice, call, short_ids)
 
-    parser = _parsers(service.model, request, tools, forced is not None, inside, prompt is not None)
+    parser = _parsers(service.model, request, tools, as_list, inside, prompt is not None)
     outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
     return Turn(model, max_tokens, top, generation, outputs)
 
@@ -212,10 +222,11 @@ def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]
 
 
 def _parsers(
-    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], forced: bool, inside: bool, plain: bool
+    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], as_list: bool, inside: bool, plain: bool
 ) -> Callable[[], OutputParser | None]:
-    """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces,
-    `inside` for outputs that begin inside their reasoning, `plain` for prompts that no template has made."""
+    """Makes the parser of a choice, None if its output is the content. `as_list` is for calls that a constraint
+    allows as a list, `inside` for outputs that begin inside their reasoning, `plain` for prompts that no template has
+    made."""
     if plain:
         return lambda: None
     reasoning_name = model.reasoning_parser if request.separate_reasoning else None
@@ -225,8 +236,8 @@ def _parsers(
     def make() -> OutputParser | None:
         reasoning = None if reasoning_name is None else reasoning_parser(reasoning_name, inside)
         calls: Parser | None = None
-        if forced:
-            calls = JSONListCalls(parameters)
+        if as_list:
+            calls = WholeOutput((ForcedCalls if is_forced(request.tool_choice) else JSONListCalls)(parameters))
         elif calls_name is not None:
             calls = tool_call_parser(calls_name, parameters)
         if reasoning is None and calls is None:

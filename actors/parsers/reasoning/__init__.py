@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from actors.parsers.events import Parser
 from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS
+from actors.parsers.reasoning.registry import FORMATS as FORMATS
 
 FORMATS.load(__name__, __path__)
 

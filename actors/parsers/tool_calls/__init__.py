@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from actors.parsers.events import Parser
 from actors.parsers.tool_calls.base import ToolCallParser, Tools
-from actors.parsers.tool_calls.registry import FORMATS
+from actors.parsers.tool_calls.registry import FORMATS as FORMATS
 
 FORMATS.load(__name__, __path__)
 

@@ -12,7 +12,7 @@ import pytest
 from actors.parsers.events import CallStart, Parser
 from actors.parsers.reasoning import REASONING_FORMATS, reasoning_parser
 from actors.parsers.tool_calls import TOOL_CALL_FORMATS, tool_call_parser
-from actors.parsers.tool_calls.json_list import JSONListCalls
+from actors.parsers.tool_calls.json_list import ForcedCalls
 
 from .outputs import TOOLS, parsed, plain
 
@@ -158,9 +158,9 @@ def test_alternatives_wait_for_what_tells_them_apart(kind: str, value: Any, firs
 
 def test_a_forced_call_that_is_cut_off() -> None:
     for text in ("[", '[{"name": "edit', '[{"name": "edit", "parameters": '):
-        assert plain(parsed(lambda: JSONListCalls(EDIT), text)) == []
+        assert plain(parsed(lambda: ForcedCalls(EDIT), text)) == []
     cut = '[{"name": "edit", "parameters": {"old": "a'
-    assert plain(parsed(lambda: JSONListCalls(EDIT), cut)) == [("edit", '{"old": "a"}')]
+    assert plain(parsed(lambda: ForcedCalls(EDIT), cut)) == [("edit", '{"old": "a"}')]
 
 
 def operations(make: Callable[[], Parser], text: str) -> int:
