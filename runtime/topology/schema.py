@@ -5,10 +5,13 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+
+from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
@@ -18,6 +21,15 @@ Text = Annotated[str, Meta(min_length=1)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    ToolCallSetting: TypeAlias = str
+    ReasoningSetting: TypeAlias = str
+else:
+    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
+    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -266,9 +278,7 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1024
     priority: Annotated[
         Literal["anyone", "admin", "nobody"],
-        Meta(
-            description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."
-        ),
+        Meta(description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."),
     ] = "anyone"
     response_store_bytes: Annotated[
         int,
@@ -289,29 +299,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        Literal[
-            "auto",
-            "none",
-            "deepseekv3",
-            "deepseekv31",
-            "deepseekv32",
-            "glm45",
-            "glm47",
-            "hermes",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "pythonic",
-            "qwen25",
-            "qwen3_coder",
-        ],
+        ToolCallSetting,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
             "calls in the content, and so does `auto` where the template shows none that is known."
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        ReasoningSetting,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
             "`none` are as with `tool_call_parser`."
