@@ -26,6 +26,11 @@ T = TypeVar("T")
 _ERRORS = (msgspec.MsgspecError, ValueError, RecursionError, OverflowError)
 _LARGEST = 2.0**63
 
+_MOST_PARTS = 32_768
+"""A document with more lists and objects is not looked at again: nobody else is answered meanwhile."""
+_PLAIN = frozenset((int, str))
+"""Types of values that always stay as they are: lists may hold millions of them."""
+
 _type_info = cache(inspect.type_info)
 
 
@@ -33,8 +38,9 @@ def decoded(data: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """A JSON document as the decoder's type. Raises ApiError."""
     try:
         return decoder.decode(data)
-    except msgspec.ValidationError:
-        pass
+    except msgspec.ValidationError as error:
+        if data.count(b"[") + data.count(b"{") + data.count(b",") // 16 > _MOST_PARTS:
+            raise from_decoding(error) from None
     except _ERRORS as error:
         raise from_decoding(error) from None
     kind: Any = decoder.type
@@ -74,6 +80,8 @@ def _fit(value: Any, kind: inspect.Type, where: str) -> Any:
     if isinstance(kind, inspect.StructType) and isinstance(value, dict):
         return _fit_struct(value, kind, where)
     if isinstance(kind, inspect.ListType) and isinstance(value, list):
+        if _PLAIN.issuperset(map(type, value)):
+            return value
         return [_fit(each, kind.item_type, f"{where}[{i}]") for i, each in enumerate(value)]
     if isinstance(kind, inspect.DictType) and isinstance(value, dict):
         return {key: _fit(each, kind.value_type, f"{where}.{key}") for key, each in value.items()}
@@ -98,7 +106,7 @@ def _fit_one(value: Any, union: inspect.UnionType, where: str) -> Any:
 
 
 def _fit_struct(value: dict[str, Any], kind: inspect.StructType, where: str) -> dict[str, Any]:
-    fields = {field.encode_name: field for field in kind.fields}
+    fields = _fields(kind.cls)
     fitted: dict[str, Any] = {}
     for name, each in value.items():
         field = fields.get(name)
@@ -113,6 +121,13 @@ def _fit_struct(value: dict[str, Any], kind: inspect.StructType, where: str) -> 
                 raise unsupported(place)
             raise unknown(place, name, list(fields))
     return fitted
+
+
+@cache
+def _fields(struct: type[Any]) -> dict[str, inspect.Field]:
+    kind = _type_info(struct)
+    assert isinstance(kind, inspect.StructType)
+    return {field.encode_name: field for field in kind.fields}
 
 
 def _takes_null(kind: inspect.Type) -> bool:
