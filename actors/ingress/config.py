@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.checkpoint import SamplingDefaults
+from actors.checkpoint import CheckpointFacts, SamplingDefaults
 from actors.ingress.parsers.reasoning import ReasoningFormat
 from actors.ingress.parsers.tool_calls import ToolCallFormat
 from actors.ingress.tracing import TracingConfig
@@ -31,6 +31,7 @@ class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         task: what the model is for. encoders: the actors that embed or classify, where it is for that.
         vector_size: numbers of an embedding, or one a label.
         labels: a classifier's classes. activation: what makes scores of its numbers.
+        files: what the checkpoint says about itself.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -47,6 +48,7 @@ class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     vector_size: Annotated[int, Meta(ge=0)] = 0
     labels: list[str] = []
     activation: Literal["none", "sigmoid", "softmax"] = "none"
+    files: CheckpointFacts = CheckpointFacts()
 
     @property
     def name(self) -> str:

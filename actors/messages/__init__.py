@@ -46,6 +46,7 @@ from actors.messages.steps import (
 from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
 from actors.messages.tokenization import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     FillPrompt,
@@ -54,6 +55,7 @@ from actors.messages.tokenization import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.messages.transfers import (
     NO_EPOCH,
@@ -86,6 +88,8 @@ Message = (
     | TokenizeFailed
     | Detokenize
     | Detokenized
+    | DescribeTokenizer
+    | TokenizerDescribed
     | Generate
     | Abort
     | Acknowledge
@@ -152,6 +156,7 @@ __all__ = [
     "Confirm",
     "Confirmed",
     "Constraint",
+    "DescribeTokenizer",
     "Detokenize",
     "Detokenized",
     "Embed",
@@ -212,6 +217,7 @@ __all__ = [
     "Tokenize",
     "TokenizeFailed",
     "Tokenized",
+    "TokenizerDescribed",
     "Tokens",
     "TopLogprobs",
     "Trace",

@@ -81,3 +81,24 @@ class Detokenized(Tagged):
     rid: Rid
     text: str
     pieces: list[str]
+
+
+class DescribeTokenizer(Tagged):
+    """Ingress → tokenizer: what clients that tokenize by themselves want to know. Answered by `TokenizerDescribed`."""
+
+    rid: Rid
+
+
+class TokenizerDescribed(Tagged):
+    """Tokenizer → ingress.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token` … as chat templates know them.
+        chat_templates: Jinja sources by name, `default` among them if there are any.
+        vocab_size: token ids, unused ones included.
+    """
+
+    rid: Rid
+    special_tokens: dict[str, str]
+    chat_templates: dict[str, str]
+    vocab_size: int

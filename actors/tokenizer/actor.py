@@ -14,6 +14,7 @@ from actors.actor import Actor, StartFailure, handles
 from actors.checkpoint import CheckpointError
 from actors.messages import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     FillPrompt,
@@ -22,6 +23,7 @@ from actors.messages import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
 from actors.tokenizer.fill_in import fill_in
@@ -50,7 +52,7 @@ class Refusal(Exception):
 
 
 class Tokenizer(Actor):
-    """Answers `Tokenize` and `Detokenize`."""
+    """Answers `Tokenize`, `Detokenize` and `DescribeTokenizer`."""
 
     def setup(self) -> None:
         """Loads vocabulary and chat template, and encodes once, so that the first request is as fast as the others."""
@@ -100,6 +102,12 @@ class Tokenizer(Actor):
         pieces = [self.vocabulary.token_bytes[token].decode("utf-8", "replace") for token in tokens]
         if not self.send(sender, Detokenized(message.rid, text, pieces)):
             self._fail(sender, message.rid, f"The text of {len(tokens)} tokens is too long to be passed on.")
+
+    @handles(DescribeTokenizer)
+    def describe(self, message: DescribeTokenizer, sender: str) -> None:
+        """Tells special tokens and chat templates."""
+        vocabulary, sources = self.vocabulary, dict(self.chat_template.sources)
+        self.send(sender, TokenizerDescribed(message.rid, dict(vocabulary.special_tokens), sources, vocabulary.size))
 
     def stats(self) -> dict[str, float]:
         """Prompt tokens encoded and prompts refused since the start."""

@@ -23,6 +23,7 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     EngineInfo,
@@ -41,6 +42,7 @@ from actors.messages import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 from transport import Codec, Mailbox
@@ -363,6 +365,9 @@ class Fakes:
                 tokens = array("i", message.tokens)
                 pieces = [piece(token) for token in tokens]
                 reply(sender, Detokenized(message.rid, "".join(pieces), pieces))
+            case DescribeTokenizer():
+                special = {"bos_token": "<s>", "eos_token": "</s>"}
+                reply(sender, TokenizerDescribed(message.rid, special, {"default": "{{ messages }}"}, VOCAB_SIZE))
             case Generate():
                 self._generate(sender, message)
             case Abort():
