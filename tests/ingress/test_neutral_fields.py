@@ -254,6 +254,10 @@ def test_a_tool_with_cache_control(shared: Served) -> None:
 
 
 def test_a_large_document_is_looked_at_once() -> None:
-    parts = [b'{"role":"user"}'] * 40_000
+    parts = [b'{"type":"b"}'] * 70_000
     with pytest.raises(ApiError, match="foo"):
         decoded(b'{"foo":null,"parts":[' + b",".join(parts) + b"]}", DECODER)
+    found = decoded(
+        msgspec.json.encode({"foo": None, "name": "{[" * 500_000, "parts": [{"type": "b"}] * 9_000}), DECODER
+    )
+    assert len(found.parts) == 9_000
