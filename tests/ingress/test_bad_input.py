@@ -66,7 +66,7 @@ COMMON: dict[str, list[Any]] = {
     "extra_key": [1, "x" * 1025, {}],
     "cache_salt": [[]],
     "stream": [1, "true", {}],
-    "stream_options": [{}, {"include_usage": True}, 1, {"what": 1}],
+    "stream_options": [{"include_usage": True}, 1, {"what": 1}],
     "user": [1, {}],
     "parallel_tool_calls": ["x"],
     "tools": [{"a": 1}, "x", [1], [{}], [{"type": "web_search"}], [{"type": "function"}]],

@@ -120,7 +120,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
             raise unsupported("modalities", "A modality other than text")
         if self.spaces_between_special_tokens is False:
             raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options not in (None, StreamOptions()) and not self.stream:
             raise invalid("stream_options is only allowed when stream is true.", "stream_options")
         if self.extra_key and self.cache_salt and self.extra_key != self.cache_salt:
             raise invalid("extra_key and cache_salt are two names for one thing: send one of them.", "cache_salt")

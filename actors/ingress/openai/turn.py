@@ -124,7 +124,7 @@ async def open_turn(
     unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
     top = (request.top_logprobs or 0) if request.logprobs else -1
     sampling = request.sampling(service.model, exchange.work.identity.seed, asked, logprobs=top)

@@ -9,15 +9,16 @@ PROCESSOR = os.getcwd()
 
 subprocess.run(
     [
-        *("guidellm", "benchmark", "run", "--target", os.environ["NODE_URL"], "--model", os.environ["NODE_MODEL"]),
-        *("--profile", "concurrent", "--rate", "2", "--max-requests", "6", "--max-seconds", "60"),
-        *("--data", "prompt_tokens=32,output_tokens=16", "--processor", PROCESSOR),
-        *("--outputs", "json", "--output-dir", "."),
+        *("guidellm", "run", "--disable-console-interactive"),
+        *("--backend", f"kind=openai_http,target={os.environ['NODE_URL']},model={os.environ['NODE_MODEL']}"),
+        *("--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6"),
+        *("--tokenizer", f"kind=huggingface_auto,model={PROCESSOR}"),
+        *("--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16", "--output", "kind=json,path=found.json"),
     ],
     check=True,
     timeout=240,
 )
-with open("benchmarks.json") as file:
+with open("found.json") as file:
     (benchmark,) = json.load(file)["benchmarks"]
 assert len(benchmark["requests"]["successful"]) >= 6
 assert not benchmark["requests"]["errored"]

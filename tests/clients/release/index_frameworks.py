@@ -1,9 +1,6 @@
-"""llama-index, dspy and inspect-ai: what they ask of a server that speaks OpenAI's protocol."""
+"""llama-index and dspy: what they ask of a server that speaks OpenAI's protocol."""
 
 import os
-import tempfile
-from pathlib import Path
-from typing import Any
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or dspy's litellm fetches a list
 MODEL, BASE = os.environ["MODEL"], os.environ["OPENAI_BASE_URL"]
@@ -41,43 +38,9 @@ def dspy() -> None:
     assert "sunny" in text("hi")[0]
 
 
-def inspect() -> None:
-    from inspect_ai import Task, eval
-    from inspect_ai.dataset import Sample
-    from inspect_ai.scorer import includes
-    from inspect_ai.solver import generate, use_tools
-    from inspect_ai.tool import tool
-
-    @tool
-    def weather() -> Any:
-        async def execute(city: str) -> str:
-            """The weather of a city.
-
-            Args:
-                city: its name.
-            """
-            return get_weather(city)
-
-        return execute
-
-    task = Task(
-        dataset=[Sample(input=QUESTION, target="sunny")],
-        solver=[use_tools(weather()), generate()],
-        scorer=includes(),
-        name="weather",
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        for name in (f"openai/{MODEL}", f"openai-api/local/{MODEL}"):
-            os.environ |= {"LOCAL_API_KEY": "none", "LOCAL_BASE_URL": BASE}
-            (log,) = eval(task, model=name, log_dir=str(Path(directory)), display="none")
-            assert log.status == "success", log.error
-            assert log.results is not None
-            assert log.results.scores[0].metrics["accuracy"].value == 1
-
-
 if __name__ == "__main__":
     failed = []
-    for client in (llama_index, dspy, inspect):
+    for client in (llama_index, dspy):
         try:
             client()
         except Exception as error:

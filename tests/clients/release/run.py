@@ -48,7 +48,8 @@ GROUPS = {
             *("smolagents[openai]", "litellm"),
         )
     ),
-    "index": Group(("llama-index-llms-openai-like", "dspy", "inspect-ai", "openai")),
+    "index": Group(("llama-index-llms-openai-like", "dspy")),
+    "inspect": Group(("inspect-ai", "openai")),
     "eval": Group(("lm-eval[api]",)),
     "guidellm": Group(("guidellm",)),
     "aiperf": Group(("aiperf",)),
