@@ -87,7 +87,9 @@ class TcpEngine(WorkerEngine):
             server.bind(f"tcp://{host}:*")
         except zmq.ZMQError as error:
             raise TransferUnavailable(f"transfers cannot listen on {settings.host}: {error}") from error
-        self._address = server.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        endpoint = server.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self._address = endpoint.rstrip(b"\0").decode()
         answers = _Answers(zap, server, z85.decode(settings.public), self._own)
         threading.Thread(target=answers.run, name="tcp transfer answers", daemon=True).start()
 
