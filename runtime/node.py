@@ -20,7 +20,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from actors.checkpoint import CheckpointError
-from actors.grammar import available, load_tokens
+from actors.grammar import BackendName, load_backend, missing
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
@@ -133,8 +133,9 @@ class _Root:
         for model in plan.models:
             if plan.placement.is_here(model.tokenizer):
                 _load_vocabulary(model)
-            if available() and any(plan.placement.is_here(engine.scheduler) for engine in model.engines):
-                _load_grammars(model)
+            here = [engine for engine in model.engines if plan.placement.is_here(engine.scheduler)]
+            for backend in dict.fromkeys(engine.grammar_backend for engine in here):
+                _load_grammars(model, backend)
         gc.freeze()  # what is here stays, and the processes that are forked need never look through it
         gc.enable()
         tell(Note("starting"))
@@ -297,10 +298,12 @@ def _load_vocabulary(plan: ModelPlan) -> None:
         pass  # the actor that needs it says what is wrong
 
 
-def _load_grammars(plan: ModelPlan) -> None:
+def _load_grammars(plan: ModelPlan, backend: BackendName) -> None:
     """The same for what compiles constraints: a rank that draws the first constrained token has no time to load it."""
+    if missing(backend):
+        return
     try:
-        load_tokens(plan.model.path, plan.config.vocab_size)
+        load_backend(plan.model.path, plan.config.vocab_size, backend)
     except CheckpointError:
         pass
 

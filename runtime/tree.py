@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import zmq
 
-from actors.checkpoint import PoolingConfig
+from actors.checkpoint import PoolingConfig, checkpoint_facts
 from actors.ingress.journal import slot_bytes
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
@@ -216,6 +216,7 @@ class _Builder:
                 "max_model_len": model.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
+                "grammar_backend": engine.grammar_backend,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
                 "profile_dir": str(self.plan.profile_dir or ""),
             },
@@ -272,7 +273,11 @@ class _Builder:
             "grammar",
             "actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={"model": str(model.model.path), "vocab_size": model.config.vocab_size},
+            config={
+                "model": str(model.model.path),
+                "vocab_size": model.config.vocab_size,
+                "backend": engine.grammar_backend,
+            },
         )
 
     def _transfer_keys(self) -> dict[str, str]:
@@ -371,6 +376,7 @@ class _Builder:
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
+                "priority": settings.priority,
                 "response_dir": str(self.run_dir / "responses"),
                 "response_store_bytes": settings.response_store_bytes,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),
@@ -390,6 +396,7 @@ class _Builder:
             "tokenizer": model.tokenizer,
             "task": model.task,
             "encoders": [engine.actor for engine in model.encoders],
+            "files": msgspec.to_builtins(checkpoint_facts(model.model.path)),
             **_classes(model),
             **(output_formats(model, self.plan.topology.ingress) if model.engines else {}),
         }

@@ -264,6 +264,12 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    priority: Annotated[
+        Literal["anyone", "admin", "nobody"],
+        Meta(
+            description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."
+        ),
+    ] = "anyone"
     response_store_bytes: Annotated[
         int,
         Meta(
@@ -431,6 +437,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    grammar_backend: Annotated[
+        Literal["auto", "llguidance", "xgrammar"],
+        Meta(
+            description="The library that compiles JSON schemas, regular expressions and grammars. `auto` is "
+            "llguidance. `xgrammar` needs `pip install xgrammar==0.2.8`; it refuses more schemas."
+        ),
+    ] = "auto"
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(

@@ -23,9 +23,11 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     EngineInfo,
+    FillPrompt,
     FlushCache,
     Generate,
     Hello,
@@ -40,6 +42,7 @@ from actors.messages import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 from transport import Codec, Mailbox
@@ -362,6 +365,9 @@ class Fakes:
                 tokens = array("i", message.tokens)
                 pieces = [piece(token) for token in tokens]
                 reply(sender, Detokenized(message.rid, "".join(pieces), pieces))
+            case DescribeTokenizer():
+                special = {"bos_token": "<s>", "eos_token": "</s>"}
+                reply(sender, TokenizerDescribed(message.rid, special, {"default": "{{ messages }}"}, VOCAB_SIZE))
             case Generate():
                 self._generate(sender, message)
             case Abort():
@@ -401,6 +407,8 @@ class Fakes:
                 return TokenizeFailed(message.rid, "The chat template cannot render this.")
             text = "".join(f"{each['role']}:{each['content']}\n" for each in json.loads(prompt.messages))
             text += "assistant:" if prompt.add_generation_prompt else ""
+        elif isinstance(prompt, FillPrompt):
+            return Tokenized(message.rid, packed(f"<P>{prompt.text}<S>{prompt.suffix}<M>"), array("i", [77]).tobytes())
         else:
             text = prompt.text
         return Tokenized(message.rid, packed(text))
