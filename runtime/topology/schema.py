@@ -466,8 +466,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "shm", "tcp", "mooncake", "nixl", "fake"],
         Meta(
             description="`auto` is `shm` where all prefill and decode engines are on one machine, else `tcp`. `shm`: "
-            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they are "
-            "copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
+            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they "
+            "are copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
             "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
             "read. "
             '`mooncake` (`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) '
