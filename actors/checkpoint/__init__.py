@@ -2,6 +2,7 @@
 
 from actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
 from actors.checkpoint.gguf import GGUFFile, TensorInfo
 from actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
 from actors.checkpoint.read import checkpoint_identity, read_config
@@ -9,6 +10,7 @@ from actors.checkpoint.sampling import SamplingDefaults, read_sampling_defaults
 
 __all__ = [
     "CheckpointError",
+    "CheckpointFacts",
     "Experts",
     "Foreign",
     "GGUFFile",
@@ -18,6 +20,7 @@ __all__ = [
     "SamplingDefaults",
     "Task",
     "TensorInfo",
+    "checkpoint_facts",
     "checkpoint_identity",
     "read_config",
     "read_pooling_config",

@@ -104,6 +104,10 @@ class Metadata(Mapping[str, MetadataValue]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def scalars(self) -> dict[str, Scalar]:
+        """All values that are no arrays."""
+        return {key: value for key, value in self._values.items() if not isinstance(value, _LazyArray)}
+
     def _decode(self, key: str, array: _LazyArray) -> MetadataValue:
         if array.kind != _STRING:
             scalar = _SCALARS[array.kind]

@@ -28,7 +28,7 @@ from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
 from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Served, Service
-from actors.ingress.tokenization import Tokenization
+from actors.ingress.tokenization import Answer, Tokenization
 from actors.ingress.tracing import Tracing
 from actors.messages import (
     ActorStats,
@@ -44,6 +44,7 @@ from actors.messages import (
     Texts,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 
@@ -300,10 +301,14 @@ class Ingress(Actor):
     def detokenized(self, message: Detokenized, sender: str) -> None:
         self._tokenizer_answered(message)
 
+    @handles(TokenizerDescribed)
+    def tokenizer_described(self, message: TokenizerDescribed, sender: str) -> None:
+        self._tokenizer_answered(message)
+
     def _of_encoder(self, sender: str) -> list[Encoders]:
         """Who waits for an encoder."""
         return [each.encoders for each in self.models if sender in each.model.encoders]
 
-    def _tokenizer_answered(self, message: Tokenized | TokenizeFailed | Detokenized) -> None:
+    def _tokenizer_answered(self, message: Answer) -> None:
         for each in self.models:
             each.tokenization.answered(message)

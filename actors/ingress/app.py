@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from actors.checkpoint.pooling import Task
 from actors.ingress import administration as admin
-from actors.ingress.anthropic.endpoints import count_tokens, messages
+from actors.ingress.anthropic.endpoints import batches, count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange, request_id
@@ -25,7 +25,10 @@ from actors.ingress.health import HealthGenerate, health, metrics
 from actors.ingress.native import GenerateRequest, generate
 from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
-from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
+from actors.ingress.ollama import models as ollama_models
+from actors.ingress.ollama.embeddings import embed
+from actors.ingress.ollama.embeddings import embeddings as former_embeddings
+from actors.ingress.ollama.protocol import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Named, PullBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.embeddings import EmbeddingsRequest, embeddings
@@ -40,7 +43,7 @@ from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, sc
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
-from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
 T = TypeVar("T")
@@ -62,6 +65,9 @@ _RESPONSES = msgspec.json.Decoder(ResponsesRequest)
 _OLLAMA_CHAT = msgspec.json.Decoder(ChatBody)
 _OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
 _OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
+_OLLAMA_PULL = msgspec.json.Decoder(PullBody)
+_OLLAMA_EMBED = msgspec.json.Decoder(EmbedBody)
+_OLLAMA_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsBody)
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _START_PROFILE = msgspec.json.Decoder(StartProfileBody)
@@ -108,6 +114,7 @@ class Post(Generic[T]):
         service = service.about(_model_named(request), self._tasks)
         exchange.model = service.model.name
         service.check_task(self._tasks)
+        service.check_priority(exchange, getattr(request, "priority", None))
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
 
@@ -146,7 +153,7 @@ class Get:
 
 def _model_named(request: object) -> str | None:
     """The model that a request asks for, in whatever protocol; None if it leaves that open."""
-    return getattr(request, "model", None) or (request.name if isinstance(request, ShowBody) else None)
+    return getattr(request, "model", None) or (request.name if isinstance(request, Named) else None)
 
 
 def create_app(service: Service) -> Starlette:
@@ -181,16 +188,31 @@ def create_app(service: Service) -> Starlette:
             Route("/v1/responses/{response_id}/input_items", Get(service, input_items), methods=["GET"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+            *(
+                Route(path, Get(service, batches, wire=ANTHROPIC), methods=["GET", "POST", "DELETE"])
+                for path in ("/v1/messages/batches", "/v1/messages/batches/{batch:path}")
+            ),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
             Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
-            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA, tasks=TASKS), methods=["POST"]),
-            Route("/api/tags", Get(service, ollama.tags, wire=OLLAMA), methods=["GET"]),
-            Route("/api/ps", Get(service, ollama.running, wire=OLLAMA), methods=["GET"]),
-            Route("/api/version", Get(service, ollama.get_version, wire=OLLAMA), methods=["GET"]),
+            Route("/api/embed", Post(service, _OLLAMA_EMBED, embed, OLLAMA, tasks=("embed",)), methods=["POST"]),
+            Route(
+                "/api/embeddings",
+                Post(service, _OLLAMA_EMBEDDINGS, former_embeddings, OLLAMA, tasks=("embed",)),
+                methods=["POST"],
+            ),
+            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama_models.show, OLLAMA, tasks=TASKS), methods=["POST"]),
+            Route("/api/pull", Post(service, _OLLAMA_PULL, ollama_models.pull, OLLAMA, tasks=TASKS), methods=["POST"]),
+            Route("/api/tags", Get(service, ollama_models.tags, wire=OLLAMA), methods=["GET"]),
+            Route("/api/ps", Get(service, ollama_models.running, wire=OLLAMA), methods=["GET"]),
+            Route("/api/version", Get(service, ollama_models.get_version, wire=OLLAMA), methods=["GET"]),
+            *(
+                Route(f"/api/{what}", Get(service, ollama_models.unmanaged, wire=OLLAMA), methods=[method])
+                for what, method in (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
+            ),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
             Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
-            Route("/health", Get(service, health, public=True), methods=["GET"]),
+            *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
             Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
             Route("/flush_cache", Get(service, admin.flush_cache, admin=True), methods=["GET", "POST"]),
@@ -206,8 +228,16 @@ def create_app(service: Service) -> Starlette:
             ),
             Route("/load", Get(service, admin.load), methods=["GET"]),
             *(Route(path, Get(service, admin.get_load), methods=["GET"]) for path in ("/v1/load", "/get_load")),
-            Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
-            Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
+            *(
+                Route(path, Get(service, handle), methods=["GET"])
+                for handle, paths in (
+                    (admin.get_model_info, ("/model_info", "/get_model_info")),
+                    (admin.get_server_info, ("/server_info", "/get_server_info")),
+                )
+                for path in paths
+            ),
+            Route("/version", Get(service, admin.get_version), methods=["GET"]),
+            Route("/tokenizer_info", Get(service, tokenizer_info), methods=["GET"]),
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_error},
@@ -230,7 +260,7 @@ def _cors(service: Service) -> list[Middleware]:
             allow_origins=[each.rstrip("/") for each in origins],
             allow_methods=["GET", "POST", "PUT"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
             allow_private_network=True,
         )
     ]

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.checkpoint import SamplingDefaults
-from actors.ingress.parsers.reasoning import ReasoningFormat
-from actors.ingress.parsers.tool_calls import ToolCallFormat
+from actors.checkpoint import CheckpointFacts, SamplingDefaults
 from actors.ingress.tracing import TracingConfig
+from actors.parsers.reasoning import ReasoningFormat
+from actors.parsers.tool_calls import ToolCallFormat
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -31,6 +31,7 @@ class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         task: what the model is for. encoders: the actors that embed or classify, where it is for that.
         vector_size: numbers of an embedding, or one a label.
         labels: a classifier's classes. activation: what makes scores of its numbers.
+        files: what the checkpoint says about itself.
     """
 
     served_model_names: Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
@@ -47,6 +48,7 @@ class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     vector_size: Annotated[int, Meta(ge=0)] = 0
     labels: list[str] = []
     activation: Literal["none", "sigmoid", "softmax"] = "none"
+    files: CheckpointFacts = CheckpointFacts()
 
     @property
     def name(self) -> str:
@@ -82,6 +84,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tracing: where spans go; None traces nothing.
         access_log: one line for each request that has been answered.
         cache_report: whether answers say how many tokens of the prompt were cached.
+        priority: who may say how urgent a request is; administrators can only where they have a key.
         response_dir: where responses are stored, shared by all workers of the node; empty for nowhere.
         response_store_bytes: what they may take there; 0 stores nothing.
         crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
@@ -105,6 +108,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     tracing: TracingConfig | None = None
     access_log: bool = False
     cache_report: bool = True
+    priority: Literal["anyone", "admin", "nobody"] = "anyone"
     response_dir: str = ""
     response_store_bytes: Annotated[int, Meta(ge=0)] = 0
     crash_dump_dir: str = ""

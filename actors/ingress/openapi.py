@@ -63,12 +63,6 @@ _MORE: dict[tuple[str, str], Any] = {
     ("ChatRequest", "messages"): {"minItems": 1},
 }
 """What is checked beyond the types, by type and field."""
-_REFUSED: dict[str, tuple[str, ...]] = {
-    "CountRequest": ("context_management", "mcp_servers"),
-    "GenerateBody": ("context", "images", "suffix", "template"),
-    "MessagesRequest": ("container", "context_management", "mcp_servers"),
-}
-"""Fields that are refused when they ask for anything."""
 
 
 _ERRORS = {
@@ -209,8 +203,6 @@ def _renamed(schema: Any, names: dict[str, str]) -> Any:
 def _accepted(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without the fields that are refused, and with what is known of those that are read by hand."""
     properties = schema.get("properties", {})
-    for refused in _REFUSED.get(name, ()):
-        del properties[refused]
     for (of, field), more in _MORE.items():
         if of == name:
             properties[field] |= more

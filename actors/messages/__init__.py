@@ -46,13 +46,16 @@ from actors.messages.steps import (
 from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
 from actors.messages.tokenization import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     TextPrompt,
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.messages.transfers import (
     NO_EPOCH,
@@ -85,6 +88,8 @@ Message = (
     | TokenizeFailed
     | Detokenize
     | Detokenized
+    | DescribeTokenizer
+    | TokenizerDescribed
     | Generate
     | Abort
     | Acknowledge
@@ -151,6 +156,7 @@ __all__ = [
     "Confirm",
     "Confirmed",
     "Constraint",
+    "DescribeTokenizer",
     "Detokenize",
     "Detokenized",
     "Embed",
@@ -159,6 +165,7 @@ __all__ = [
     "EndRequests",
     "EngineInfo",
     "Epoch",
+    "FillPrompt",
     "FinishReason",
     "FlushCache",
     "Generate",
@@ -210,6 +217,7 @@ __all__ = [
     "Tokenize",
     "TokenizeFailed",
     "Tokenized",
+    "TokenizerDescribed",
     "Tokens",
     "TopLogprobs",
     "Trace",

@@ -58,6 +58,7 @@ class Request:
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
+        room: tokens that the output may have in the end, if others compute the rest; 0 if not.
         whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
         kept, kept_logprobs: those that have not been sent.
     """
@@ -81,6 +82,7 @@ class Request:
         self.admitted = False
         self.tokens = array("i", message.prompt + message.output)
         self.prompt_len = len(message.prompt) // 4
+        self.room = 0
         self.max_len = self.prompt_len + message.sampling.max_tokens
         self.page_size = page_size
         self.digests = [root_digest(message.extra_key)]
@@ -164,8 +166,8 @@ class Request:
         output alone, an answer that is made again ends in the same place."""
         count, tokens = self.sampling.max_repeats, self.tokens
         length = len(tokens) - self.prompt_len
-        if not count or length < self.sampling.min_tokens:
-            return False
+        if not count or length < self.sampling.min_tokens or self.sampling.constraint is not None:
+            return False  # a constraint may want repetition, and its answers end by themselves
         for size in range(1, min(REPEATED_TOKENS, length // count) + 1):
             if tokens[-1] == tokens[-1 - size] and tokens[-size * count : -size] == tokens[-size * (count - 1) :]:
                 return True

@@ -5,10 +5,13 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+
+from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
@@ -18,6 +21,15 @@ Text = Annotated[str, Meta(min_length=1)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    ToolCallSetting: TypeAlias = str
+    ReasoningSetting: TypeAlias = str
+else:
+    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
+    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -264,6 +276,10 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    priority: Annotated[
+        Literal["anyone", "admin", "nobody"],
+        Meta(description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."),
+    ] = "anyone"
     response_store_bytes: Annotated[
         int,
         Meta(
@@ -283,29 +299,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        Literal[
-            "auto",
-            "none",
-            "deepseekv3",
-            "deepseekv31",
-            "deepseekv32",
-            "glm45",
-            "glm47",
-            "hermes",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "pythonic",
-            "qwen25",
-            "qwen3_coder",
-        ],
+        ToolCallSetting,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
             "calls in the content, and so does `auto` where the template shows none that is known."
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        ReasoningSetting,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
             "`none` are as with `tool_call_parser`."
@@ -431,6 +432,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    grammar_backend: Annotated[
+        Literal["auto", "llguidance", "xgrammar"],
+        Meta(
+            description="The library that compiles JSON schemas, regular expressions and grammars. `auto` is "
+            "llguidance. `xgrammar` needs `pip install xgrammar==0.2.8`; it refuses more schemas."
+        ),
+    ] = "auto"
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(
@@ -455,17 +463,21 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """How KV pages get from prefill engines to decode engines."""
 
     engine: Annotated[
-        Literal["shm", "mooncake", "nixl", "fake"],
+        Literal["auto", "shm", "tcp", "mooncake", "nixl", "fake"],
         Meta(
-            description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
-            "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
-            '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
-            "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
-            "is reading, so the network has to be private. (Mooncake binds to all addresses; what comes for others is "
-            "dropped.) `fake` moves nothing: for benchmarks, its answers are "
+            description="`auto` is `shm` where all prefill and decode engines are on one machine, else `tcp`. `shm`: "
+            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they "
+            "are copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
+            "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
+            "read. "
+            '`mooncake` (`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) '
+            "read there too, "
+            "and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
+            "that reaches their ports can do both, so network and machines have to be private. (Mooncake binds to all "
+            "addresses; what comes for others is dropped.) `fake` moves nothing: for benchmarks, its answers are "
             "nonsense."
         ),
-    ] = "shm"
+    ] = "auto"
     protocol: Annotated[Literal["tcp", "rdma"], Meta(description="Of `mooncake`.")] = "tcp"
     device: Annotated[
         str,
@@ -541,6 +553,15 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
         """The path of a model's table, or of a key in it."""
         table = f"model.{index}" if self.array else "model"
         return f"{table}.{key}" if key else table
+
+    @property
+    def transfer_engine(self) -> str:
+        """`transfer.engine`, and what "auto" stands for."""
+        if self.transfer.engine != "auto":
+            return self.transfer.engine
+        first = next(iter(self.nodes), None)
+        nodes = {engine.node or first for engine in self.engine.values() if engine.role != "unified"}
+        return "tcp" if len(nodes) > 1 else "shm"
 
     def engines_of(self, index: int) -> dict[str, Engine]:
         """A model's engines: all of them if it is the only one."""

@@ -102,7 +102,7 @@ def bodies() -> list[tuple[str, dict[str, Any]]]:
     chat, text = {"messages": [USER], "max_tokens": 2}, {"prompt": "hi", "max_tokens": 2}
     response = {"input": "hi", "max_output_tokens": 2}
     neutral: list[dict[str, Any]] = [
-        *({"foo": nothing, "audio": nothing, "suffix": nothing} for nothing in NOTHING),
+        *({"foo": nothing, "audio": nothing, "lora_path": nothing} for nothing in NOTHING),
         {
             "best_of": 1,
             "use_beam_search": False,
@@ -115,10 +115,13 @@ def bodies() -> list[tuple[str, dict[str, Any]]]:
         {"tools": None, "tool_choice": "none", "stop_token_ids": [3.0], "priority": 0.0},
         {"bad_words": [], "allowed_token_ids": None, "prompt_logprobs": None, "documents": [], "chat_template": None},
         {"stream_options": None, "stop": None, "temperature": None, "skip_special_tokens": None, "user": None},
+        {"stream_options": {}, "modalities": [], "top_logprobs": None},
+        {"stream_options": {"include_usage": False}, "metadata": {}, "documents": []},
         {"rid": "a", "request_id": "b", "truncate_prompt_tokens": None, "stream": None, "add_generation_prompt": None},
     ]
     cases = [(path, {**base, **fields}) for fields in neutral for path, base in ((CHAT, chat), (TEXT, text))]
     cases += [
+        (CHAT, {**chat, "logprobs": False, "top_logprobs": 0}),
         (CHAT, {**chat, "echo": False, "separate_reasoning": None, "continue_final_message": None}),
         (CHAT, {**chat, "messages": [{**USER, "cache_control": {"type": "ephemeral"}, "name": None}]}),
         (TEXT, {**text, "echo": None, "logprobs": 2.0, "add_special_tokens": None}),
@@ -248,3 +251,13 @@ def test_a_tool_with_cache_control(shared: Served) -> None:
     prompt = shared.fakes.seen.tokenizes[-1].prompt
     assert isinstance(prompt, ChatPrompt)
     assert json.loads(prompt.tools) == [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_a_large_document_is_looked_at_once() -> None:
+    parts = [b'{"type":"b"}'] * 70_000
+    with pytest.raises(ApiError, match="foo"):
+        decoded(b'{"foo":null,"parts":[' + b",".join(parts) + b"]}", DECODER)
+    found = decoded(
+        msgspec.json.encode({"foo": None, "name": "{[" * 500_000, "parts": [{"type": "b"}] * 9_000}), DECODER
+    )
+    assert len(found.parts) == 9_000

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
+from actors.ingress.decoding import converted
 from actors.ingress.errors import ApiError, invalid, unsupported
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
@@ -11,18 +12,15 @@ from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.sampling import Number
 from actors.ingress.service import LATEST, Service
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "embedding_only": (False,),
-    "logits_all": (False,),
-    "mirostat": (0,),
-    "mirostat_eta": (0.1,),
-    "mirostat_tau": (5.0,),
-    "penalize_newline": (False,),
-    "tfs_z": (1.0,),
-    "typical_p": (1.0,),
-    "vocab_only": (False,),
-}
-"""Options that are not supported, and the values with which they do nothing."""
+Warn = Callable[[str], None]
+
+_LOADING = frozenset(
+    {
+        *("f16_kv", "low_vram", "main_gpu", "num_batch", "num_ctx", "num_gpu", "num_keep", "num_thread", "numa"),
+        *("use_mlock", "use_mmap", "vocab_only", "embedding_only", "logits_all", "draft_num_predict"),
+    }
+)
+"""Options that say how to load a model, which is loaded."""
 
 
 def served_name(service: Service, name: str) -> str:
@@ -33,40 +31,43 @@ def served_name(service: Service, name: str) -> str:
         return service.check_model(name.removesuffix(LATEST))
 
 
-def of_chat(service: Service, body: ChatBody) -> ChatRequest:
+def of_chat(service: Service, body: ChatBody, warn: Warn) -> ChatRequest:
     """Raises ApiError for what is not supported."""
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(body.messages or ())]
-    chat = _request(service, body, messages)
+    chat = _request(service, body, messages, warn)
     chat.tools = body.tools or None
     if messages and messages[-1].role == "assistant" and not messages[-1].tool_calls:
         chat.continue_final_message = True
     return chat
 
 
-def of_generate(service: Service, body: GenerateBody) -> ChatRequest:
+def of_generate(service: Service, body: GenerateBody, warn: Warn) -> ChatRequest:
     """The prompt as a conversation, to which a template is applied. Raises ApiError for what is not supported."""
-    for name in ("context", "images", "suffix", "template"):
-        if getattr(body, name) not in (None, [], ""):
-            raise unsupported(name)
     if body.raw and body.system:
         raise invalid("With raw = true the prompt is all that the model sees: 'system' is not allowed.", "system")
+    if body.raw and body.context:
+        raise invalid("With raw = true the prompt is all that the model sees: 'context' is not allowed.", "context")
     messages = [ChatMessage("system", body.system)] if body.system else []
-    return _request(service, body, [*messages, ChatMessage("user", body.prompt or "")])
+    return _request(service, body, [*messages, ChatMessage("user", body.prompt or "")], warn)
 
 
-def _request(service: Service, body: Request, messages: list[ChatMessage]) -> ChatRequest:
-    if body.logprobs or body.top_logprobs:
-        raise unsupported("logprobs")
-    options = body.options or Options()
-    for name, neutral in _NEUTRAL.items():
-        value = getattr(options, name)
-        if value is not None and value not in neutral:
-            raise unsupported(f"options.{name}")
+def _options(body: Request, warn: Warn) -> Options:
+    """The options that are known. Ollama skips the others, and so does this."""
+    known = Options.__struct_fields__
+    given = {name: value for name, value in (body.options or {}).items() if value is not None}
+    for name in given:
+        if name not in known and name not in _LOADING:
+            warn(f"options.{name} is skipped: this server has no such option.")
+    return converted({name: value for name, value in given.items() if name in known}, Options, "options")
+
+
+def _request(service: Service, body: Request, messages: list[ChatMessage], warn: Warn) -> ChatRequest:
+    options = _options(body, warn)
     penalty = options.repeat_penalty
     if options.repeat_last_n == 0:
         penalty = 1.0
     elif penalty not in (None, 1.0) and options.repeat_last_n not in (None, -1):
-        raise unsupported("options.repeat_last_n", "A repeat_penalty for a part of the text (repeat_last_n)")
+        warn("options.repeat_last_n is skipped: the repeat_penalty is for the whole text.")
     limit, model = options.num_predict, service.model
     thinks = body.think is not False
     chat = ChatRequest(
@@ -85,6 +86,8 @@ def _request(service: Service, body: Request, messages: list[ChatMessage]) -> Ch
         repetition_penalty=penalty,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
+        logprobs=bool(body.logprobs),
+        top_logprobs=body.top_logprobs if body.logprobs else None,
     )
     if body.format == "json":
         chat.response_format = {"type": "json_object"}
