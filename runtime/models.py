@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from actors.checkpoint import SamplingDefaults
+from actors.checkpoint import CheckpointError, SamplingDefaults
+from actors.checkpoint.files import INDEX, missing_file
 from runtime.environment import cache_directory
 from runtime.errors import UserError
 
@@ -101,7 +102,7 @@ def default_name(text: str, base: Path) -> str:
     path = _local(text, base)
     if text in (EMBEDDED, TINY_DEEPSEEK, MINILM) or not path.exists():
         return text
-    return path.name if path.is_dir() else path.stem
+    return path.name if path.is_dir() else re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
 
 
 def _local(text: str, base: Path) -> Path:
@@ -185,14 +186,10 @@ def _missing(path: Path) -> str:
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             return name
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"a readable {index.name}"
-        return next((str(shard) for shard in sorted(shards) if not (path / str(shard)).is_file()), "")
-    return "" if any(path.glob("*.safetensors")) else "a *.safetensors file"
+    try:
+        return missing_file(path)
+    except CheckpointError:
+        return f"a readable {INDEX}"
 
 
 def _check_gguf(path: Path) -> None:
@@ -201,6 +198,9 @@ def _check_gguf(path: Path) -> None:
             raise UserError(
                 f"{path} is not a GGUF file; give a GGUF file or a directory with config.json and safetensors"
             )
+    missing = missing_file(path)
+    if missing:
+        raise UserError(f"{path} is a part of a model, and {missing} is missing beside it; download all parts")
 
 
 def _from_hub(name: str, download: bool, note: Callable[[str], None]) -> Path:

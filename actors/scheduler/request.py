@@ -153,6 +153,14 @@ class Request:
             self.extend_digests()
 
     @property
+    def opening_bytes(self) -> int:
+        """About how large the message is that tells the ranks of the request."""
+        sampling = self.sampling
+        constraint = len(sampling.constraint.text) if sampling.constraint is not None else 0
+        history = 4 * len(self.tokens) if sampling.needs_history else 0
+        return 12 * len(sampling.logit_bias) + constraint + history
+
+    @property
     def repeats(self) -> bool:
         """Whether the output's last tokens are the same run of tokens as often as ends it. As this is a function of the
         output alone, an answer that is made again ends in the same place."""
