@@ -11,10 +11,10 @@ from actors.ingress.exchange import Exchange
 from actors.ingress.ollama.answers import Answer
 from actors.ingress.ollama.conversion import of_chat, of_generate, served_name
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Request
-from actors.ingress.ollama.times import timestamp
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.turn import open_turn
 from actors.ingress.service import Prompt, Service
+from actors.ingress.times import timestamp
 from actors.messages import TextPrompt
 
 _encode = msgspec.json.encode
