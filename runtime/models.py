@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from actors.checkpoint import SamplingDefaults
+from runtime.environment import cache_directory
 from runtime.errors import UserError
 
 EMBEDDED = "smollm2-135m-instruct"
@@ -146,7 +147,7 @@ def _tiny_deepseek(note: Callable[[str], None]) -> Path:
 
 def cache_dir() -> Path:
     """Where this user's caches of the runtime are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-runtime"
+    return cache_directory()
 
 
 def _verified(path: Path, note: Callable[[str], None]) -> bool:

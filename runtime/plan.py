@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.cgroups import cpu_count
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
 from runtime.model_plan import ModelPlan, plan_model
@@ -76,7 +77,7 @@ def plan_node(
         raise loaded.error("tracing.endpoint", problem)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+    threads = max(1, cpu_count() // max(1, ranks))
     models = [plan_model(loaded, index, threads, placement, download, note) for index in range(len(topology.models))]
     if node is not None or not placement.machines:
         check_needs(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
 from actors.checkpoint import PoolingConfig, checkpoint_facts
 from actors.ingress.journal import slot_bytes
@@ -112,6 +113,8 @@ class _Builder:
         self.supervision = plan.topology.supervision
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
         self.ingresses = _ingress_names(plan)
+        public, secret = zmq.curve_keypair()
+        self.own_keys = {"public": public.decode(), "secret": secret.decode()}
         self.schedulers = [engine.scheduler for engine in plan.engines]
 
     def root(self) -> SupervisorSpec:
@@ -213,6 +216,7 @@ class _Builder:
                 "max_model_len": model.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
+                "grammar_backend": engine.grammar_backend,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
                 "profile_dir": str(self.plan.profile_dir or ""),
             },
@@ -229,7 +233,7 @@ class _Builder:
         )
 
     def _kv_receiver(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
-        copies = self.plan.topology.transfer.engine == "shm" and not engine.shared_kv
+        copies = self.plan.topology.transfer_engine == "shm" and not engine.shared_kv
         sources = (
             list(dict.fromkeys(arena for each in _of_role(model, "prefill") for arena in each.kv_arenas))
             if copies
@@ -246,7 +250,7 @@ class _Builder:
 
     def _transfer_config(self, engine: EnginePlan) -> dict[str, Any]:
         settings = self.plan.topology.transfer
-        kind = "shared" if engine.shared_kv else settings.engine
+        kind = "shared" if engine.shared_kv else self.plan.topology.transfer_engine
         pages = zip(engine.kv_arenas, engine.formats, engine.heads, strict=True)
         return {
             "scheduler": engine.scheduler,
@@ -259,6 +263,7 @@ class _Builder:
                 "protocol": settings.protocol,
                 "device": settings.device,
                 **self._transfer_host(engine, kind),
+                **(self._transfer_keys() if kind == "tcp" else {}),
             },
         }
 
@@ -268,13 +273,22 @@ class _Builder:
             "grammar",
             "actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={"model": str(model.model.path), "vocab_size": model.config.vocab_size},
+            config={
+                "model": str(model.model.path),
+                "vocab_size": model.config.vocab_size,
+                "backend": engine.grammar_backend,
+            },
         )
+
+    def _transfer_keys(self) -> dict[str, str]:
+        """The deployment's keys, or on a single machine some that are made for this node's life."""
+        keys = self.plan.placement.keys
+        return {"public": keys.public, "secret": keys.secret} if keys is not None else self.own_keys
 
     def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
         """The address on which an engine's pages are read, where that is done over a network."""
         placement = self.plan.placement
-        if not placement.machines or kind not in ("mooncake", "nixl") or not placement.is_here(engine.name):
+        if not placement.machines or kind not in ("tcp", "mooncake", "nixl") or not placement.is_here(engine.name):
             return {}
         return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
 
@@ -362,6 +376,7 @@ class _Builder:
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
+                "priority": settings.priority,
                 "response_dir": str(self.run_dir / "responses"),
                 "response_store_bytes": settings.response_store_bytes,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),

@@ -144,7 +144,7 @@ def read_crashes(run_dir: Path, name: str) -> list[CrashReport]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file so that a reader sees the old or the new content, never a part. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(data)

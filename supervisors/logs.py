@@ -77,7 +77,7 @@ class LogFile(io.RawIOBase):
 
     def _open(self) -> None:
         """Opens the log, a new one if the present one is long. Raises OSError."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
         try:
             if self._path.stat().st_size >= ROTATE_BYTES:
                 self._path.replace(self._path.with_name(self._path.name + ".1"))

@@ -130,7 +130,7 @@ class Supervisor:
         nursery = Nursery(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
         self._nursery = nursery
         family.attach(nursery)
-        callbacks = {
+        callbacks: dict[int, Callable[[], None]] = {
             signal.SIGCHLD: nursery.child_ended,
             signal.SIGTERM: self.shutdown,
             signal.SIGINT: self._interrupted,

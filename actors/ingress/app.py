@@ -114,6 +114,7 @@ class Post(Generic[T]):
         service = service.about(_model_named(request), self._tasks)
         exchange.model = service.model.name
         service.check_task(self._tasks)
+        service.check_priority(exchange, getattr(request, "priority", None))
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
 

@@ -84,6 +84,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         tracing: where spans go; None traces nothing.
         access_log: one line for each request that has been answered.
         cache_report: whether answers say how many tokens of the prompt were cached.
+        priority: who may say how urgent a request is; administrators can only where they have a key.
         response_dir: where responses are stored, shared by all workers of the node; empty for nowhere.
         response_store_bytes: what they may take there; 0 stores nothing.
         crash_dump_dir: where requests are written that were in progress when an actor crashed; empty for nowhere.
@@ -107,6 +108,7 @@ class IngressConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     tracing: TracingConfig | None = None
     access_log: bool = False
     cache_report: bool = True
+    priority: Literal["anyone", "admin", "nobody"] = "anyone"
     response_dir: str = ""
     response_store_bytes: Annotated[int, Meta(ge=0)] = 0
     crash_dump_dir: str = ""

@@ -23,11 +23,16 @@ SeedField = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 ExtraKey = Annotated[str, Meta(max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Meta(ge=0, lt=2**31)]], Meta(max_length=1024)]
-LogitBias = dict[int, Annotated[float, Meta(ge=-100, le=100)]]
+LogitBias = Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=1024)]
+"""As many as vLLM's GPU workers take; OpenAI names no number."""
 
 Number = TypeVar("Number", int, float)
 
 MAX_STOP_LENGTH = 1024
+MAX_REQUEST_BYTES = 64 * 2**20
+"""Of what engines are told of all answers to one HTTP request: each is told everything, and keeps it."""
+_BIAS_BYTES = 512
+"""A bias weighs so much: engines work on each of them at every token."""
 MIN_TEMPERATURE = 1e-4
 """A lower temperature draws the most probable token, as 0 does: it would make logits overflow."""
 
@@ -101,6 +106,24 @@ def sampling_params(
         constraint=constraint,
         max_repeats=0 if ignore_eos else default.max_repeats or 0,
     )
+
+
+def check_size(prompts: Sequence[int], n: int, sampling: SamplingParams, text: TextParams) -> None:
+    """Raises ApiError when the answers to one HTTP request ask too much of engines together.
+
+    Args:
+        prompts: length of each prompt in bytes.
+        n: answers to each.
+    """
+    constraint = 0 if sampling.constraint is None else len(sampling.constraint.text)
+    each = constraint + sum(map(len, text.stop)) + 4 * len(sampling.stop_token_ids)
+    each += _BIAS_BYTES * len(sampling.logit_bias)
+    if n * (sum(prompts) + each * len(prompts)) > MAX_REQUEST_BYTES:
+        raise invalid(
+            f"The request asks for {n * len(prompts)} answers, each with its prompt, logit_bias, stop strings and "
+            "constraint, and that is too much for one request: lower n, or send several requests.",
+            "n",
+        )
 
 
 def _first(given: Number | None, default: Number | None, neutral: Number) -> Number:

@@ -25,6 +25,7 @@ from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.openai.responses.store import ResponseStore
 from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
+from actors.ingress.sampling import check_size
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
 from actors.ingress.work import Work
@@ -32,6 +33,7 @@ from actors.messages import (
     ChatPrompt,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     SamplingParams,
     TextParams,
@@ -127,6 +129,19 @@ class Service:
                 code=SHUTTING_DOWN,
                 retry_after_s=1.0,
             )
+
+    def check_priority(self, exchange: Exchange, priority: int | None) -> None:
+        """Raises ApiError when the client may not say how urgent its request is, and says so."""
+        if not priority or self.config.priority == "anyone":
+            return
+        if self.config.priority == "admin" and self.config.admin_api_key is not None:
+            self.access.check(exchange, admin=True)
+            return
+        raise invalid(
+            "priority is not allowed on this server (ingress.priority): leave it out.",
+            "priority",
+            "unsupported_parameter",
+        )
 
     @contextmanager
     def admitted(self, exchange: Exchange) -> Iterator[None]:
@@ -248,8 +263,10 @@ class Service:
             )
         return max_tokens
 
-    async def tokenize_pairs(self, exchange: Exchange, pairs: Sequence[PairPrompt]) -> list[tuple[bytes, bytes]]:
-        """Token ids (i32) and token type ids, one byte each, of pairs of texts. Raises ApiError as `tokenize`."""
+    async def tokenize_pairs(
+        self, exchange: Exchange, pairs: Sequence[PairPrompt | FillPrompt]
+    ) -> list[tuple[bytes, bytes]]:
+        """Token ids (i32) of pairs of texts, and what `Tokenized` tells more. Raises ApiError as `tokenize`."""
         known = exchange.work.prompts
         if known is not None:
             return list(zip(known[::2], known[1::2], strict=True))
@@ -277,7 +294,9 @@ class Service:
         extra_key: str = "",
         eager: bool = False,
     ) -> Generation:
-        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
+        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered. Raises
+        ApiError when they are too large together."""
+        check_size([len(prompt) for prompt, _ in prompts], n, sampling, text)
         return Generation(
             self.ledger,
             work,

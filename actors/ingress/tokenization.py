@@ -62,10 +62,10 @@ class Tokenization:
         return answer.tokens
 
     async def pair(self, question: Tokenize) -> tuple[bytes, bytes]:
-        """Token ids (i32) of a pair, and its token type ids, one byte each. Raises ApiError as `tokens`."""
+        """Token ids (i32) of a pair or a text to fill in, and `Tokenized.more`. Raises ApiError as `tokens`."""
         answer = await self._ask(question)
         assert isinstance(answer, Tokenized)
-        return answer.tokens, answer.types
+        return answer.tokens, answer.more
 
     async def text(self, question: Detokenize) -> Detokenized:
         """The text of token ids. Raises ApiError when there is none."""

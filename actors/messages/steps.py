@@ -60,6 +60,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
         slot: row of the page table, the sampling parameters and the last-token table.
         prompt_len: tokens of the prompt; the token at position p ≥ prompt_len is output token p - prompt_len.
         history: prompt and output token ids so far (i32) if `sampling.needs_history`, else empty.
+        room: tokens that the output may have in the end, whoever computes them; 0 for `sampling.max_tokens`.
     """
 
     slot: Index
@@ -67,6 +68,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
     sampling: SamplingParams
     history: bytes = b""
     trace: Trace = b""
+    room: Index = 0
 
 
 SAMPLE = 1

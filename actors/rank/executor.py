@@ -15,7 +15,7 @@ from torch import Tensor
 import kernels
 from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
-from actors.grammar import Workshop, load_tokens
+from actors.grammar import Workshop, load_backend
 from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
@@ -122,7 +122,9 @@ class Executor:
         self._page_bounds = np.array([slots, max_pages, config.num_pages], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
-        self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
+        self.grammars = Workshop(
+            lambda: load_backend(Path(config.model), self.vocab_size, config.grammar_backend), closings=True
+        )
         grammars = self.grammars if group.rank == 0 else None
         texts = (lambda: load_vocabulary(Path(config.model)).token_bytes[: self.vocab_size]) if grammars else None
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars, texts)

@@ -1,7 +1,8 @@
 """Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
 
 The logits of a row are changed in this order: penalties, bias, minimum length, constraint; then temperature, top-k,
-top-p and min-p choose. What ends a reasoning that is too long takes the place of the chosen token. The random number of
+top-p and min-p choose. What ends a reasoning that is too long, or an answer that runs out of room, takes the place of
+the chosen token. The random number of
 a token is a pure function of the request's seed and the token's position, and everything else here is a function of the
 tokens before it, so a step that is run again draws the same tokens.
 """
@@ -192,12 +193,12 @@ class Sampler:
         """
         drawing = self._drawing(slots)
         if drawing.changed or drawing.constrained:
-            logits, masks = self._prepared(drawing, logits, slots, positions)
+            logits, masks, masked = self._prepared(drawing, logits, slots, positions)
         else:
-            masks = None
+            masks, masked = None, []
         at = self._to_device(positions.astype(np.int64))
         tokens = kernels.sample(logits, drawing.params, drawing.seeds, at, masks)
-        forced = self._forced(drawing.thinking, slots, positions)
+        forced = self._closing(masked, slots, tokens) + self._forced(drawing.thinking, slots, positions)
         if forced:
             rows, ids = self._to_device(np.array(forced)).unbind(1)
             tokens[rows] = ids.to(tokens.dtype)
@@ -256,8 +257,9 @@ class Sampler:
 
     def _prepared(
         self, drawing: Drawing, logits: Tensor, slots: Int32s, positions: Int32s
-    ) -> tuple[Tensor, TokenMasks | None]:
-        """The logits, or a copy with what the slots want to have changed, and masks of what they may draw."""
+    ) -> tuple[Tensor, TokenMasks | None, list[int]]:
+        """The logits, or a copy with what the slots want to have changed, masks of what they may draw, and the rows
+        that have one."""
         masked, allowed = self._allowed(drawing.constrained, slots, positions)
         penalized: list[tuple[int, Int32s, Int32s]] = []
         biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
@@ -287,10 +289,10 @@ class Sampler:
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
         if not masked:
-            return logits, None
+            return logits, None, []
         places = np.full(len(slots), -1, np.int32)
         places[masked] = np.arange(len(masked))
-        return logits, TokenMasks(self._to_device(places), self._to_device(allowed))
+        return logits, TokenMasks(self._to_device(places), self._to_device(allowed)), masked
 
     def _allowed(self, constrained: list[int], slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
         """Of the constrained rows those that are not free to reason, and masks of the tokens that these may draw."""
@@ -322,6 +324,21 @@ class Sampler:
                     allowed[at] = 0
                 allow(allowed[at], np.array(tokens, np.int32))
         return rows, allowed
+
+    def _closing(self, masked: list[int], slots: Int32s, tokens: Tensor) -> list[tuple[int, int]]:
+        """Of the rows with a mask those whose drawn token would leave no room to end the answer, with the token that
+        takes its place."""
+        masks = self._masks
+        if masks is None:
+            return []
+        found = []
+        for row in masked:
+            slot = int(slots[row])
+            if masks.near_end(slot):
+                token = masks.closing(slot, int(tokens[row]))
+                if token is not None:
+                    found.append((row, token))
+        return found
 
     def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:
         """Of the rows that may reason, those whose next token is not theirs to choose, with that token."""

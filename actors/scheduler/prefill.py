@@ -209,6 +209,7 @@ class PrefillScheduler(EngineScheduler):
         )
         self.arrivals += 1
         request = Request(generate, sender, self.arrivals, size)
+        request.room = message.sampling.max_tokens
         reason = self.grammars.hold(request)
         if reason:
             self.send(sender, PrefillRefused(message.transfer, 400, reason))

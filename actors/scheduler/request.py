@@ -58,6 +58,7 @@ class Request:
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
+        room: tokens that the output may have in the end, if others compute the rest; 0 if not.
         whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
         kept, kept_logprobs: those that have not been sent.
     """
@@ -81,6 +82,7 @@ class Request:
         self.admitted = False
         self.tokens = array("i", message.prompt + message.output)
         self.prompt_len = len(message.prompt) // 4
+        self.room = 0
         self.max_len = self.prompt_len + message.sampling.max_tokens
         self.page_size = page_size
         self.digests = [root_digest(message.extra_key)]

@@ -230,7 +230,7 @@ class Check:
         if len(nodes) > 1 and topology.transfer.engine == "shm":
             self._report(
                 ("transfer", "engine"),
-                'is "shm", which needs prefill and decode engines on one node; give "mooncake" or "nixl"',
+                'is "shm", which needs prefill and decode engines on one node; give "tcp", or remove the key',
             )
 
     def _check_transfer(self, topology: Topology) -> None:

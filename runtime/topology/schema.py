@@ -264,6 +264,12 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    priority: Annotated[
+        Literal["anyone", "admin", "nobody"],
+        Meta(
+            description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."
+        ),
+    ] = "anyone"
     response_store_bytes: Annotated[
         int,
         Meta(
@@ -431,6 +437,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    grammar_backend: Annotated[
+        Literal["auto", "llguidance", "xgrammar"],
+        Meta(
+            description="The library that compiles JSON schemas, regular expressions and grammars. `auto` is "
+            "llguidance. `xgrammar` needs `pip install xgrammar==0.2.8`; it refuses more schemas."
+        ),
+    ] = "auto"
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(
@@ -455,17 +468,21 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """How KV pages get from prefill engines to decode engines."""
 
     engine: Annotated[
-        Literal["shm", "mooncake", "nixl", "fake"],
+        Literal["auto", "shm", "tcp", "mooncake", "nixl", "fake"],
         Meta(
-            description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
-            "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
-            '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
-            "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
-            "is reading, so the network has to be private. (Mooncake binds to all addresses; what comes for others is "
-            "dropped.) `fake` moves nothing: for benchmarks, its answers are "
+            description="`auto` is `shm` where all prefill and decode engines are on one machine, else `tcp`. `shm`: "
+            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they are "
+            "copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
+            "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
+            "read. "
+            '`mooncake` (`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) '
+            "read there too, "
+            "and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
+            "that reaches their ports can do both, so network and machines have to be private. (Mooncake binds to all "
+            "addresses; what comes for others is dropped.) `fake` moves nothing: for benchmarks, its answers are "
             "nonsense."
         ),
-    ] = "shm"
+    ] = "auto"
     protocol: Annotated[Literal["tcp", "rdma"], Meta(description="Of `mooncake`.")] = "tcp"
     device: Annotated[
         str,
@@ -541,6 +558,15 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
         """The path of a model's table, or of a key in it."""
         table = f"model.{index}" if self.array else "model"
         return f"{table}.{key}" if key else table
+
+    @property
+    def transfer_engine(self) -> str:
+        """`transfer.engine`, and what "auto" stands for."""
+        if self.transfer.engine != "auto":
+            return self.transfer.engine
+        first = next(iter(self.nodes), None)
+        nodes = {engine.node or first for engine in self.engine.values() if engine.role != "unified"}
+        return "tcp" if len(nodes) > 1 else "shm"
 
     def engines_of(self, index: int) -> dict[str, Engine]:
         """A model's engines: all of them if it is the only one."""

@@ -27,6 +27,7 @@ from actors.messages import (
     Detokenize,
     Detokenized,
     EngineInfo,
+    FillPrompt,
     FlushCache,
     Generate,
     Hello,
@@ -406,6 +407,8 @@ class Fakes:
                 return TokenizeFailed(message.rid, "The chat template cannot render this.")
             text = "".join(f"{each['role']}:{each['content']}\n" for each in json.loads(prompt.messages))
             text += "assistant:" if prompt.add_generation_prompt else ""
+        elif isinstance(prompt, FillPrompt):
+            return Tokenized(message.rid, packed(f"<P>{prompt.text}<S>{prompt.suffix}<M>"), array("i", [77]).tobytes())
         else:
             text = prompt.text
         return Tokenized(message.rid, packed(text))

@@ -28,6 +28,7 @@ def native(**params: Any) -> bytes:
     return json.dumps({"text": "hi", "sampling_params": params}).encode()
 
 
+BIASES = {str(i): 1 for i in range(1025)}
 # Wrong values of the fields that both OpenAI endpoints have.
 COMMON: dict[str, list[Any]] = {
     "model": [1, [], {}, True],
@@ -44,7 +45,18 @@ COMMON: dict[str, list[Any]] = {
     "frequency_penalty": [-2.1, 2.1, "x"],
     "presence_penalty": [-2.1, 2.1, "x", []],
     "repetition_penalty": [0, -1, 2.5, "x"],
-    "logit_bias": [[], "x", {"a": 1}, {"1": 101}, {"1": -101}, {"1": "x"}, {"1000": 1}, {"-1": 1}, {"1": None}],
+    "logit_bias": [
+        [],
+        "x",
+        {"a": 1},
+        {"1": 101},
+        {"1": -101},
+        {"1": "x"},
+        {"1000": 1},
+        {"-1": 1},
+        {"1": None},
+        {str(i): 1 for i in range(1025)},
+    ],
     "ignore_eos": ["x", 1],
     "skip_special_tokens": ["x", 0],
     "no_stop_trim": [1],
@@ -134,7 +146,7 @@ TEXT_ONLY: dict[str, list[Any]] = {
     "logprobs": [-1, 21, True, 1.5],
     "echo": ["x", 1],
     "best_of": [2, "x"],
-    "suffix": ["x"],
+    "suffix": [1, ["x"]],
     "functions": [[{"name": "f"}]],
     "documents": [[{"text": "x"}]],
     "thinking_budget": [5],
@@ -292,6 +304,10 @@ def cases() -> list[Case]:
         (CHAT, chat(max_tokens=0), 400, "max_tokens"),
         (TEXT, text(max_tokens=4, min_tokens=5), 400, "min_tokens"),
         (TEXT, text(prompt=["a"] * 100, n=100), 400, "answers"),
+        (TEXT, text(prompt=[1, 2], suffix="x"), 400, "prompt"),
+        (TEXT, text(suffix="x", echo=True, logprobs=1), 400, "echo"),
+        (TEXT, text(prompt=["a"] * 8, n=128, logit_bias={str(i): 1 for i in range(999)}), 400, "answers"),
+        (TEXT, text(prompt=["a"] * 8, n=128, stop=["x" * 1024] * 64, regex="x" * 60_000), 400, "answers"),
         (TEXT, text(extra_key="a", cache_salt="b"), 400, "cache_salt"),
         (CHAT, chat(messages=[USER], continue_final_message=True, add_generation_prompt=True), 400, "continue_final"),
     ]

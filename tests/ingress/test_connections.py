@@ -157,6 +157,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
         thread = threading.Thread(target=read)
         thread.start()
         wait_for(lambda: served.fakes._running, "the stream")
+        served.fakes.frozen = True
         served.request_shutdown()
         wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the draining")
         for path, body in (("/health", None), ("/v1/models", None), ("/v1/chat/completions", CHAT), ("/api/chat", {})):
@@ -169,6 +170,7 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
                 assert "draining" in response.text
         assert httpx.get(f"{served.url}/metrics").status_code == 200
         idle = socket.create_connection(("127.0.0.1", served.port))
+        served.fakes.frozen = False
         thread.join(30)
     assert stream[0].endswith("data: [DONE]\n\n")
     assert '"finish_reason":"length"' in stream[0]
@@ -217,7 +219,8 @@ KEYS = {"api_key": "client", "admin_api_key": "admin"}
 @pytest.mark.parametrize("with_clients_key", [True, False])
 def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
     served = serve(**{key: value for key, value in KEYS.items() if with_clients_key or key != "api_key"})
-    wait_for(lambda: served.fakes.registered, "an engine")
+    as_admin = {"Authorization": "Bearer admin"}
+    wait_for(lambda: served.client.get("/get_load", headers=as_admin).json(), "an engine")
 
     def status(key: str, path: str, body: Any = None, method: str = "POST") -> int:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -243,6 +246,7 @@ def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
 
 def test_one_key_is_for_all(serve: Serve) -> None:
     served = serve(api_key="client")
+    wait_for(lambda: served.client.get("/get_load", headers={"x-api-key": "client"}).json(), "an engine")
     for key, expected in (("client", 200), ("wrong", 401)):
         for path, body in (("/flush_cache", None), ("/abort_request", {"abort_all": True})):
             response = served.client.post(path, json=body, headers={"x-api-key": key})

@@ -11,7 +11,7 @@ import pytest
 from actors.ingress.openai.logprobs import token_name
 from actors.messages import ChatPrompt
 
-from .conftest import Served, chunks_of, one_ingress
+from .conftest import Serve, Served, chunks_of, one_ingress
 from .fakes import packed
 from .test_tools import NOW, PARIS
 
@@ -149,3 +149,35 @@ def test_a_request_by_its_own_name(shared: Served, path: str, name: str) -> None
         assert shared.client.post("/abort_request", json={"rid": "mine"}).status_code == 200
         finishes = [json.loads(line[6:])["choices"][0]["finish_reason"] for line in lines if line.startswith("data: {")]
     assert finishes[-1] == "abort"
+
+
+def test_a_text_to_fill_in(shared: Served) -> None:
+    document, chunks = answers(shared, TEXT, prompt="def f(", suffix="):\n  return x", seed=1)
+    generate = shared.fakes.seen.generates[-1]
+    assert generate.prompt == packed("<P>def f(<S>):\n  return x<M>")
+    assert 77 in generate.sampling.stop_token_ids
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    assert document["choices"][0]["text"] == text
+    document, _ = answers(shared, TEXT, prompt=["a", "b"], suffix="c", seed=1, echo=True, ignore_eos=True)
+    assert [choice["text"][0] for choice in document["choices"]] == ["a", "b"]
+    assert shared.fakes.seen.generates[-1].sampling.stop_token_ids == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "status"),
+    [
+        ({}, None, 200),
+        ({"priority": "nobody"}, None, 400),
+        ({"priority": "admin"}, None, 400),
+        ({"priority": "admin", "api_key": "a", "admin_api_key": "b"}, "a", 403),
+        ({"priority": "admin", "api_key": "a", "admin_api_key": "b"}, "b", 200),
+    ],
+)
+def test_who_may_be_urgent(serve: Serve, settings: dict[str, Any], key: str | None, status: int) -> None:
+    served = serve(**settings)
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    for path, body in ((CHAT, {**ASK, "max_tokens": 1}), (TEXT, {"prompt": "hi"}), ("/generate", {"text": "hi"})):
+        for priority, expected in ((None, 200), (0, 200), (3, status), (-3, status)):
+            response = served.client.post(path, json={**body, "priority": priority}, headers=headers)
+            assert response.status_code == expected, (path, priority, response.text)
+        assert served.fakes.seen.generates[-1].priority == (-3 if status == 200 else 0)

@@ -102,7 +102,7 @@ def bodies() -> list[tuple[str, dict[str, Any]]]:
     chat, text = {"messages": [USER], "max_tokens": 2}, {"prompt": "hi", "max_tokens": 2}
     response = {"input": "hi", "max_output_tokens": 2}
     neutral: list[dict[str, Any]] = [
-        *({"foo": nothing, "audio": nothing, "suffix": nothing} for nothing in NOTHING),
+        *({"foo": nothing, "audio": nothing, "lora_path": nothing} for nothing in NOTHING),
         {
             "best_of": 1,
             "use_beam_search": False,

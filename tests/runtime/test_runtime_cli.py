@@ -143,6 +143,11 @@ def test_check(cli: Cli) -> None:
     assert "main: unified, 2 rank(s) on cpu; a rank maps" in answer.stdout
     assert "of int4 (auto) weights" in answer.stdout
     assert "bfloat16 KV" in answer.stdout
+    assert "connections (ulimit -n" in answer.stdout
+    assert answer.stderr == ""
+    answer = cli("check", "topology/smollm2.toml", "--set", "ingress.host=0.0.0.0")
+    assert answer.returncode == 0
+    assert "everybody who reaches 0.0.0.0 port 8000" in answer.stderr
     answer = cli("check", "topology/smollm2.toml", "--set", "engine.main.tp=4")
     assert answer.returncode == 1
     assert answer.stderr.startswith("--set engine.main.tp=4: engine.main.tp: ")
@@ -198,6 +203,13 @@ def test_status(node: Cli) -> None:
 
 
 @needs_model
+def test_the_end_of_the_terminal_is_nothing_to_a_detached_node(node: Cli) -> None:
+    root = node.status()["tree"]["pid"]
+    os.kill(root, signal.SIGHUP)
+    assert node.ask()
+    assert (node.status()["state"], node.status()["tree"]["pid"]) == ("running", root)
+
+
 def test_a_second_node_of_that_name_or_port_is_refused(node: Cli) -> None:
     same = node.up("--set", "node.name=tested")
     assert (same.returncode, same.stdout.count("ready")) == (1, 0)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,7 @@ def test_the_tiny_deepseek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_tiny_deepseek_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"deepseek-v3-tiny cannot be written to .*Not a directory"):
         resolve_model("deepseek-v3-tiny", tmp_path)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
+from msgspec import structs
 
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import DONE, Exchange
@@ -23,7 +24,7 @@ from actors.ingress.openai.protocol import (
 )
 from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
-from actors.messages import TextPrompt
+from actors.messages import FillPrompt, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -34,7 +35,10 @@ _encode = msgspec.json.encode
 class CompletionRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/completions."""
 
-    unsupported: ClassVar[tuple[str, ...]] = (*UNSUPPORTED, "reasoning_effort", "tools", "tool_choice", "documents")
+    unsupported: ClassVar[tuple[str, ...]] = (
+        *UNSUPPORTED,
+        *("documents", "function_call", "functions", "reasoning_effort", "tool_choice", "tools", "verbosity"),
+    )
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **NEUTRAL,
         "parallel_tool_calls": (True,),
@@ -43,6 +47,7 @@ class CompletionRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=
 
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
+    suffix: str | None = None
     echo: bool = False
     logprobs: TopLogprobsCount | None = None
     add_special_tokens: bool = True
@@ -90,7 +95,10 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
     sampling = request.sampling(service.model, drawn.seed, limit, top, top if request.echo else -1)
     text = request.text_params(service.config)
 
-    whole = await service.tokenize(exchange, prompts)
+    whole, ends = await _tokenized(service, exchange, request, prompts)
+    if ends and not request.ignore_eos:
+        ids = dict.fromkeys([*sampling.stop_token_ids, *ends])
+        sampling = structs.replace(sampling, stop_token_ids=list(ids))
     tokens = [request.cut(each, service.model.max_model_len) for each in whole]
     limits = [service.check_length(len(each) // 4, limit, default, "prompt", "max_tokens") for each in tokens]
     echoes: list[str | None] = [None] * len(prompts)
@@ -156,6 +164,22 @@ def _prompts(request: CompletionRequest) -> list[Prompt]:
         "prompt",
         "invalid_value",
     )
+
+
+async def _tokenized(
+    service: Service, exchange: Exchange, request: CompletionRequest, prompts: list[Prompt]
+) -> tuple[list[bytes], list[int]]:
+    """Token ids (i32) of the prompts, and further ids that end an answer. Raises ApiError."""
+    if not request.suffix:
+        return await service.tokenize(exchange, prompts), []
+    texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
+    if len(texts) < len(prompts):
+        raise invalid("suffix needs prompts that are texts.", "prompt", "invalid_value")
+    if request.echo and request.logprobs is not None:
+        raise invalid("logprobs of an echoed prompt cannot be given where there is a suffix.", "echo")
+    fills = [FillPrompt(text, request.suffix, request.add_special_tokens) for text in texts]
+    encoded = await service.tokenize_pairs(exchange, fills)
+    return [tokens for tokens, _ in encoded], array("i", encoded[0][1]).tolist()
 
 
 async def _text_of(service: Service, prompt: Prompt) -> str:

@@ -35,8 +35,8 @@ TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
 UNSUPPORTED = (
     *("audio", "lora_path", "prediction", "web_search_options", "chat_template", "custom_logit_processor"),
     *("logits_processors", "allowed_token_ids", "bad_words", "prompt_logprobs", "use_beam_search", "early_stopping"),
-    *("length_penalty", "best_of", "mm_processor_kwargs", "kv_transfer_params", "return_hidden_states"),
-    *("session_params", "stop_regex", "add_special_tokens", "function_call", "functions", "suffix", "verbosity"),
+    *("length_penalty", "mm_processor_kwargs", "kv_transfer_params", "return_hidden_states"),
+    *("session_params", "stop_regex"),
 )
 """Names of OpenAI, vLLM and SGLang that are known, and refused when they ask for anything."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {"length_penalty": (1,), "include_reasoning": (True,), "best_of": (1,)}

@@ -17,7 +17,7 @@ ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "
 class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    unsupported: ClassVar[tuple[str, ...]] = tuple(set(UNSUPPORTED) - {"function_call", "functions", "verbosity"})
+    unsupported: ClassVar[tuple[str, ...]] = (*UNSUPPORTED, "suffix", "best_of", "add_special_tokens")
 
     messages: list[ChatMessage]
     max_completion_tokens: TokenLimit | None = None

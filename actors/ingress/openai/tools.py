@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from actors.ingress.constraints import schema_constraint
+from actors.ingress.constraints import either, schema_constraint
 from actors.ingress.errors import invalid
 from actors.ingress.parsers.tool_calls.base import Tools
 from actors.messages import SamplingParams
@@ -95,15 +95,17 @@ def parameters_of(tools: Sequence[Tool]) -> Tools:
     return {tool.function.name: tool.function.parameters for tool in tools}
 
 
-def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> dict[str, Any] | None:
-    """JSON Schema of the whole output where `tool_choice` leaves the model no choice: a list of calls, which
-    `JSONListCalls` reads. None where it may do without.
+def is_forced(choice: ToolChoice | None) -> bool:
+    """Whether `tool_choice` leaves the model no choice but to call a tool."""
+    return choice is not None and choice not in ("auto", "none")
+
+
+def calls_schema(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> dict[str, Any]:
+    """JSON Schema of a whole output of calls: a list, which `JSONListCalls` reads.
 
     It is the same for all models, as SGLang's and vLLM's is. A tool's parameters that refer to places in themselves
     become a definition, and their references are made relative to it.
     """
-    if choice is None or choice in ("auto", "none"):
-        return None
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for place, tool in enumerate(tools):
@@ -149,14 +151,22 @@ def _moved(schema: Any, place: str, by_name: bool = False, depth: int = 0) -> An
     return moved
 
 
-def constrained(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
-    """Sampling that keeps to the schema of the output, if there is one. Raises ApiError where something else
-    constrains the output already."""
-    if schema is None:
-        return sampling
-    if sampling.constraint is not None:
-        raise invalid("A tool_choice that forces a call cannot be combined with another constraint.", "tool_choice")
-    return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
+def constrained(
+    sampling: SamplingParams, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
+) -> SamplingParams:
+    """Sampling that keeps to what the tools ask for. A forced call is constrained in place of the text; where a call is
+    possible, the output is a call or what the text is constrained to. Raises ApiError."""
+    if is_forced(choice):
+        schema = calls_schema(tools, choice, parallel)
+        return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
+    if tools and sampling.constraint is not None:
+        schema = calls_schema(tools, choice, parallel)
+        return structs.replace(sampling, constraint=either(sampling.constraint, schema, "tools"))
+    strict = [tool for tool in tools if tool.function.strict]
+    if strict:
+        schema = calls_schema(strict, choice, parallel)
+        return structs.replace(sampling, checked=schema_constraint(schema, "tools"))
+    return sampling
 
 
 def call_id(rid: str, choice: int, index: int, short: bool = False) -> str:

@@ -19,7 +19,7 @@ from actors.ingress.openai.tools import (
     call_id,
     callable_tools,
     constrained,
-    forced_calls,
+    is_forced,
     parameters_of,
     rendered,
 )
@@ -28,6 +28,7 @@ from actors.ingress.parsers.output import OutputParser
 from actors.ingress.parsers.reasoning import Markers, reasoning_markers, reasoning_parser
 from actors.ingress.parsers.tool_calls import tool_call_parser
 from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
+from actors.ingress.parsers.whole import WholeOutput
 from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import thinking_budget, thinking_of
@@ -120,7 +121,7 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
-    asked = limit_of(asked)
+    unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
     if request.top_logprobs is not None and not request.logprobs:
@@ -129,8 +130,8 @@ async def open_turn(
     sampling = request.sampling(service.model, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
     tools = callable_tools(request.tools, request.tool_choice)
-    forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
-    sampling = constrained(sampling, forced)
+    as_list = is_forced(request.tool_choice) or (bool(tools) and sampling.constraint is not None)
+    sampling = constrained(sampling, tools, request.tool_choice, request.parallel_tool_calls is not False)
     if tools and service.model.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
 
@@ -139,7 +140,7 @@ async def open_turn(
     tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
     tokens = context + tokens
     tokens = request.cut(tokens, service.model.max_model_len)
-    usual = service.model.sampling.max_tokens
+    usual = None if unlimited else service.model.sampling.max_tokens
     if usual is not None:
         usual = max(usual, request.min_tokens or 0)
     limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
@@ -159,7 +160,7 @@ async def open_turn(
     def named(choice: int) -> Callable[[int], str]:
         return lambda call: call_id(rid, choice, call, short_ids)
 
-    parser = _parsers(service.model, request, tools, forced is not None, prompt is not None)
+    parser = _parsers(service.model, request, tools, as_list, prompt is not None)
     outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
     return Turn(model, max_tokens, top, generation, outputs)
 
@@ -203,10 +204,10 @@ def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]
 
 
 def _parsers(
-    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], forced: bool, plain: bool
+    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], as_list: bool, plain: bool
 ) -> Callable[[], OutputParser | None]:
-    """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces,
-    `plain` for prompts that no template has made."""
+    """Makes the parser of a choice, None if its output is the content. `as_list` is for calls that a constraint
+    allows as a list, `plain` for prompts that no template has made."""
     if plain:
         return lambda: None
     reasoning_format = model.reasoning_parser if request.separate_reasoning else None
@@ -215,7 +216,11 @@ def _parsers(
 
     def make() -> OutputParser | None:
         reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
-        calls = JSONListCalls(parameters) if forced else calls_format and tool_call_parser(calls_format, parameters)
+        calls = (
+            WholeOutput(JSONListCalls(parameters))
+            if as_list
+            else calls_format and tool_call_parser(calls_format, parameters)
+        )
         if reasoning is None and calls is None:
             return None
         return OutputParser(

@@ -7,7 +7,7 @@ from actors.ingress.parsers.tool_calls.base import ToolCallParser
 
 
 class JSONListCalls(ToolCallParser):
-    """[{"name": "f", "parameters": {…}}, …], which is the whole output; see `forced_calls`."""
+    """[{"name": "f", "parameters": {…}}, …], which is the whole output; see `calls_schema`."""
 
     MARKERS = ("[",)
 

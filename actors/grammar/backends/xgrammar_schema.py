@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from actors.grammar.backends.json_analysis import Analysis
 from actors.grammar.errors import BadGrammar
 
 MAX_DEPTH = 64
@@ -18,7 +19,7 @@ MAX_MULTIPLE = 1024
 """Of `multipleOf`; the compiler ignores a larger one."""
 _UNKNOWN = (
     *("not", "if", "then", "else"),
-    *("contains", "minContains", "maxContains", "unevaluatedItems"),
+    *("contains", "minContains", "maxContains", "unevaluatedItems", "unevaluatedProperties"),
     *("dependentRequired", "dependentSchemas", "dependencies"),
     *("$dynamicRef", "$recursiveRef"),
 )
@@ -59,8 +60,8 @@ _MAX_COUNTED = 128
 _CHARACTER = '[^"\\\\\\x00-\\x1f]'
 """Of strings whose length is told; without escapes, as the compiler has it. As a pattern of up to so many its masks are
 made many times faster; beyond, slower."""
-_LITERAL = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]", re.DOTALL)
-"""Parts of a pattern in which no assertion begins."""
+_PLAIN = re.compile(r"\^(?:[A-Za-z0-9_ @:/,#=+*?{}()|-]|\\[.d+*?()/-]|\[[A-Za-z0-9_ .@:/+-]+\])*\$")
+"""Patterns that xgrammar keeps. It takes them for whole texts, and writes what they allow into JSON as it is."""
 _PYTHON = {
     "string": str,
     "number": int | float,
@@ -81,6 +82,12 @@ def prepared(schema: Any, depth: int = 0) -> Any:
         return schema
     if depth > MAX_DEPTH:
         raise BadGrammar(f"The JSON schema is nested deeper than {MAX_DEPTH} levels.")
+    if depth == 0:
+        analysis = Analysis(schema)
+        if not analysis.ends():
+            raise BadGrammar("The JSON schema allows no answer that ends: what it describes holds itself, always.")
+    if isinstance(schema.get("oneOf"), list) and not Analysis(schema).disjoint(schema["oneOf"]):
+        raise BadGrammar("The JSON schema's keyword 'oneOf' is supported where its schemas exclude each other.")
     for keyword in _UNKNOWN:
         if keyword in schema:
             raise BadGrammar(f"The JSON schema's keyword '{keyword}' is not supported.")
@@ -182,9 +189,14 @@ def _check_multiple(schema: dict[str, Any]) -> None:
 def _check_patterns(schema: dict[str, Any]) -> None:
     """The compiler refuses what else it does not keep of a pattern."""
     names = schema.get("patternProperties")
+    if isinstance(names, dict) and len(names) > 1:
+        raise BadGrammar("The JSON schema's keyword 'patternProperties' is supported with one pattern only.")
     for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
-        if isinstance(pattern, str) and re.search(r"\(\?[=!]", _LITERAL.sub("", pattern)):
-            raise BadGrammar("The JSON schema has a pattern with a lookahead, which is not supported.")
+        if isinstance(pattern, str) and not _PLAIN.fullmatch(pattern):
+            raise BadGrammar(
+                f"The JSON schema's pattern {pattern!r} is not supported by xgrammar: patterns must begin with ^, end "
+                "with $, and be made of plain characters and classes of these."
+            )
 
 
 def _object(schema: dict[str, Any]) -> None:

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
-
-
-def available() -> bool:
-    """Whether xgrammar is installed. Loads nothing."""
-    return "xgrammar" in sys.modules or importlib.util.find_spec("xgrammar") is not None
 
 
 @lru_cache(maxsize=1)
