@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from runtime.engine_plan import EnginePlan
 from runtime.model_plan import ModelPlan, plan_model
 from runtime.needs import check_needs
 from runtime.nodes import Placement, place
+from runtime.progress import TellNote, no_notes
 from runtime.topology import LoadedTopology, Topology
 
 
@@ -49,7 +49,7 @@ class NodePlan:
 def plan_node(
     loaded: LoadedTopology,
     download: bool = True,
-    note: Callable[[str], None] = lambda _: None,
+    note: TellNote = no_notes,
     node: str | None = None,
 ) -> NodePlan:
     """Finds the models and fits the topology to them.
