@@ -9,8 +9,9 @@ from runtime.progress import TellNote
 
 def build_kernels(plan: NodePlan, note: TellNote) -> None:
     """Compiles what the node's CPU engines need, if it is not there. Without a compiler they compute in plain torch."""
-    computing = [each for each in (*plan.engines, *plan.encoders) if plan.placement.is_here(each.name)]
-    if not any(each.settings.device == "cpu" for each in computing):
+    devices: dict[str, str] = {each.name: each.settings.device for each in plan.engines}
+    devices |= {each.name: each.settings.device for each in plan.encoders}
+    if not any(device == "cpu" and plan.placement.is_here(name) for name, device in devices.items()):
         return
     try:
         backend = choice()

@@ -64,7 +64,8 @@ def plan_node(
     topology = loaded.topology
     placement = place(loaded, node)
     if topology.tracing.endpoint and placement.is_here("ingress") and not _can_trace():
-        problem = 'needs OpenTelemetry, which is not installed: pip install "llm-runtime[otel]", or remove the key'
+        install = "`pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http`"
+        problem = f"needs OpenTelemetry, which is not installed: run {install}, or remove the key"
         raise loaded.error("tracing.endpoint", problem)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")

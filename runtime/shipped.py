@@ -7,16 +7,16 @@ from functools import cache
 from pathlib import Path
 
 _DISTRIBUTION = "llm-runtime"
-_FOLDER = "share/llm-runtime/topology/"
+_FOLDER = "share/llm-runtime/topology"
 
 
 @cache
 def topologies() -> dict[str, Path]:
     """Each topology's file by its name, such as "smollm2"."""
-    checkout = Path(__file__).parents[1] / "topology"
-    if checkout.is_dir():
-        files = list(checkout.glob("*.toml"))
-    else:
+    above = Path(__file__).parents[1]
+    folders = [above / "topology", above / _FOLDER]  # of a checkout, and of `pip install --target`
+    files = [file for folder in folders for file in folder.glob("*.toml")]
+    if not files:
         try:
             recorded = importlib.metadata.files(_DISTRIBUTION) or []
         except importlib.metadata.PackageNotFoundError:

@@ -62,7 +62,7 @@ class Workshop:
                     self._tokens = self._load()
                 except ImportError:
                     raise BadGrammar(
-                        'Structured output is not available here: it needs pip install "llm-runtime[structured]".'
+                        "Structured output is not available here: it needs pip install xgrammar==0.2.8."
                     ) from None
                 except CheckpointError as error:
                     raise BadGrammar(f"Structured output is not available here: {error}.") from None

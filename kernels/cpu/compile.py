@@ -214,9 +214,9 @@ def _run_together(commands: list[list[str]], tell: Callable[[int], None]) -> Non
         running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         try:
             for command in commands:
-                errors = files.enter_context(tempfile.TemporaryFile())
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
-                running.append((process, errors))
+                output = files.enter_context(tempfile.TemporaryFile())
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output)
+                running.append((process, output))
             told = 0
             while told < len(running):
                 done = sum(process.poll() is not None for process, _ in running)

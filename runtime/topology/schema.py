@@ -219,9 +219,9 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
-    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. Needs
-    `pip install "llm-runtime[otel]"` where the ingress runs; headers for the collector are taken from
-    `$OTEL_EXPORTER_OTLP_HEADERS`."""
+    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. They need
+    `pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http` where the ingress runs. Headers for the
+    collector are taken from `$OTEL_EXPORTER_OTLP_HEADERS`."""
 
     endpoint: Annotated[
         Annotated[str, Meta(pattern=URL)] | None,
@@ -364,7 +364,8 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
             "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
-            '(`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) read over the '
+            "(`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1`) and `nixl` "
+            "(`pip install nixl-cu12==1.5.1`) read over the "
             "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
             "is reading, so the network has to be private. (Mooncake binds to all addresses; what comes for others is "
             "dropped.) `fake` moves nothing: for benchmarks, its answers are "
