@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from actors.parsers.reasoning import detect_reasoning
-from actors.parsers.tool_calls import detect_tool_calls
-
 from actors.checkpoint import CheckpointError
 from actors.checkpoint.gguf import GGUFFile
+from actors.parsers.reasoning import detect_reasoning
+from actors.parsers.tool_calls import detect_tool_calls
 from runtime.model_plan import ModelPlan
 from runtime.topology import Ingress
 

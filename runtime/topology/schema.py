@@ -315,9 +315,9 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
-    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. Needs
-    `pip install "llm-runtime[otel]"` where the ingress runs; headers for the collector are taken from
-    `$OTEL_EXPORTER_OTLP_HEADERS`."""
+    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. They need
+    `pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http` where the ingress runs. Headers for the
+    collector are taken from `$OTEL_EXPORTER_OTLP_HEADERS`."""
 
     endpoint: Annotated[
         Annotated[str, Meta(pattern=URL)] | None,
@@ -470,7 +470,7 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
             "are copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
             "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
             "read. "
-            '`mooncake` (`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) '
+            "`mooncake` (`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1`) and `nixl` (`pip install nixl-cu12==1.5.1`) "
             "read there too, "
             "and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
             "that reaches their ports can do both, so network and machines have to be private. (Mooncake binds to all "

@@ -1,4 +1,4 @@
-"""Times as Ollama writes them."""
+"""Times as Anthropic and Ollama write them."""
 
 from __future__ import annotations
 
