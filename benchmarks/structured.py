@@ -231,6 +231,7 @@ def _backend(options: argparse.Namespace) -> Backend:
     special = int(document["config"]["default_num_special_tokens"])
     size = int(document["config"]["default_vocab_size"])
     texts = [base64.b64decode(each["token_bytes"]) for each in document["vocab"][: size - special]]
+    no_tokenizer: Any = None
     vocabulary = Vocabulary(
         token_bytes=[b""] * special + texts,
         special_ids=range(special),
@@ -239,7 +240,7 @@ def _backend(options: argparse.Namespace) -> Backend:
         strips_leading_space=False,
         special_tokens={},
         chat_templates={},
-        build_tokenizer=lambda: None,  # type: ignore[arg-type, return-value]
+        build_tokenizer=no_tokenizer,
     )
     return LLGuidance(Tokens(vocabulary, size), options.threads)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -41,6 +42,7 @@ class Display:
         self._live_wanted = self._console.is_terminal if live is None else live
         self._live: Live | None = None
         self._note = ""
+        self._quarter = 0
         self._began = time.monotonic()
         self._depths: dict[str, int] = {}
         self._latest: dict[str, Event] = {}
@@ -49,11 +51,15 @@ class Display:
     def show(self, progress: Progress) -> None:
         """Takes in what a node says and shows it."""
         match progress:
+            case Note(total=total) if total:
+                self._part(progress)
             case Note(text=text):
+                self._end_live()
                 self._note = text
                 if not self._live_wanted:
                     self._console.print(f"{text} …")
             case Begin(processes=processes):
+                self._end_live()
                 self._depths = {name: depth for depth, name in processes}
                 if self._live_wanted:
                     self._live = Live(console=self._console, auto_refresh=False, transient=True)
@@ -72,8 +78,29 @@ class Display:
                     Console(stderr=True, highlight=False, soft_wrap=True).print(f"runtime: {error}{hint}", markup=False)
                 else:
                     self._console.print("stopped")
-        if self._live is not None:
+        if self._live is not None and self._depths:
             self._live.update(self._table(), refresh=True)
+
+    def close(self) -> None:
+        """Leaves the terminal as it should be; for when an error ends the start."""
+        self._end_live()
+
+    def _part(self, note: Note) -> None:
+        """Shows how much is done: a bar, or without a terminal a line for each quarter."""
+        first, self._note = note.text != self._note, note.text
+        if not self._live_wanted:
+            quarter = 4 * note.done // note.total
+            if first or quarter > self._quarter:
+                self._console.print(f"{note.text} … {note.done} of {note.total} {note.unit}", soft_wrap=True)
+            self._quarter = quarter
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        bar = ProgressBar(note.total, note.done, width=40)
+        line = Table.grid(padding=(0, 1))
+        line.add_row(note.text, bar, f"{note.done} of {note.total} {note.unit}")
+        self._live.update(line, refresh=True)
 
     def _happened(self, event: Event) -> None:
         if event.id in self._depths:
@@ -117,7 +144,12 @@ class Display:
         questions: dict[str, tuple[str, dict[str, Any]]] = {
             "generate": (
                 "chat/completions",
-                {"messages": [{"role": "user", "content": "Name the capital of France."}]},
+                {
+                    "messages": [{"role": "user", "content": "Name the capital of France."}],
+                    "temperature": 0,
+                    "max_tokens": 64,
+                    "stream": True,
+                },
             ),
             "embed": ("embeddings", {"input": "Paris is the capital of France."}),
             "classify": ("classify", {"input": "Paris is the capital of France."}),
@@ -126,5 +158,5 @@ class Display:
         body = json.dumps({"model": model, **question})
         return (
             f"\nready at {url}/v1 after {elapsed:.1f} s. Try:\n\n"
-            f"  curl {url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'\n"
+            f"  curl -N {url}/v1/{path} -H 'Content-Type: application/json' -d '{body}'\n"
         )

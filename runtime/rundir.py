@@ -166,9 +166,11 @@ def _acquire(path: Path, patience_s: float = _LOCK_PATIENCE_S) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(lock)
+                info = read_info(path)
+                where = f" at {info.url}" if info is not None and info.url else ""
                 raise UserError(
-                    f"the node {path.name} is running already: stop it with `runtime down --node {path.name}`, or "
-                    "start this one with another --port or --set node.name=NAME"
+                    f"the node {path.name} is running already{where}: stop it with `runtime down --node {path.name}`, "
+                    "or start this one with another --port or --set node.name=NAME"
                 ) from None
             time.sleep(0.05)
         except OSError as error:
@@ -209,6 +211,12 @@ def read_info(path: Path) -> NodeInfo | None:
         return msgspec.json.decode((path / "node.json").read_bytes(), type=NodeInfo)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def running_nodes() -> list[Path]:
+    """The run directories of this user's living nodes."""
+    base = base_directory()
+    return [path for path in sorted(base.iterdir()) if is_running(path)] if base.is_dir() else []
 
 
 def find_node(name: str | None, dead_too: bool = False) -> Path:

@@ -137,7 +137,7 @@ class Sampler:
 
     _LEAST_INTERVAL_S = 0.2
     _PSS_INTERVAL_S = 5.0
-    _PSS_BUDGET_S = 0.02
+    _PSS_BUDGET_S = 0.2
 
     def __init__(self) -> None:
         self._samples: dict[int, _Sample] = {}

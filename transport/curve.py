@@ -97,7 +97,7 @@ class Doorkeeper:
         self.socket.setsockopt(zmq.CURVE_SECRETKEY, network.secret.encode())
         self.socket.setsockopt(zmq.ZAP_DOMAIN, b"mailbox")
         self.socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # nobody to ask means nobody comes in
-        set_tcp_options(self.socket, network.listen)
+        _set_tcp_options(self.socket, network.listen)
         self.socket.monitor(_MONITOR_ADDRESS, _REFUSALS)
         self._events = context.socket(zmq.PAIR)
         self._events.setsockopt(zmq.LINGER, 0)
@@ -179,7 +179,7 @@ class RemoteOutbox:
         self._socket.setsockopt(zmq.CURVE_SERVERKEY, self._network.public.encode())
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, self._network.public.encode())
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, self._network.secret.encode())
-        set_tcp_options(self._socket, self._address)
+        _set_tcp_options(self._socket, self._address)
         self._socket.connect(self._address)
 
     def send(self, frame: bytes, flags: int) -> None:
@@ -211,7 +211,7 @@ class RemoteOutbox:
         self._socket.close(linger_ms)
 
 
-def set_tcp_options(socket: zmq.Socket[bytes], address: str) -> None:
+def _set_tcp_options(socket: zmq.Socket[bytes], address: str) -> None:
     """A cut link is noticed by heartbeats, which ZeroMQ's own thread sends and expects."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)

@@ -276,8 +276,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
         messages[405] = (
             f"The page at '{request.headers['origin']}' may not ask: add its origin to ingress.cors_origins."
         )
-    body = wire_of(scope["path"].encode()).error(
-        ApiError(error.status_code, messages.get(error.status_code, error.detail))
-    )
-    headers = {**(error.headers or {}), "x-request-id": request_id(scope)}
+    wire = wire_of(scope["path"].encode())
+    body = wire.error(ApiError(error.status_code, messages.get(error.status_code, error.detail)))
+    names = ("x-request-id", *(name.decode() for name in wire.identity_headers))
+    headers = {**(error.headers or {}), **dict.fromkeys(names, request_id(scope))}
     return Response(body, error.status_code, headers, "application/json")

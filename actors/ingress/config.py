@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct
 
 from actors.checkpoint import CheckpointFacts, SamplingDefaults
-from actors.ingress.parsers.reasoning import ReasoningFormat
-from actors.ingress.parsers.tool_calls import ToolCallFormat
 from actors.ingress.tracing import TracingConfig
+from actors.parsers.reasoning import ReasoningFormat
+from actors.parsers.tool_calls import ToolCallFormat
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]

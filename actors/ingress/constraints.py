@@ -104,7 +104,9 @@ def _response_format(value: Any, param: str) -> Constraint | None:
         case "json_object":
             _only(value, param, "type", "schema")  # llama.cpp's way to give a schema
             schema = value.get("schema")
-            return Constraint("json") if schema is None else schema_constraint(schema, f"{param}.schema")
+            return (
+                Constraint("json") if schema is None or schema == {} else schema_constraint(schema, f"{param}.schema")
+            )
         case "json_schema":
             _only(value, param, "type", "json_schema")
             inner, where = value.get("json_schema"), f"{param}.json_schema"

@@ -17,7 +17,6 @@ from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import Exchange
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import finite
-from actors.ingress.parsers.reasoning import Markers, markers_after
 from actors.ingress.sampling import (
     ExtraKey,
     LogitBias,
@@ -38,6 +37,7 @@ from actors.ingress.sampling import (
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import CustomParams, thinking_budget, thinking_of
 from actors.messages import ChatPrompt, TextLogprob, TextPrompt
+from actors.parsers.reasoning import Markers, markers_after
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""

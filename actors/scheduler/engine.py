@@ -391,6 +391,8 @@ class EngineScheduler(Actor):
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
             elif request.lease is not None:
                 request.lease.opened = False
+        if self.in_flight and not self.batch.fits([row.request for row in self.in_flight[0].rows]):
+            self._undo_steps_ahead()
         for step in list(self.in_flight):
             step.sent = None
             for row in step.rows:

@@ -153,13 +153,21 @@ class Request:
             self.extend_digests()
 
     @property
+    def opening_bytes(self) -> int:
+        """About how large the message is that tells the ranks of the request."""
+        sampling = self.sampling
+        constraint = len(sampling.constraint.text) if sampling.constraint is not None else 0
+        history = 4 * len(self.tokens) if sampling.needs_history else 0
+        return 12 * len(sampling.logit_bias) + constraint + history
+
+    @property
     def repeats(self) -> bool:
         """Whether the output's last tokens are the same run of tokens as often as ends it. As this is a function of the
         output alone, an answer that is made again ends in the same place."""
         count, tokens = self.sampling.max_repeats, self.tokens
         length = len(tokens) - self.prompt_len
-        if not count or length < self.sampling.min_tokens:
-            return False
+        if not count or length < self.sampling.min_tokens or self.sampling.constraint is not None:
+            return False  # a constraint may want repetition, and its answers end by themselves
         for size in range(1, min(REPEATED_TOKENS, length // count) + 1):
             if tokens[-1] == tokens[-1 - size] and tokens[-size * count : -size] == tokens[-size * (count - 1) :]:
                 return True

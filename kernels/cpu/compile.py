@@ -6,6 +6,7 @@ the compiler, so whatever changes, an old library is never taken for a new one; 
 the rest, so neither is a damaged one.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -13,9 +14,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 SOURCES = (
     "attention.cpp",
@@ -69,6 +71,7 @@ EXTENSIONS = (
     {"amx_tile": "amx-tile", "amx_bf16": "amx-bf16", "amx_int8": "amx-int8"},
 )
 COMPILE_SECONDS = 300
+POLL_SECONDS = 0.05
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -90,11 +93,12 @@ def processor_flags() -> set[str]:
     return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
 
 
-def build(instruction_set: str | None = None) -> Path:
+def build(instruction_set: str | None = None, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
     """Returns the library's path, building it if need be; processes that ask at the same time build it once.
 
-    instruction_set: one of `instruction_sets()`, the best if None. Raises BuildError if there is none, or no compiler
-    and no library, or if the compiler fails.
+    instruction_set: one of `instruction_sets()`, the best if None. progress: told how many of how many files are
+    compiled, if any must be. Raises BuildError if there is no instruction set, or no compiler and no library, or if the
+    compiler fails.
     """
     if instruction_set is None:
         known = instruction_sets()
@@ -127,11 +131,11 @@ def build(instruction_set: str | None = None) -> Path:
                 for left in directory.glob("build-*"):  # by a process that was killed: only one builds at a time
                     shutil.rmtree(left, ignore_errors=True)
                 try:
-                    _compile(compiler, [*flags, *extensions], here, path)
+                    _compile(compiler, [*flags, *extensions], here, path, progress)
                 except BuildError:
                     if not extensions:
                         raise
-                    _compile(compiler, flags, here, path)
+                    _compile(compiler, flags, here, path, progress)
     return path
 
 
@@ -180,54 +184,62 @@ def _is_whole(path: Path) -> bool:
     return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _compile(compiler: str, flags: list[str], here: Path, path: Path) -> None:
+def _compile(compiler: str, flags: list[str], here: Path, path: Path, progress: Callable[[int, int], None]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as scratch:
         objects = [str(Path(scratch) / f"{name}.o") for name in SOURCES]
         library = Path(scratch) / "kernels.so"
+        total = len(SOURCES) + 1
+        progress(0, total)
         _run_together(
-            [[compiler, *flags, "-c", str(here / name), "-o", to] for name, to in zip(SOURCES, objects, strict=True)]
+            [[compiler, *flags, "-c", str(here / name), "-o", to] for name, to in zip(SOURCES, objects, strict=True)],
+            lambda done: progress(done, total),
         )
-        _run_together([[compiler, *flags, "-shared", *objects, "-o", str(library)]])
+        _run_together([[compiler, *flags, "-shared", *objects, "-o", str(library)]], lambda _: progress(total, total))
         content = library.read_bytes()
         library.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(library, path)
 
 
-def _run_together(commands: list[list[str]]) -> None:
-    """Runs commands side by side. Raises BuildError with the errors of the first that fails."""
-    running: list[subprocess.Popen[str]] = []
-    try:
-        for command in commands:
-            running.append(
-                subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
-                )
-            )
-        for command, process in zip(commands, running, strict=True):
-            _, errors = process.communicate(timeout=COMPILE_SECONDS)
-            if process.returncode:
-                lines = (
-                    [line for line in errors.splitlines() if "error" in line] or errors.splitlines() or ["no message"]
-                )
-                raise BuildError(f"{command[0]} failed: {lines[0]}")
-    except OSError as error:
-        raise BuildError(f"the compiler does not run: {error}") from None
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s") from None
-    finally:
-        for process in running:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+def _run_together(commands: list[list[str]], tell: Callable[[int], None]) -> None:
+    """Runs commands side by side and tells how many have ended. Raises BuildError with the errors of the first that
+    fails."""
+    deadline = time.monotonic() + COMPILE_SECONDS
+    with contextlib.ExitStack() as files:
+        running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
+        try:
+            for command in commands:
+                output = files.enter_context(tempfile.TemporaryFile())
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output)
+                running.append((process, output))
+            told = 0
+            while told < len(running):
+                done = sum(process.poll() is not None for process, _ in running)
+                if done > told:
+                    tell(told := done)
+                elif time.monotonic() > deadline:
+                    raise BuildError(f"the compiler took more than {COMPILE_SECONDS} s")
+                else:
+                    time.sleep(POLL_SECONDS)
+            for process, errors in running:
+                if process.returncode:
+                    raise BuildError(f"{commands[0][0]} failed: {_first_error(errors)}")
+        except OSError as error:
+            raise BuildError(f"the compiler does not run: {error}") from None
+        finally:
+            for process, _ in running:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+
+
+def _first_error(output: IO[bytes]) -> str:
+    output.seek(0)
+    lines = output.read().decode(errors="replace").splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "no message")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import importlib
 import os
@@ -17,6 +18,7 @@ from runtime.environment import prepare
 from runtime.errors import UserError
 
 COMMANDS = {
+    "serve": "serve a model: a name, a directory, a GGUF file or a Hugging Face id",
     "up": "start a node: serve the model of a topology file",
     "check": "check a topology file without starting anything",
     "keygen": "make the keys under which several machines talk",
@@ -30,6 +32,9 @@ COMMANDS = {
     "replay": "send the requests again that were in progress when an actor crashed",
     "chat": "chat with a model in the terminal",
     "bench": "measure latency and throughput",
+    "models": "list the models on this machine",
+    "pull": "download a model",
+    "completion": "print the completion script of a shell",
 }
 
 
@@ -60,11 +65,16 @@ def _parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleTy
     parser = argparse.ArgumentParser(
         prog="runtime",
         description="Serves language models from supervised processes.",
-        epilog="example: runtime up topology/smollm2.toml",
+        epilog="example: runtime serve Qwen/Qwen3-0.6B",
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    chosen = next((each for each in arguments if each in COMMANDS), None)
+    word = next((each for each in arguments if not each.startswith("-")), None)
+    chosen = word if word in COMMANDS else None
+    if word is not None and chosen is None:
+        nearest = difflib.get_close_matches(word, COMMANDS, 1)
+        hint = f"did you mean `runtime {nearest[0]}`?" if nearest else "`runtime --help` lists them"
+        parser.error(f"there is no command {word}: {hint}")
     gc.disable()  # imports make much and drop little: looking for it costs a tenth of the start
     module = None if chosen is None else importlib.import_module(f"runtime.cli.{chosen}")
     gc.enable()

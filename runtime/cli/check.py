@@ -24,10 +24,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         plan = plan_node(loaded, download=False)
     except NotLocal as missing:
-        say(f"{options.file}: the keys are right; {missing}")
+        say(f"{loaded.file}: the keys are right; {missing}")
         return 0
     check_ports(loaded, plan)
-    say(f"{options.file}: right")
+    say(f"{loaded.file}: right")
     if plan.placement.machines:
         _say_nodes(plan)
     else:

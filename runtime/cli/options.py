@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.shipped import find_topology
 from runtime.topology import LoadedTopology, load_topology
 
 
 def add_topology(parser: argparse.ArgumentParser) -> None:
     """FILE, --port, --set and --log-level."""
-    parser.add_argument("file", metavar="FILE", type=Path, help="topology file")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="topology file, or the name of one that comes with the runtime: smollm2"
+    )
+    add_settings(parser)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """--port, --set and --log-level."""
     parser.add_argument("--port", type=int, metavar="N", help="port of the HTTP server, in place of ingress.port")
     parser.add_argument(
         "--set",
@@ -22,12 +31,19 @@ def add_topology(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=["debug", "info", "warning", "error"], help="in place of node.log_level")
 
 
-def topology_of(options: argparse.Namespace) -> LoadedTopology:
-    """The topology that the options describe. Raises TopologyError."""
-    settings = list(options.set)
+def topology_of(options: argparse.Namespace, file: Path | None = None, settings: Sequence[str] = ()) -> LoadedTopology:
+    """The topology that the options describe.
+
+    Args:
+        file: in place of the option FILE.
+        settings: that --set may replace.
+
+    Raises TopologyError.
+    """
+    settings = [*settings, *options.set]
     if options.log_level:
         settings.append(f"node.log_level={options.log_level}")
-    return load_topology(options.file, settings, options.port)
+    return load_topology(find_topology(file or options.file), settings, options.port)
 
 
 def add_node(parser: argparse.ArgumentParser) -> None:

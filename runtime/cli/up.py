@@ -18,12 +18,14 @@ from runtime.control import NodeReport, Status, ask
 from runtime.display import Display
 from runtime.errors import UserError
 from runtime.http_limits import http_warnings
+from runtime.native import build_kernels
 from runtime.node import run_node
 from runtime.nodes import node_to_start
 from runtime.plan import NodePlan, plan_node
 from runtime.ports import check_machine, check_ports
-from runtime.progress import Note, Ready, Stopped, pipe_writer, read_progress
+from runtime.progress import Ready, Stopped, notes_to, pipe_writer, read_progress
 from runtime.rundir import base_directory, is_running
+from runtime.topology import LoadedTopology
 
 _PATIENCE_S = 30.0
 
@@ -31,9 +33,7 @@ _PATIENCE_S = 30.0
 def configure(parser: argparse.ArgumentParser) -> None:
     add_topology(parser)
     parser.add_argument("--node", metavar="NAME", help="start the part of [node.NAME]; needed where there are several")
-    parser.add_argument(
-        "--detach", action="store_true", help="return once the server answers and leave it running in the background"
-    )
+    add_detach(parser)
     parser.epilog = (
         "examples:\n"
         "  runtime up topology/smollm2.toml\n"
@@ -42,17 +42,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_detach(parser: argparse.ArgumentParser) -> None:
+    """--detach."""
+    parser.add_argument(
+        "--detach", action="store_true", help="return once the server answers and leave it running in the background"
+    )
+
+
 def run(options: argparse.Namespace) -> int:
-    display = Display()
     loaded = topology_of(options)
-    node = node_to_start(loaded.topology, options.node)
-    plan = plan_node(loaded, note=lambda text: display.show(Note(text)), node=node)
-    check_ports(loaded, plan)
-    if not is_running(base_directory() / plan.name):
-        check_machine(loaded, plan)
-        for warning in http_warnings(plan) if plan.url else ():
-            complain(f"warning: {warning}")
-    return _detach(plan, display) if options.detach else run_node(plan, display.show)
+    return start(loaded, node_to_start(loaded.topology, options.node), options.detach)
+
+
+def start(loaded: LoadedTopology, node: str | None, detach: bool) -> int:
+    """Starts a node, in the foreground until it ends; the exit status. Raises UserError."""
+    display = Display()
+    try:
+        plan = plan_node(loaded, note=notes_to(display.show), node=node)
+        check_ports(loaded, plan)
+        if not is_running(base_directory() / plan.name):
+            check_machine(loaded, plan)
+            for warning in http_warnings(plan) if plan.url else ():
+                complain(f"warning: {warning}")
+            build_kernels(plan, notes_to(display.show))
+    except BaseException:
+        display.close()
+        raise
+    return _detach(plan, display) if detach else run_node(plan, display.show)
 
 
 def _detach(plan: NodePlan, display: Display) -> int:

@@ -143,10 +143,13 @@ class PrivateNode:
 
     def _await_ready(self, note: Callable[[str], None]) -> str:
         """The model's name, once everything runs."""
+        told = ""
         for progress in read_progress(self._progress):
             match progress:
-                case Note(text=text):
-                    note(text)
+                case Note(text=text) if text != told:
+                    note(told := text)
+                case Note():
+                    pass  # more of the same is done
                 case Ready(model=model, task=task):
                     if task != "generate":
                         raise UserError(

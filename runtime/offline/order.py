@@ -15,7 +15,7 @@ from msgspec import Struct
 from runtime.environment import prepare
 from runtime.errors import UserError
 from runtime.nodes import node_to_start
-from runtime.progress import Note, Progress, Ready, Stopped, pipe_writer
+from runtime.progress import Note, Progress, Ready, Stopped, notes_to, pipe_writer
 from runtime.topology import load_topology
 
 
@@ -73,13 +73,15 @@ def _run(order: Order) -> int:
         if len(loaded.topology.models) > 1:
             raise UserError(f"{loaded.file} serves several models, and LLM is for one: serve them with `runtime up`")
         node = node_to_start(loaded.topology, None)
+        from runtime.native import build_kernels
         from runtime.node import Owner, run_node  # torch and all: only when the topology is right
         from runtime.plan import plan_node
 
         plan = replace(
-            plan_node(loaded, note=lambda text: tell(Note(text)), node=node),
+            plan_node(loaded, note=notes_to(tell), node=node),
             api_key=order.api_key,
         )
+        build_kernels(plan, notes_to(tell))
         return run_node(plan, tell_owner, detached=True, owner=Owner(pidfd, listener))
     except UserError as error:
         tell(Stopped(str(error)))

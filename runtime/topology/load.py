@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
+from runtime.shipped import topologies
 from runtime.topology.check import Check, did_you_mean, known_keys
 from runtime.topology.positions import KeyPath, key_lines
 from runtime.topology.schema import Topology
@@ -116,7 +117,8 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise TopologyError([f"{file}: no such file; the examples are in the folder topology/"]) from None
+        names = ", ".join(topologies())
+        raise TopologyError([f"{file}: no such file, and none that comes with the runtime ({names})"]) from None
     except UnicodeDecodeError:
         raise TopologyError([f"{file}: not UTF-8 text; a topology is a TOML file"]) from None
     except OSError as error:

@@ -5,10 +5,13 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+
+from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
@@ -18,6 +21,15 @@ Text = Annotated[str, Meta(min_length=1)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    ToolCallSetting: TypeAlias = str
+    ReasoningSetting: TypeAlias = str
+else:
+    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
+    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -266,9 +278,7 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 1024
     priority: Annotated[
         Literal["anyone", "admin", "nobody"],
-        Meta(
-            description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."
-        ),
+        Meta(description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."),
     ] = "anyone"
     response_store_bytes: Annotated[
         int,
@@ -289,29 +299,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        Literal[
-            "auto",
-            "none",
-            "deepseekv3",
-            "deepseekv31",
-            "deepseekv32",
-            "glm45",
-            "glm47",
-            "hermes",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "pythonic",
-            "qwen25",
-            "qwen3_coder",
-        ],
+        ToolCallSetting,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
             "calls in the content, and so does `auto` where the template shows none that is known."
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        ReasoningSetting,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
             "`none` are as with `tool_call_parser`."
@@ -320,9 +315,9 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Tracing(Struct, frozen=True, forbid_unknown_fields=True):
-    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. Needs
-    `pip install "llm-runtime[otel]"` where the ingress runs; headers for the collector are taken from
-    `$OTEL_EXPORTER_OTLP_HEADERS`."""
+    """Traces of requests through all actors, for a collector that takes OTLP over HTTP. They need
+    `pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http` where the ingress runs. Headers for the
+    collector are taken from `$OTEL_EXPORTER_OTLP_HEADERS`."""
 
     endpoint: Annotated[
         Annotated[str, Meta(pattern=URL)] | None,
@@ -471,13 +466,12 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
         Literal["auto", "shm", "tcp", "mooncake", "nixl", "fake"],
         Meta(
             description="`auto` is `shm` where all prefill and decode engines are on one machine, else `tcp`. `shm`: "
-            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they are "
-            "copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
+            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they "
+            "are copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
             "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
             "read. "
-            '`mooncake` (`pip install "llm-runtime[mooncake]"`) and `nixl` (`pip install "llm-runtime[nixl]"`) '
-            "read there too, "
-            "and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
+            "`mooncake` (`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1`) and `nixl` "
+            "(`pip install nixl-cu12==1.5.1`) read there too, and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
             "that reaches their ports can do both, so network and machines have to be private. (Mooncake binds to all "
             "addresses; what comes for others is dropped.) `fake` moves nothing: for benchmarks, its answers are "
             "nonsense."

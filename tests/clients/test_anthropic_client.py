@@ -60,6 +60,11 @@ def test_calls_and_results(client: anthropic.Anthropic, served: Served) -> None:
     assert answer.content[0].text == "Sunny."
 
 
+def test_models(client: anthropic.Anthropic) -> None:
+    assert [(each.id, each.display_name) for each in client.models.list()] == [("fake", "fake"), ("alias", "alias")]
+    assert client.models.retrieve("alias").created_at.year > 2000
+
+
 def test_count_tokens(client: anthropic.Anthropic) -> None:
     assert client.messages.count_tokens(model="fake", messages=ASK["messages"]).input_tokens == 18
 

@@ -224,6 +224,7 @@ class Fakes:
         registered: the bootstrap lists the engine.
         eos_at: answers end there.
         script: given a `Generate`; gives the whole text of its answer.
+        opening: with what prompts of chats end, unless the template is told `enable_thinking: false`.
     """
 
     def __init__(self, directory: Path, ingresses: list[str], scheduler: str = "main.scheduler") -> None:
@@ -241,6 +242,7 @@ class Fakes:
         self.forgetful = False
         self.eos_at: int | None = None
         self.script: Callable[[Generate], str] | None = None
+        self.opening = ""
         self.seen = Seen()
         self._names = {"bootstrap": "bootstrap", "tokenizer": "tokenizer", "scheduler": scheduler}
         self._names["detokenizer"] = "detokenizer"
@@ -407,6 +409,8 @@ class Fakes:
                 return TokenizeFailed(message.rid, "The chat template cannot render this.")
             text = "".join(f"{each['role']}:{each['content']}\n" for each in json.loads(prompt.messages))
             text += "assistant:" if prompt.add_generation_prompt else ""
+            if prompt.add_generation_prompt and arguments.get("enable_thinking") is not False:
+                text += self.opening
         elif isinstance(prompt, FillPrompt):
             return Tokenized(message.rid, packed(f"<P>{prompt.text}<S>{prompt.suffix}<M>"), array("i", [77]).tobytes())
         else:

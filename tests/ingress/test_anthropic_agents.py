@@ -263,6 +263,14 @@ def test_what_asks_for_nothing_here(shared: Served) -> None:
     response = shared.client.post(URL, json=body(max_tokens=20, **fields), headers=headers)
     assert response.status_code == 200
     assert "warning" not in response.headers
+    text = {"type": "text", "text": "b", "citations": None, "unheard": None}
+    returned = {"role": "assistant", "content": [text], "thinking_blocks": None, "id": None}
+    silent = {"role": "assistant", "content": None}
+    result = {"type": "tool_result", "tool_use_id": "c", "content": None, "is_error": None}
+    assert roles(shared, USER, returned, silent, {"role": "user", "content": [result]}) == [
+        *(("user", "a"), ("assistant", "b"), ("tool", ""))
+    ]
+    assert shared.client.post(URL, json=body(max_tokens=2.0, top_k=5.0)).status_code == 200
 
 
 def test_the_identity_of_a_request(shared: Served) -> None:

@@ -79,6 +79,7 @@ COMMON: dict[str, list[Any]] = {
         {"type": "json_schema", "json_schema": {"name": "n", "schema": 7}},
         {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "foo": 1}},
         {"type": "structural_tag"},
+        {"type": "json_object", "schema": 7},
         {"type": "xml"},
         "text",
         {},

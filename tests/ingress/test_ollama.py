@@ -186,6 +186,16 @@ def test_the_context_of_an_answer_goes_on(shared: Served) -> None:
     assert "context" not in shared.client.post("/api/generate", json={**ask, "raw": True}).json()
 
 
+def test_what_is_filled_in(shared: Served) -> None:
+    for stream in (False, True):
+        ask = {"model": "fake", "prompt": "p", "suffix": "s", "options": {"num_predict": 3, "seed": 1}}
+        response = shared.client.post("/api/generate", json={**ask, "stream": stream})
+        assert response.status_code == 200, response.text
+        generate = shared.fakes.seen.generates[-1]
+        assert unpacked(generate.prompt) == "<P>p<S>s<M>"
+        assert 77 in generate.sampling.stop_token_ids
+
+
 def test_pull(shared: Served) -> None:
     lines = shared.client.post("/api/pull", json={"model": "fake:latest"}).text.splitlines()
     assert json.loads(lines[-1]) == {"status": "success"}
@@ -253,7 +263,7 @@ def test_nothing_asked_is_answered_at_once(shared: Served, path: str) -> None:
         ("pull", {"model": "other"}, 404, "does not exist"),
         ("pull", {}, 400, "name"),
         ("embed", {"model": "fake", "input": "a"}, 400, "generates text"),
-        ("generate", {"model": "fake", "prompt": "a", "suffix": "b"}, 400, "suffix"),
+        ("generate", {"model": "fake", "prompt": "a", "suffix": "b", "system": "c"}, 400, "system"),
         ("generate", {"model": "fake", "prompt": "a", "raw": True, "system": "b"}, 400, "system"),
         ("show", {"model": "other"}, 404, "does not exist"),
         ("show", {}, 400, "name"),

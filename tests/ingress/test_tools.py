@@ -161,7 +161,7 @@ def test_what_is_no_call_is_content(shared: Served) -> None:
 
 def test_an_answer_cut_off(shared: Served) -> None:
     (choice,) = says(shared, PARIS, max_tokens=PARIS.index("rich"))
-    assert choice["message"]["tool_calls"] == [call("get_weather", '{"city": "Zü')]
+    assert choice["message"]["tool_calls"] == [call("get_weather", '{"city": "Zü"}')]
     assert choice["finish_reason"] == "length"
     (choice,) = says(shared, REASONED, max_tokens=20)
     assert choice["message"] == {
@@ -323,6 +323,24 @@ def test_deepseeks_templates(serve: Serve) -> None:
     assert (choice["message"]["reasoning_content"], choice["message"]["content"]) == ("Hm.", "Noon.")
     (choice,) = says(served, "Noon.", messages=[{"role": "tool", "content": "12"}])
     assert choice["message"] == {"role": "assistant", "content": "Noon.", "refusal": None}
+
+
+def test_the_prompt_says_where_the_reasoning_begins(serve: Serve) -> None:
+    """Not what the client tells the template: that may do with it as it likes."""
+    served = serve(tool_call_parser="qwen25", reasoning_parser="qwen3-thinking")
+    (choice,) = says(served, "Plain.", chat_template_kwargs={"enable_thinking": True})
+    assert choice["message"] == {"role": "assistant", "content": "Plain.", "refusal": None}
+    served.fakes.opening = "<think>\n"
+    (choice,) = says(served, "I could use <tool_call> markup. Hmm.\n</think>\nAnswer")
+    message = {"role": "assistant", "content": "Answer", "refusal": None}
+    assert choice["message"] == {**message, "reasoning_content": "I could use <tool_call> markup. Hmm."}
+
+
+def test_a_forced_call_that_is_cut_off_is_no_content(shared: Served) -> None:
+    begun = '[{"name": "get_weather'
+    (choice,) = says(shared, begun, tool_choice="required", max_tokens=len(begun))
+    assert choice["message"] == {"role": "assistant", "content": "", "refusal": None}
+    assert choice["finish_reason"] == "length"
 
 
 def test_an_answer_goes_on(shared: Served) -> None:

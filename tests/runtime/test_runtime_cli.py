@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
+from runtime.cli import COMMANDS
+
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
@@ -116,12 +118,15 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cli]:
 
 
 def test_usage(cli: Cli) -> None:
-    for command in ("up", "check", "status", "top", "logs", "restart", "kill", "chaos", "down", "chat", "bench"):
+    for command in COMMANDS:
         answer = cli(command, "--help")
         assert answer.returncode == 0
         assert "example" in answer.stdout
     assert cli().returncode == 2
-    assert cli("updown").returncode == 2
+    mistaken = cli("serv", "x")
+    assert mistaken.returncode == 2
+    assert "there is no command serv: did you mean `runtime serve`?" in mistaken.stderr
+    assert "`runtime --help` lists them" in cli("xyz").stderr
 
 
 def test_errors_are_one_line_each(cli: Cli, tmp_path: Path) -> None:
@@ -213,10 +218,13 @@ def test_the_end_of_the_terminal_is_nothing_to_a_detached_node(node: Cli) -> Non
 def test_a_second_node_of_that_name_or_port_is_refused(node: Cli) -> None:
     same = node.up("--set", "node.name=tested")
     assert (same.returncode, same.stdout.count("ready")) == (1, 0)
-    assert "the node tested is running already: stop it with `runtime down --node tested`" in same.stderr
+    assert (
+        f"the node tested is running already at http://127.0.0.1:{node.port}: stop it with `runtime down" in same.stderr
+    )
     other = node.up("--set", "node.name=other")
     assert other.returncode == 1
-    assert f"port {node.port} of 127.0.0.1 is in use by another program: choose one with --port" in other.stderr
+    told = f"port {node.port} of 127.0.0.1 is in use by your node tested: stop it with `runtime down --node tested`"
+    assert told in other.stderr
     assert node.status()["node"] == "tested"
 
 

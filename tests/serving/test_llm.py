@@ -71,7 +71,6 @@ def test_fields_pass_through(llm: LLM) -> None:
 
 
 def test_structured_output(llm: LLM) -> None:
-    pytest.importorskip("xgrammar")
     schema = {"type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
     results = llm.generate(
         ["A castle in JSON: ", "The year: "],

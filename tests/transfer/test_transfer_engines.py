@@ -413,7 +413,7 @@ def test_only_those_with_the_keys_can_read_over_tcp(who: str) -> None:
         for name, keys in attempts.items()
     }
     got = {name: process.communicate(timeout=30)[0].strip() for name, process in running.items()}
-    assert got == {name: "nothing" for name in list(attempts)[:-1]} | {"as one of the deployment": str(2**20 + 1)}
+    assert got == dict.fromkeys(list(attempts)[:-1], "nothing") | {"as one of the deployment": str(2**20 + 1)}
     sender.kill()
 
 

@@ -56,7 +56,7 @@ class MooncakeEngine(WorkerEngine):
             from mooncake.engine import TransferEngine
         except ModuleNotFoundError as error:
             raise TransferUnavailable(
-                'mooncake transfers need the package mooncake: pip install "llm-runtime[mooncake]"'
+                "mooncake transfers need a package: pip install mooncake-transfer-engine-non-cuda==0.3.13.post1"
             ) from error
         except ImportError as error:
             raise TransferUnavailable(

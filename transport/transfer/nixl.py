@@ -51,9 +51,7 @@ class NixlEngine(WorkerEngine):
         try:
             from nixl_cu12._api import nixl_agent, nixl_agent_config
         except ModuleNotFoundError as error:
-            raise TransferUnavailable(
-                'nixl transfers need the package nixl-cu12: pip install "llm-runtime[nixl]"'
-            ) from error
+            raise TransferUnavailable("nixl transfers need a package: pip install nixl-cu12==1.5.1") from error
         except ImportError as error:
             raise TransferUnavailable(f"nixl cannot be loaded: {error}") from error
         before = listening()

@@ -18,10 +18,10 @@ import zmq
 from msgspec import Meta
 from zmq.utils import z85
 
-from transport.curve import ZAP_ADDRESS, decide, set_tcp_options
+from transport.curve import ZAP_ADDRESS, decide
 from transport.transfer.chunks import ChunkedReading, cut, grouped
 from transport.transfer.engine import Piece, Region, TransferFailed, TransferUnavailable
-from transport.transfer.worker import Endpoint, Reading, WorkerEngine
+from transport.transfer.worker import Endpoint, Progress, Reading, WorkerEngine
 
 if TYPE_CHECKING:
     from transport.transfer.create import TransferSettings
@@ -34,6 +34,7 @@ _MAX_RUNS = 4096
 """Runs of bytes in one request, more than a chunk has pages."""
 _MAX_REQUEST_BYTES = 128 * 2**10
 _MAX_PEERS = 64
+_HANDSHAKE_MS = 3_000
 
 Natural = Annotated[int, Meta(ge=0, le=2**62)]
 
@@ -82,12 +83,16 @@ class TcpEngine(WorkerEngine):
         server.setsockopt(zmq.ZAP_DOMAIN, b"transfer")
         server.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
         server.setsockopt(zmq.MAXMSGSIZE, _MAX_REQUEST_BYTES)
-        set_tcp_options(server, f"tcp://{host}")
+        server.setsockopt(zmq.LINGER, 0)
+        server.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        server.setsockopt(zmq.IPV6, int(":" in settings.host))
         try:
             server.bind(f"tcp://{host}:*")
         except zmq.ZMQError as error:
             raise TransferUnavailable(f"transfers cannot listen on {settings.host}: {error}") from error
-        self._address = server.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        endpoint = server.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(endpoint, bytes)
+        self._address = endpoint.rstrip(b"\0").decode()
         answers = _Answers(zap, server, z85.decode(settings.public), self._own)
         threading.Thread(target=answers.run, name="tcp transfer answers", daemon=True).start()
 
@@ -96,16 +101,16 @@ class TcpEngine(WorkerEngine):
 
     def _begin(self, peer: Endpoint, pieces: Sequence[Piece]) -> Reading:
         known = self._peers.get(peer.detail)
-        if known is None:
-            if len(self._peers) >= _MAX_PEERS:
-                self._peers.popitem(last=False)[1].close()
+        if known is None or known.lost:
+            if known is None and len(self._peers) >= _MAX_PEERS:
+                self._peers.popitem(last=False)[1].drop()
             known = self._peers[peer.detail] = _Peer(self._context, self._settings, peer.detail)
         self._peers.move_to_end(peer.detail)
         return _Chunks(known, self._own, pieces)
 
     def _detach(self) -> None:
         for peer in self._peers.values():
-            peer.close()
+            peer.drop()
         self._peers.clear()
         self._context.term()  # ends the thread that answers, and what is still being sent
         self._own = []
@@ -167,9 +172,15 @@ class _Answers:
 
 
 class _Peer:
-    """The connection to one engine, and the chunks that are on their way. Used by the engine's thread alone."""
+    """The connection to one engine, and the chunks that are on their way. Used by the engine's thread alone.
+
+    After a read that was broken off it counts as lost: the next one begins with a new connection, for this one may be
+    cut, or be busy with what nobody waits for any more. It is closed when the last read that uses it has ended.
+    """
 
     def __init__(self, context: zmq.Context[Any], settings: TransferSettings, address: bytes) -> None:
+        self.lost = False
+        self._readers = 0
         self._numbers = 0
         self._waiting: dict[int, tuple[list[Piece], Sequence[np.ndarray[Any, Any]]]] = {}
         self._refused: set[int] = set()
@@ -178,7 +189,9 @@ class _Peer:
         self._socket.setsockopt(zmq.CURVE_PUBLICKEY, settings.public.encode())
         self._socket.setsockopt(zmq.CURVE_SECRETKEY, settings.secret.encode())
         self._socket.setsockopt(zmq.MAXMSGSIZE, _CHUNK_BYTES + 1024)  # as it travels, encrypted
-        set_tcp_options(self._socket, address.decode("ascii", "replace"))
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self._socket.setsockopt(zmq.IPV6, int(address.startswith(b"tcp://[")))
         try:
             self._socket.connect(address)
         except zmq.ZMQError as error:
@@ -209,8 +222,21 @@ class _Peer:
         self._waiting.pop(number, None)
         self._refused.discard(number)
 
-    def close(self) -> None:
-        self._socket.close(0)
+    def enter(self) -> None:
+        """One more read uses the connection."""
+        self._readers += 1
+
+    def leave(self) -> None:
+        """One read less does."""
+        self._readers -= 1
+        if self.lost and self._readers == 0:
+            self._socket.close(0)
+
+    def drop(self) -> None:
+        """Closes the connection as soon as no read uses it."""
+        self.lost = True
+        if self._readers == 0:
+            self._socket.close(0)
 
     def _receive(self) -> None:
         while True:
@@ -241,6 +267,19 @@ class _Chunks(ChunkedReading[int]):
         super().__init__(grouped(cut(whole, _CHUNK_BYTES), _CHUNK_BYTES), _WINDOW)
         self._peer = peer
         self._own = own
+        self._over = False
+        peer.enter()
+
+    def advance(self) -> Progress:
+        progress = super().advance()
+        if progress is Progress.DONE:
+            self._leave()
+        return progress
+
+    def _leave(self) -> None:
+        if not self._over:
+            self._over = True
+            self._peer.leave()
 
     def _submit(self, chunk: list[Piece]) -> int:
         return self._peer.ask(chunk, self._own)
@@ -252,5 +291,7 @@ class _Chunks(ChunkedReading[int]):
         """At once: what still comes is not written."""
         for token in self._pending:
             self._peer.forget(token)
+            self._peer.lost = True
         self._pending.clear()
+        self._leave()
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -25,7 +26,7 @@ LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 """Of a compiler's and of a mask's work. The first is about 100 ms of a processor."""
-SIZE, SIZE_OF_CHARACTER = 400_000, 60
+SIZE, SIZE_OF_CHARACTER = 300_000, 100
 """Bytes of a compiled constraint, and for each character of its text, as measured."""
 _PLACE = re.compile(r"^at \d+\(\d+\): ")
 _LIBRARY = re.compile(r"^(failed to compile JSON schema|invalid regex .* \(in regex\)): ")
@@ -66,7 +67,8 @@ class LLGuidance:
     def __init__(self, tokens: Tokens, threads: int = 1) -> None:
         self.tokens = tokens
         self.limits = Limits(tokens)
-        self._tokenizer = LLTokenizer(_Vocabulary(tokens), n_vocab=tokens.vocab_size + 1, eos_token=tokens.vocab_size)
+        vocabulary: Any = _Vocabulary(tokens)
+        self._tokenizer = LLTokenizer(vocabulary, n_vocab=tokens.vocab_size + 1, eos_token=tokens.vocab_size)
         self._words = -(-tokens.vocab_size // 32)
         self._own_words = -(-(tokens.vocab_size + 1) // 32)
         self._threads = threads
@@ -184,7 +186,7 @@ class _Matcher:
         end = self._backend.tokens.vocab_size
         mask[:] = own[: len(mask)] if not self.inner.is_error() else 0
         if end >> 5 < len(mask):
-            mask[end >> 5] &= np.int32(~np.int32(np.uint32(1 << (end & 31)).view(np.int32)))
+            mask.view(np.uint32)[end >> 5] &= np.uint32(~(1 << (end & 31)) & 0xFFFFFFFF)
         if self._states:
             self._backend.limits.apply(self._states[-1], mask)
         if self.complete and not self.inner.is_error():

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from actors.ingress.openai.turn import Output, Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
-from actors.ingress.parsers.json_text import object_of
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 

@@ -106,7 +106,7 @@ def _without_thinking(messages: Messages, edit: ClearThinking) -> tuple[Messages
         if message.role == "user" and not _only_results(message):
             turn += 1
         turns.append(turn)
-        if message.role == "assistant" and any(isinstance(each, Thinking) for each in message.content):
+        if message.role == "assistant" and any(isinstance(each, Thinking) for each in message.content or ()):
             thinking[turn] = None
     old = list(thinking)[: -edit.keep.value]
     return [

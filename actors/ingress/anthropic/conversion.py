@@ -120,15 +120,15 @@ def _in_order(messages: Sequence[Message]) -> list[tuple[str, Message]]:
         ordered.append((param, message))
         ordered += held
         held = []
-        blocks = message.content if message.role == "assistant" else ""
-        awaited = any(isinstance(block, ToolUse) for block in blocks)
+        blocks = message.content if message.role == "assistant" else None
+        awaited = any(isinstance(block, ToolUse) for block in blocks or ())
     return ordered + held
 
 
 def _add(messages: list[ChatMessage], message: Message, param: str, warn: Warn) -> None:
     """Adds a turn: results of calls become messages of their own, and a turn of the same role as the one before goes
     on with it."""
-    blocks = [Text(message.content)] if isinstance(message.content, str) else message.content
+    blocks = [Text(message.content)] if isinstance(message.content, str) else message.content or []
     for i, block in enumerate(blocks):
         where = f"{param}.content[{i}]"
         match block:

@@ -203,7 +203,7 @@ class Message(Struct, forbid_unknown_fields=True):
     """One turn, or an instruction between two turns. Only system messages have the last two fields."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | list[Block] | None
     cache_control: Any = None
     clear_at: Literal["next_user_message", "never"] | None = None
     output_config: TurnOutput | None = None

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.ollama.times import timestamp
 from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.turn import Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Reasoning
-from actors.ingress.parsers.json_text import object_of
 from actors.ingress.pieces import Identity
+from actors.ingress.times import timestamp
+from actors.parsers.events import CallArguments, CallStart, Content, Reasoning
+from actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 

@@ -47,6 +47,9 @@ def of_generate(service: Service, body: GenerateBody, warn: Warn) -> ChatRequest
         raise invalid("With raw = true the prompt is all that the model sees: 'system' is not allowed.", "system")
     if body.raw and body.context:
         raise invalid("With raw = true the prompt is all that the model sees: 'context' is not allowed.", "context")
+    if body.suffix and (body.system or body.context):
+        name = "system" if body.system else "context"
+        raise invalid(f"With a suffix the text is filled in, and nothing else is shown: '{name}' is not allowed.", name)
     messages = [ChatMessage("system", body.system)] if body.system else []
     return _request(service, body, [*messages, ChatMessage("user", body.prompt or "")], warn)
 

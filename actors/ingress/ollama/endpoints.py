@@ -11,11 +11,11 @@ from actors.ingress.exchange import Exchange
 from actors.ingress.ollama.answers import Answer
 from actors.ingress.ollama.conversion import of_chat, of_generate, served_name
 from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Request
-from actors.ingress.ollama.times import timestamp
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.turn import open_turn
 from actors.ingress.service import Prompt, Service
-from actors.messages import TextPrompt
+from actors.ingress.times import timestamp
+from actors.messages import FillPrompt, TextPrompt
 
 _encode = msgspec.json.encode
 
@@ -37,7 +37,10 @@ async def generate(service: Service, body: GenerateBody, exchange: Exchange) -> 
         return
     context = body.context or []
     service.check_token_ids(context, "context")
-    prompt = TextPrompt(body.prompt) if body.raw else None
+    prompt: Prompt | None = TextPrompt(body.prompt) if body.raw else None
+    if body.suffix:
+        ((tokens, ends),) = await service.tokenize_pairs(exchange, [FillPrompt(body.prompt, body.suffix)])
+        prompt, request.stop_token_ids = array("i", tokens).tolist(), array("i", ends).tolist()
     await _answer(service, body, request, exchange, False, prompt, array("i", context).tobytes())
 
 

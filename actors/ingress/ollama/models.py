@@ -13,8 +13,8 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange
 from actors.ingress.ollama.conversion import served_name
 from actors.ingress.ollama.protocol import PullBody, ShowBody
-from actors.ingress.ollama.times import timestamp
 from actors.ingress.service import Service
+from actors.ingress.times import timestamp
 
 _encode = msgspec.json.encode
 

@@ -90,12 +90,13 @@ class ChatBody(Request, forbid_unknown_fields=True, kw_only=True):
 class GenerateBody(Request, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /api/generate."""
 
-    unsupported: ClassVar[tuple[str, ...]] = ("images", "suffix", "template")
+    unsupported: ClassVar[tuple[str, ...]] = ("images", "template")
 
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
     context: TokenIdsOfContext | None = None
+    suffix: str | None = None
 
 
 class Named(Struct, kw_only=True):

@@ -12,8 +12,8 @@ from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.protocol import ChunkFrame
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.turn import Output
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from actors.messages import TextLogprob
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 

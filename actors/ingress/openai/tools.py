@@ -11,8 +11,8 @@ from msgspec import Meta, Struct, structs
 
 from actors.ingress.constraints import either, schema_constraint
 from actors.ingress.errors import invalid
-from actors.ingress.parsers.tool_calls.base import Tools
 from actors.messages import SamplingParams
+from actors.parsers.tool_calls.base import Tools
 
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 

@@ -167,9 +167,16 @@ class _Given(nn.Module):
 
     states: Tensor
 
+    @property
+    def decoder(self) -> _Given:
+        """Some models ask the decoder in their base model."""
+        return self
+
     def forward(self, *_: Any, **__: Any) -> Any:
         outputs = importlib.import_module("transformers.modeling_outputs")
-        return outputs.MoeModelOutputWithPast(last_hidden_state=self.states)
+        output = outputs.MoeModelOutputWithPast(last_hidden_state=self.states)
+        output.cross_attentions = None  # which some pass on
+        return output
 
 
 def load_foreign(
@@ -189,7 +196,7 @@ def load_foreign(
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise StartFailure(
-            f'{config.architecture} needs transformers: run `pip install "llm-runtime[transformers]"`'
+            f'{config.architecture} needs transformers: run `pip install "transformers>=5,<6"`'
         ) from None
     transformers.AttentionInterface.register(ATTENTION, _attention)
     try:

@@ -53,6 +53,9 @@ GROUPS = {
     "eval": Group(("lm-eval[api]",)),
     "guidellm": Group(("guidellm",)),
     "aiperf": Group(("aiperf",)),
+    "langchain": Group(("langchain-anthropic", "langchain-ollama")),
+    "anthropic": Group(("@anthropic-ai/sdk", "zod"), npm=True),
+    "ollama": Group(("ollama",), npm=True),
     "node": Group(("openai", "ai", "@ai-sdk/openai", "@ai-sdk/openai-compatible", "zod"), npm=True),
 }
 

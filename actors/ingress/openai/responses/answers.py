@@ -9,8 +9,8 @@ import msgspec
 
 from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.openai.turn import Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from actors.ingress.pieces import Identity
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 
