@@ -260,6 +260,7 @@ class Actor:
         return {**counters, "messages_bad": float(self.bad_messages), **times, **self.stats()}
 
     def _report(self) -> None:
+        self.mailbox.keep_address()
         report = ActorStats(self.incarnation, self.all_stats())
         for peer in self.peers_of_role("ingress"):
             self.send(peer, report)

@@ -25,7 +25,7 @@ import numpy as np
 from nodes import running
 from numpy.typing import NDArray
 
-WORDS = (Path(__file__).parent / "data" / "prose.txt").read_text().split()
+WORDS = (Path(__file__).parent.parent / "runtime/bench/prose.txt").read_text().split()
 BATCH = 32
 Vectors = NDArray[np.float32]
 

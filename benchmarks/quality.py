@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py [--model smollm2-135m-instruct] [--dtypes float32 bfloat16 int8 int4] [--decode]
 
-Perplexity is over benchmarks/data/prose.txt and code.txt, in windows of 512 tokens, each read from its beginning.
+Perplexity is over runtime/bench/prose.txt and benchmarks/data/code.txt, in windows of 512 tokens, each read from its
+beginning.
 Agreement is teacher-forced: float32 answers each prompt of tests/rank/prompts.json greedily, and the others are asked
 for their most likely token at every position of that answer. A token that differs does not shift those after it.
 
@@ -28,7 +29,7 @@ from actors.vocabulary import load_vocabulary
 from runtime.models import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS = ("prose", "code")
+TEXTS = {"prose": ROOT / "runtime/bench/prose.txt", "code": ROOT / "benchmarks/data/code.txt"}
 PAGE_SIZE, WINDOW = 16, 512
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
@@ -106,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     model = resolve_model(options.model, ROOT).path
     vocabulary = load_vocabulary(model)
-    texts = [vocabulary.encode((ROOT / f"benchmarks/data/{name}.txt").read_text(), False) for name in TEXTS]
+    texts = [vocabulary.encode(path.read_text(), False) for path in TEXTS.values()]
     prompts: list[list[int]] = list(json.loads((ROOT / "tests/rank/prompts.json").read_text()).values())
 
     reader = Reader(model, "float32", max(WINDOW, max(map(len, prompts)) + options.tokens), options.decode)

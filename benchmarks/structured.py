@@ -3,16 +3,17 @@
     python benchmarks/structured.py valid                # ten samples at temperature 1 of each of twenty schemas
     python benchmarks/structured.py speed                # time per token with a schema and without, at concurrency 8
     python benchmarks/structured.py mask                 # where the time of a mask goes, in this process
+    python benchmarks/structured.py maskbench DIRECTORY  # instances of MaskBench (guidance-ai/jsonschemabench)
 
 `valid` asks as applications do: a question, the schema, and room for the answer. A sample counts if the answer ends by
-itself, is JSON, and the schema allows it. Exit status 1 if one does not. The schemas bound their strings and lists:
-where they are free, a model of this size now and then writes until it is cut off, here as with any other server.
+itself, is JSON, and the schema allows it. Exit status 1 if one does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import sys
 import time
@@ -24,6 +25,12 @@ import aiohttp
 import jsonschema
 import numpy as np
 from nodes import running
+
+from actors.grammar import Backend, BadGrammar, Tokens, load_backend
+from actors.grammar.backends.llguidance import LLGuidance
+from actors.messages import Constraint
+from actors.vocabulary import Vocabulary
+from runtime.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
 MODEL = "smollm2-135m-instruct"
@@ -140,44 +147,111 @@ def mask(options: argparse.Namespace) -> int:
     import torch
 
     import kernels
-    from actors.grammar import GrammarCompiler, load_tokens, xgrammar
-    from actors.messages import Constraint
-    from runtime.models import resolve_model
 
-    tokens = load_tokens(resolve_model(MODEL, ROOT).path, 49152)
-    words = -(-tokens.vocab_size // 32)
-    compiler = GrammarCompiler(tokens)
-    logits = torch.randn(options.streams, tokens.vocab_size)
+    backend = _backend(options)
+    words = -(-backend.tokens.vocab_size // 32)
+    logits = torch.randn(options.streams, backend.tokens.vocab_size)
     seeds = torch.zeros(2, options.streams, dtype=torch.int64)
     draw = np.random.default_rng(0)
     for name, schema in SCHEMAS.items():
-        compiled = compiler.compile(Constraint("json_schema", json.dumps(schema)))
-        matchers = [xgrammar().GrammarMatcher(compiled) for _ in range(options.streams)]
-        batch = xgrammar().BatchGrammarMatcher(max_threads=options.threads)
+        compiled = backend.compile(Constraint("json_schema", json.dumps(schema)))
+        matchers = [compiled.matcher(backend.tokens.ends) for _ in range(options.streams)]
         spent, steps = np.zeros(2), 0
         while steps < 100 and matchers:
             bits = np.zeros((len(matchers), words), np.int32)
             params = kernels.SamplingTensors.build([1.0] * len(matchers))
             began = time.perf_counter()
-            batch.batch_fill_next_token_bitmask(matchers, bits, list(range(len(matchers))))
+            backend.fill(matchers, bits, list(range(len(matchers))))
             filled = time.perf_counter()
             places = torch.arange(len(matchers), dtype=torch.int32)
             masks = kernels.TokenMasks(places, torch.from_numpy(bits))
             kernels.sample(logits[: len(matchers)], params, *seeds[:, : len(matchers)], masks)
             spent += filled - began, time.perf_counter() - filled
             steps += 1
-            allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=tokens.vocab_size, bitorder="little")
+            allowed = np.unpackbits(bits.view(np.uint8), axis=1, count=backend.tokens.vocab_size, bitorder="little")
             for matcher, row in zip(matchers, allowed, strict=True):
-                matcher.accept_token(int(draw.choice(np.flatnonzero(row))))
-            matchers = [each for each in matchers if not each.is_terminated()]
+                matcher.accept(int(draw.choice(np.flatnonzero(row))))
+            matchers = [each for each in matchers if not each.over]
         fill, draw_from = 1e6 * spent / steps
         print(f"{name}: fill {fill:.0f} µs, sample {draw_from:.0f} µs a step, {steps} steps")
     return 0
 
 
+def maskbench(options: argparse.Namespace) -> int:
+    """Schemas and instances of MaskBench: what is refused, what is wrong, and what compiling and masks cost."""
+    backend = _backend(options)
+    files = sorted(Path(options.data).glob("*.json"))[:: options.every]
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    compiling, filling = [], []
+    bits = np.zeros(-(-backend.tokens.vocab_size // 32), np.int32)
+    for file in files:
+        document = json.loads(file.read_text())
+        counts["schemas"] += 1
+        began = time.perf_counter()
+        try:
+            compiled = backend.compile(Constraint("json_schema", json.dumps(document["schema"])))
+        except BadGrammar as refusal:
+            counts["refused for a keyword" if "supported" in str(refusal) else "refused otherwise"] += 1
+            reasons[str(refusal)[:110]] += 1
+            continue
+        finally:
+            compiling.append(time.perf_counter() - began)
+        for number, test in enumerate(document["tests"]):
+            text = json.dumps(test["data"], ensure_ascii=False)
+            matcher = compiled.matcher(backend.tokens.ends)
+            right = True
+            for token in backend.tokens.spell(text.encode("utf-8", "surrogatepass")):
+                if not number:
+                    began = time.perf_counter()
+                    matcher.fill(bits)
+                    filling.append(time.perf_counter() - began)
+                if not matcher.accept(token):
+                    right = False
+                    break
+            right = right and matcher.complete
+            counts["valid instances" if test["valid"] else "invalid instances"] += 1
+            if right != test["valid"]:
+                counts["wrong accepted" if right else "right refused"] += 1
+                print(f"{'accepted' if right else 'refused'}: {file.name}: {text[:200]}")
+    for reason, count in reasons.most_common(40):
+        print(f"{count:5} {reason}")
+    print(dict(counts))
+    for name, times in (("compile", compiling), ("mask", filling)):
+        p50, p99, most = (1e3 * float(np.percentile(times, rank)) for rank in (50, 99, 100))
+        print(f"{name}: p50 {p50:.3f} ms, p99 {p99:.2f} ms, at most {most:.1f} ms")
+    return 1 if counts["wrong accepted"] else 0
+
+
+def _backend(options: argparse.Namespace) -> Backend:
+    """For the embedded model, or for a vocabulary in the form of tekken.json (Mistral's, of 131k tokens)."""
+    if not options.tekken:
+        return load_backend(resolve_model(MODEL, ROOT).path, 49152, options.backend)
+    document = json.loads(Path(options.tekken).read_text())
+    special = int(document["config"]["default_num_special_tokens"])
+    size = int(document["config"]["default_vocab_size"])
+    texts = [base64.b64decode(each["token_bytes"]) for each in document["vocab"][: size - special]]
+    no_tokenizer: Any = None
+    vocabulary = Vocabulary(
+        token_bytes=[b""] * special + texts,
+        special_ids=range(special),
+        bos_id=1,
+        eos_ids=[2],
+        strips_leading_space=False,
+        special_tokens={},
+        chat_templates={},
+        build_tokenizer=no_tokenizer,
+    )
+    return LLGuidance(Tokens(vocabulary, size), options.threads)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["valid", "speed", "mask"])
+    parser.add_argument("part", choices=["valid", "speed", "mask", "maskbench"])
+    parser.add_argument("data", nargs="?", help="of maskbench: the directory maskbench/data of its repository")
+    parser.add_argument("--every", type=int, default=8, help="of maskbench: takes one schema in so many (%(default)s)")
+    parser.add_argument("--backend", choices=["llguidance", "xgrammar"], default="llguidance")
+    parser.add_argument("--tekken", metavar="FILE", help="of mask and maskbench: another vocabulary, as in tekken.json")
     parser.add_argument("--samples", type=int, default=10, help="of each schema (%(default)s)")
     parser.add_argument("--tokens", type=int, default=0, help="limit of an answer (valid: 1024, speed: 128)")
     parser.add_argument("--streams", type=int, default=8)
@@ -189,7 +263,10 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
     options = parser.parse_args()
     options.tokens = options.tokens or (1024 if options.part == "valid" else 128)
-    return {"valid": valid, "speed": speed, "mask": mask}[options.part](options)
+    if options.part == "maskbench" and not options.data:
+        parser.error("maskbench needs the directory of its data")
+    parts = {"valid": valid, "speed": speed, "mask": mask, "maskbench": maskbench}
+    return parts[options.part](options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """KV pages of SmolLM2 from a prefill engine's arena to a decode engine's, through KV sender and receiver.
 
-    python benchmarks/transfer.py [--engines shared,fake,shm,mooncake,nixl] [--pages 1024] [--rounds 5]
+    python benchmarks/transfer.py [--engines shared,fake,shm,tcp,mooncake,nixl] [--pages 1024] [--rounds 5]
 
 Both actors are processes of their own, this one is in the place of both schedulers. For each transfer engine: the time
 from an `Offer` until `Received` for one page and for 1,000 tokens (medians), and the rate of many pages, beside a plain
@@ -24,6 +24,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import zmq
 
 from actors.actor import Actor
 from actors.kv_format import KVFormat
@@ -38,6 +39,9 @@ SENDER, RECEIVER = "prefill.kv_sender", "decode.kv_receiver"
 TOKENS = 1_000
 START_DEADLINE_S = 60.0
 DEADLINE_S = 120.0
+
+
+KEYS = dict(zip(("public", "secret"), (key.decode() for key in zmq.curve_keypair()), strict=True))
 
 
 class Engines:
@@ -69,7 +73,7 @@ class Engines:
             "scheduler": scheduler,
             "ranks": ranks,
             "num_pages": self.num_pages,
-            "transfer": {"kind": self.kind},
+            "transfer": {"kind": self.kind, **(KEYS if self.kind == "tcp" else {})},
         }
         if role is KvReceiver and self.kind == "shm":
             config["sources"] = ["prefill.kv"]
@@ -152,7 +156,7 @@ def middle(rounds: int, measure: Callable[[], float]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default="shared,fake,shm,mooncake,nixl")
+    parser.add_argument("--engines", default="shared,fake,shm,tcp,mooncake,nixl")
     parser.add_argument("--pages", type=int, default=1024, help="pages of 360 KiB in each arena (default 1024)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

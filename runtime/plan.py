@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.cgroups import cpu_count
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
 from runtime.model_plan import ModelPlan, plan_model
@@ -34,6 +36,13 @@ class NodePlan:
     api_key: str | None
     placement: Placement
     crash_dump_dir: Path | None = None
+    admin_api_key: str | None = None
+    profile_dir: Path | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Everybody who reaches an interface of this machine may ask."""
+        return self.api_key is None and not is_loopback(self.topology.ingress.host)
 
     @property
     def engines(self) -> list[EnginePlan]:
@@ -69,7 +78,7 @@ def plan_node(
         raise loaded.error("tracing.endpoint", problem)
     here = [engine for name, engine in topology.engine.items() if placement.is_here(name)]
     ranks = sum(engine.tp for engine in here if engine.device == "cpu")
-    threads = max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+    threads = max(1, cpu_count() // max(1, ranks))
     models = [plan_model(loaded, index, threads, placement, download, note) for index in range(len(topology.models))]
     if node is not None or not placement.machines:
         check_needs(
@@ -85,7 +94,9 @@ def plan_node(
         models=models,
         api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
         placement=placement,
-        crash_dump_dir=_crash_dump_dir(loaded),
+        crash_dump_dir=_directory(loaded, "node.crash_dump_dir", topology.node.crash_dump_dir),
+        admin_api_key=topology.ingress.admin_api_key or os.environ.get("RUNTIME_ADMIN_API_KEY") or None,
+        profile_dir=_directory(loaded, "node.profile_dir", topology.node.profile_dir),
     )
 
 
@@ -99,11 +110,18 @@ def _can_trace() -> bool:
         return False
 
 
-def _crash_dump_dir(loaded: LoadedTopology) -> Path | None:
-    given = loaded.topology.node.crash_dump_dir
+def _directory(loaded: LoadedTopology, key: str, given: str | None) -> Path | None:
     if given is None:
         return None
-    return Path(os.path.abspath(loaded.base_of("node.crash_dump_dir") / Path(given).expanduser()))
+    return Path(os.path.abspath(loaded.base_of(key) / Path(given).expanduser()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only clients on this machine reach a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def _name(loaded: LoadedTopology, node: str | None) -> str:

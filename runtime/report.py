@@ -15,7 +15,7 @@ def as_json(report: NodeReport) -> dict[str, Any]:
 
 def _tree(status: NodeStatus) -> dict[str, Any]:
     """`last_exit` is a clause such as "killed by SIGKILL", or null; `doing` what its main loop last said, empty when
-    idle; `cpu_percent` is 100 for one busy core."""
+    idle; `cpu_percent` is 100 for one busy core; `pss_bytes` counts shared memory in shares that add up."""
     return {
         "name": status.name,
         "kind": status.kind,
@@ -29,5 +29,6 @@ def _tree(status: NodeStatus) -> dict[str, Any]:
         "uptime_s": round(status.uptime_s, 3),
         "cpu_percent": round(status.cpu_percent, 1),
         "rss_bytes": status.rss_bytes,
+        "pss_bytes": status.pss_bytes,
         "children": [_tree(child) for child in status.children],
     }

@@ -1,4 +1,8 @@
-"""Run directories: one a node, with its sockets, logs and crash reports, held by a lock while the node lives."""
+"""Run directories: one a node, with its sockets, logs and crash reports, held by a lock while the node lives.
+
+The lock is on the directory itself (flock(2)), so no file in it has to stay for the node to be found, and
+systemd-tmpfiles leaves alone what is in a directory that is locked.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ from pathlib import Path
 import msgspec
 
 from runtime.errors import UserError
+from supervisors.exits import write_atomically
 
-SUBDIRECTORIES = ("sockets", "logs", "incarnations", "crashes")
+SUBDIRECTORIES = ("sockets", "logs", "crashes")
 _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LOCK_PATIENCE_S = 0.3  # a command that looks whether the node runs holds the lock for a moment
 
 
@@ -38,7 +44,7 @@ def base_directory() -> Path:
 
 
 class RunDirectory:
-    """A node's run directory, locked by this process and its children.
+    """A node's run directory, locked by this process.
 
     Raises UserError if a living node has it, if another user could tamper with it, or if its path is too long.
     """
@@ -47,6 +53,7 @@ class RunDirectory:
         base = base_directory()
         self.node = node
         self.path = base / node
+        self._info: NodeInfo | None = None
         longest = len(os.fsencode(self.path / "sockets" / longest_actor_name))
         if longest > _LONGEST_SOCKET_PATH:
             raise UserError(
@@ -55,17 +62,43 @@ class RunDirectory:
             )
         _make_private(base)
         self._lock = _acquire(self.path)
-        for entry in self.path.iterdir():  # what a node that died without cleaning up has left
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        for name in SUBDIRECTORIES:
-            (self.path / name).mkdir(mode=0o700)
+        try:
+            for entry in self.path.iterdir():  # what a node that died without cleaning up has left
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            self._make_subdirectories()
+        except OSError as error:
+            raise _cannot_be_made(self.path, error) from None
 
     def write_info(self, info: NodeInfo) -> None:
-        """Makes the node known to `runtime status` and the other commands."""
-        temporary = self.path / ".node.json"
-        temporary.write_bytes(msgspec.json.encode(info))
-        temporary.replace(self.path / "node.json")
+        """Makes the node known to `runtime status` and the other commands. Raises UserError."""
+        self._info = info
+        try:
+            self._write_info()
+        except OSError as error:
+            raise _cannot_be_made(self.path, error) from None
+
+    def restore(self) -> bool:
+        """Makes again what somebody has removed, and takes the lock of a new directory; False if another node has that
+        now. Raises OSError if it cannot be done at present."""
+        if not _is_same(self.path, self._lock):
+            try:
+                _make_private(self.path.parent)
+                lock = _acquire(self.path, patience_s=0.0)
+            except UserError:
+                return False
+            os.close(self._lock)
+            self._lock = lock
+        self._make_subdirectories()
+        if self._info is not None and not (self.path / "node.json").exists():
+            self._write_info()
+        return True
+
+    def _make_subdirectories(self) -> None:
+        for name in SUBDIRECTORIES:
+            (self.path / name).mkdir(mode=0o700, exist_ok=True)
+
+    def _write_info(self) -> None:
+        write_atomically(self.path / "node.json", msgspec.json.encode(self._info))
 
     @property
     def root_log(self) -> Path:
@@ -74,16 +107,24 @@ class RunDirectory:
     @property
     def has_crash_reports(self) -> bool:
         """Whether any process of the node has crashed."""
-        return any((self.path / "crashes").iterdir())
+        try:
+            return any((self.path / "crashes").iterdir())
+        except OSError:
+            return False
 
     def remove(self, keep_logs: bool) -> None:
         """Removes the directory; with `keep_logs`, all but logs, crash reports and `node.json`."""
         kept = {"logs", "crashes", "node.json"} if keep_logs else set()
-        for entry in self.path.iterdir():
-            if entry.name not in kept:
-                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-        if not kept:
-            self.path.rmdir()
+        if not _is_same(self.path, self._lock):
+            return os.close(self._lock)  # it was removed already, and may be another node's now
+        try:
+            for entry in self.path.iterdir():
+                if entry.name not in kept:
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+            if not kept:
+                self.path.rmdir()
+        except OSError:
+            pass  # somebody else removes it too, or it cannot be written
         os.close(self._lock)
         try:
             self.path.parent.rmdir()
@@ -97,9 +138,7 @@ def _make_private(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
     except OSError as error:
-        raise UserError(
-            f"the run directory {path} cannot be made ({error.strerror}): set RUNTIME_DIR to another"
-        ) from None
+        raise _cannot_be_made(path, error) from None
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UserError(
             f"the run directory {path} belongs to another user or can be written by others: run `chmod 700 {path}` "
@@ -107,18 +146,22 @@ def _make_private(path: Path) -> None:
         )
 
 
-def _acquire(path: Path) -> int:
-    """Creates the directory if need be and takes its lock; the descriptor holds it."""
-    deadline = time.monotonic() + _LOCK_PATIENCE_S
+def _cannot_be_made(path: Path, error: OSError) -> UserError:
+    return UserError(f"the run directory {path} cannot be made ({error.strerror}): set RUNTIME_DIR to another")
+
+
+def _acquire(path: Path, patience_s: float = _LOCK_PATIENCE_S) -> int:
+    """Creates the directory if need be and takes its lock; the descriptor holds it. Raises UserError."""
+    deadline = time.monotonic() + patience_s
     while True:
         _make_private(path)
         try:
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            lock = os.open(path, _DIRECTORY)
         except FileNotFoundError:
             continue  # its former owner has just removed the directory
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_nlink:
+            if _is_same(path, lock):
                 return lock
         except BlockingIOError:
             if time.monotonic() > deadline:
@@ -130,20 +173,34 @@ def _acquire(path: Path) -> int:
                     "or start this one with another --port or --set node.name=NAME"
                 ) from None
             time.sleep(0.05)
+        except OSError as error:
+            os.close(lock)
+            raise UserError(
+                f"the run directory {path} cannot be locked ({error.strerror}): set RUNTIME_DIR to a directory on a "
+                "disk of this machine"
+            ) from None
         os.close(lock)
+
+
+def _is_same(path: Path, descriptor: int) -> bool:
+    """Whether the descriptor is the directory's that is there now, not a removed one's."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def is_running(path: Path) -> bool:
     """Whether a living node holds the run directory."""
     try:
-        lock = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(path, _DIRECTORY)
     except OSError:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(lock)
 
@@ -171,8 +228,9 @@ def find_node(name: str | None, dead_too: bool = False) -> Path:
     Raises UserError.
     """
     base = base_directory()
-    known = sorted(path for path in base.iterdir() if read_info(path)) if base.is_dir() else []
-    running = [path for path in known if is_running(path)]
+    entries = sorted(base.iterdir()) if base.is_dir() else []
+    running = [path for path in entries if is_running(path)]
+    known = [path for path in entries if path in running or read_info(path)]
     candidates = known if dead_too and (name is not None or not running) else running
     if name is not None:
         for path in candidates:

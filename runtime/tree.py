@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import zmq
 
-from actors.checkpoint import PoolingConfig
+from actors.checkpoint import PoolingConfig, checkpoint_facts
 from actors.ingress.journal import slot_bytes
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
@@ -17,15 +18,15 @@ from runtime.model_plan import ModelPlan
 from runtime.needs import arena_sizes_of
 from runtime.nodes import ip_address, part_of
 from runtime.output_formats import output_formats
-from runtime.plan import NodePlan
+from runtime.plan import NodePlan, is_loopback
 from runtime.status_socket import NAME as STATUS_SOCKET
 from runtime.topology import Faults
 from supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
-MAX_JOURNALLED = 4096
-"""Connections of one ingress worker that outlive it, at most: what a supervisor keeps of one child."""
+MAX_JOURNALLED = 2**14
+"""Connections of one ingress worker that outlive it while they have a request, at most."""
 _SCHEDULERS = {"unified": "Scheduler", "prefill": "PrefillScheduler", "decode": "DecodeScheduler"}
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""
@@ -86,6 +87,14 @@ def _faults(faults: Faults) -> dict[str, float]:
     }
 
 
+def _allowed_hosts(plan: NodePlan) -> list[str] | None:
+    """Names by which clients may ask for the server, None for any."""
+    ingress = plan.topology.ingress
+    if ingress.allowed_hosts is None and (plan.api_key is not None or not is_loopback(ingress.host)):
+        return None
+    return [*(ingress.allowed_hosts or []), ingress.host]
+
+
 def _of_role(model: ModelPlan, role: str) -> list[EnginePlan]:
     return [engine for engine in model.engines if engine.role == role]
 
@@ -104,6 +113,8 @@ class _Builder:
         self.supervision = plan.topology.supervision
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
         self.ingresses = _ingress_names(plan)
+        public, secret = zmq.curve_keypair()
+        self.own_keys = {"public": public.decode(), "secret": secret.decode()}
         self.schedulers = [engine.scheduler for engine in plan.engines]
 
     def root(self) -> SupervisorSpec:
@@ -205,7 +216,9 @@ class _Builder:
                 "max_model_len": model.max_model_len,
                 "max_step_tokens": settings.chunk_tokens + settings.max_running,
                 "threads": engine.threads,
+                "grammar_backend": engine.grammar_backend,
                 "process_group_dir": str(self.run_dir / "groups" / engine.name),
+                "profile_dir": str(self.plan.profile_dir or ""),
             },
         )
 
@@ -220,7 +233,7 @@ class _Builder:
         )
 
     def _kv_receiver(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
-        copies = self.plan.topology.transfer.engine == "shm" and not engine.shared_kv
+        copies = self.plan.topology.transfer_engine == "shm" and not engine.shared_kv
         sources = (
             list(dict.fromkeys(arena for each in _of_role(model, "prefill") for arena in each.kv_arenas))
             if copies
@@ -237,7 +250,7 @@ class _Builder:
 
     def _transfer_config(self, engine: EnginePlan) -> dict[str, Any]:
         settings = self.plan.topology.transfer
-        kind = "shared" if engine.shared_kv else settings.engine
+        kind = "shared" if engine.shared_kv else self.plan.topology.transfer_engine
         pages = zip(engine.kv_arenas, engine.formats, engine.heads, strict=True)
         return {
             "scheduler": engine.scheduler,
@@ -250,6 +263,7 @@ class _Builder:
                 "protocol": settings.protocol,
                 "device": settings.device,
                 **self._transfer_host(engine, kind),
+                **(self._transfer_keys() if kind == "tcp" else {}),
             },
         }
 
@@ -259,13 +273,22 @@ class _Builder:
             "grammar",
             "actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={"model": str(model.model.path), "vocab_size": model.config.vocab_size},
+            config={
+                "model": str(model.model.path),
+                "vocab_size": model.config.vocab_size,
+                "backend": engine.grammar_backend,
+            },
         )
+
+    def _transfer_keys(self) -> dict[str, str]:
+        """The deployment's keys, or on a single machine some that are made for this node's life."""
+        keys = self.plan.placement.keys
+        return {"public": keys.public, "secret": keys.secret} if keys is not None else self.own_keys
 
     def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
         """The address on which an engine's pages are read, where that is done over a network."""
         placement = self.plan.placement
-        if not placement.machines or kind not in ("mooncake", "nixl") or not placement.is_here(engine.name):
+        if not placement.machines or kind not in ("tcp", "mooncake", "nixl") or not placement.is_here(engine.name):
             return {}
         return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
 
@@ -343,6 +366,9 @@ class _Builder:
             config={
                 "models": [self._served_model(model) for model in plan.models],
                 "api_key": plan.api_key,
+                "admin_api_key": plan.admin_api_key,
+                "cors_origins": settings.cors_origins or [],
+                "allowed_hosts": _allowed_hosts(plan),
                 "request_timeout_s": settings.request_timeout_s,
                 "drain_s": settings.drain_s,
                 "max_body_bytes": settings.max_body_bytes,
@@ -350,6 +376,9 @@ class _Builder:
                 "status_socket": str(self.run_dir / STATUS_SOCKET),
                 "access_log": settings.access_log,
                 "cache_report": settings.cache_report,
+                "priority": settings.priority,
+                "response_dir": str(self.run_dir / "responses"),
+                "response_store_bytes": settings.response_store_bytes,
                 "crash_dump_dir": str(plan.crash_dump_dir or ""),
                 **self._tracing_config(),
             },
@@ -363,9 +392,11 @@ class _Builder:
             "max_model_len": model.max_model_len,
             "vocab_size": model.config.vocab_size,
             "eos_token_ids": model.config.eos_token_ids,
+            "sampling": msgspec.to_builtins(model.sampling),
             "tokenizer": model.tokenizer,
             "task": model.task,
             "encoders": [engine.actor for engine in model.encoders],
+            "files": msgspec.to_builtins(checkpoint_facts(model.model.path)),
             **_classes(model),
             **(output_formats(model, self.plan.topology.ingress) if model.engines else {}),
         }

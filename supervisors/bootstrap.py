@@ -22,7 +22,6 @@ from supervisors.link import ChildContext, Link
 from supervisors.messages import ForkRequest
 from supervisors.wire import Channel
 
-LOG_ROTATE_BYTES = 16 * 1024 * 1024
 _REPARENT_POLL_S = 0.0002
 
 
@@ -52,19 +51,10 @@ def enter(request: ForkRequest, link_fd: int, supervisor: int, middle: int) -> N
 
 def _redirect(log: Path) -> None:
     """Standard output and error to the log file, standard input from nowhere."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if log.stat().st_size > LOG_ROTATE_BYTES:
-            log.replace(log.with_name(log.name + ".1"))
-    except FileNotFoundError:
-        pass
     null = os.open(os.devnull, os.O_RDONLY)
-    out = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    for source, target in ((null, 0), (out, 1), (out, 2)):
-        os.dup2(source, target)
+    os.dup2(null, 0)
     sys.stdin = os.fdopen(0, closefd=False)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False, errors="backslashreplace")
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stdout = sys.stderr = logs.open_log(log, descriptors=(1, 2))
     logging.root.handlers.clear()
     logging.basicConfig(level=logging.root.level, format=logs.TEXT, stream=sys.stderr)
 
@@ -137,6 +127,7 @@ def _receive_context(channel: Channel) -> tuple[str, ChildContext] | None:
         link=link,
         parked=parked,
         supervisor=start.supervisor,
+        incarnations=start.incarnations,
     )
     return start.start, context
 

@@ -20,6 +20,9 @@ Done = Callable[[str], None]
 """Told the outcome of a command: an error sentence, or "" when done."""
 
 
+LATE_BEATS = 2
+"""A child that has said nothing for more heartbeats than this does not answer. It may yet: it is killed later."""
+
 Trial = Literal["give_up", "stay", "forget", ""]
 
 
@@ -35,7 +38,7 @@ class Child:
     trial       what follows if it does not become ready: its supervisor gives up (at the first start of all, unless it
                 was only struck by a signal), it stays stopped (started again by command), it is forgotten (added at
                 run time), or "": it is restarted.
-    starts      by this incarnation of the supervisor.
+    incarnation number of its latest start, in this node's life. starts: by this incarnation of the supervisor.
     culprit     the actor because of which its last process, a supervisor, ended.
     """
 
@@ -99,7 +102,7 @@ class Child:
             role=self.spec.role,
             state=self.state,
             incarnation=self.incarnation,
-            restarts=max(0, self.starts - 1),
+            restarts=max(0, self.incarnation - 1),
             last_exit=None if self.last_exit is None else self.last_exit.brief(),
             children=msgspec.convert(msgspec.to_builtins(self.subtree), list[NodeStatus]),
         )
@@ -107,6 +110,9 @@ class Child:
             node.pid = process.pid or None
             node.started_at = process.started_at
             node.stats = dict(process.stats)
-            if process.doing:
+            silent_s = now - process.last_beat
+            if self.state == "running" and silent_s > LATE_BEATS * self.spec.heartbeat_s:
+                node.state, node.doing, node.doing_s = "unresponsive", "not answering", silent_s
+            elif process.doing:
                 node.doing, node.doing_s = process.doing, now - process.doing_since
         return node

@@ -127,7 +127,7 @@ def log_tail(path: Path) -> tuple[str, ...]:
 
 
 def record_crash(run_dir: Path, report: CrashReport) -> None:
-    """Adds a report to RUNDIR/crashes/ID.json, which keeps the last CRASHES_KEPT, oldest first."""
+    """Adds a report to RUNDIR/crashes/ID.json, which keeps the last CRASHES_KEPT, oldest first. Raises OSError."""
     path = run_dir / "crashes" / f"{report.id}.json"
     reports = [*read_crashes(run_dir, report.id), report][-CRASHES_KEPT:]
     write_atomically(path, msgspec.json.format(msgspec.json.encode(reports), indent=2))
@@ -143,8 +143,12 @@ def read_crashes(run_dir: Path, name: str) -> list[CrashReport]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file so that a reader sees the old or the new content, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replaces a file so that a reader sees the old or the new content, never a part. Raises OSError."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

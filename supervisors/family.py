@@ -17,7 +17,6 @@ import msgspec
 from supervisors import messages
 from supervisors.child import Child, Done
 from supervisors.exits import CrashReport, ExitReason, record_crash
-from supervisors.incarnations import read_incarnation, write_incarnation
 from supervisors.loop import pidfd_kill
 from supervisors.messages import Start, Up
 from supervisors.nursery import Nursery
@@ -26,7 +25,7 @@ from supervisors.restarts import Delay, Intensity, affected, wants_restart
 from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
 from supervisors.status import Culprit, Event, EventKind, RunResult
 
-HEARTBEAT_S = 1.0
+SAY_FULL_S = 60.0
 TRIALS = 3
 """How often a child that is struck by a signal while it starts for the first time is started again. One that fails by
 itself is not: it would fail again."""
@@ -38,6 +37,7 @@ class Family:
     """The children of one supervisor.
 
     report(event)       is told what happens to the children.
+    pass_on(event)      is told what nested supervisors report of theirs.
     pass_up(msg, fds)   what descendants send that the supervisor's own parent has to know too.
     replied(msg)        answers of nested supervisors to commands.
     gone(child)         the process of a child has ended.
@@ -49,8 +49,10 @@ class Family:
         run_dir: Path,
         generation: int,
         descriptors: Mapping[str, int],
+        incarnations: Mapping[str, int],
         *,
         report: Callable[[Event], None],
+        pass_on: Callable[[Event], None],
         pass_up: Callable[[Up, Sequence[int]], None],
         replied: Callable[[messages.Reply], None],
         gone: Callable[[Child], None],
@@ -61,18 +63,25 @@ class Family:
         self.result: RunResult | None = None
         """Why it ends, once it does."""
         self.children: dict[str, Child] = {}
+        self.unwritten = 0
+        """Crash reports that could not be written."""
         self._run_dir = run_dir
         self._generation = generation
         self._descriptors = descriptors
+        self._incarnations = dict(incarnations)
         self._report = report
+        self._pass_on = pass_on
         self._pass_up = pass_up
         self._replied = replied
         self._gone = gone
         self._intensity = Intensity(spec.intensity, spec.period_s)
         self._dynamic = spec.strategy == "simple_one_for_one"
         self._wave_number: int | None = None
+        self._said_full_at = -SAY_FULL_S
         for child in () if self._dynamic else spec.children:
-            self.children[child.id] = Child(child, Delay(spec.backoff), in_wave=True)
+            self.children[child.id] = Child(
+                child, Delay(spec.backoff), in_wave=True, incarnation=self._incarnations.get(child.id, 0)
+            )
 
     def attach(self, nursery: Nursery) -> None:
         """Gives it the means to start processes; before the first `step`."""
@@ -116,7 +125,13 @@ class Family:
             return done(str(error))
         if missing := [name for name in spec.inherited() if name not in self._descriptors]:
             return done(f"cannot start {spec.id}: its supervisor has no descriptor named {missing[0]!r}")
-        child = Child(spec, Delay(self.spec.backoff), in_wave=not self.started, trial="forget")
+        child = Child(
+            spec,
+            Delay(self.spec.backoff),
+            in_wave=not self.started,
+            trial="forget",
+            incarnation=self._incarnations.get(spec.id, 0),
+        )
         child.up_waiters.append(done)
         self.children[spec.id] = child
         self.step()
@@ -239,7 +254,7 @@ class Family:
     def _start(self, child: Child) -> None:
         spec = child.spec
         child.incarnation = self._next_incarnation(child)
-        write_incarnation(self._run_dir, spec.id, child.incarnation)
+        self._count(spec.id, child.incarnation)  # before anybody can hear of it
         child.state = "starting"
         child.starts += 1
         names = spec.inherited()
@@ -252,8 +267,9 @@ class Family:
             supervisor=spec.supervisor,
             descriptors=names,
             run_dir=str(self._run_dir),
-            heartbeat_s=min(HEARTBEAT_S, spec.heartbeat_timeout_ms / 4000),
+            heartbeat_s=spec.heartbeat_s,
             parked=len(child.lot),
+            incarnations=self._incarnations if spec.type == "supervisor" else {},
         )
         fds = [self._descriptors[name] for name in names]
         child.process = self._nursery.launch(
@@ -263,15 +279,17 @@ class Family:
 
     def _next_incarnation(self, child: Child) -> int:
         if self.spec.strategy != "one_for_all":
-            return max(child.incarnation, read_incarnation(self._run_dir, child.spec.id)) + 1
+            return self._incarnations.get(child.spec.id, 0) + 1
         if not child.in_wave or self._wave_number is None:
-            members = self.children.values()
-            known = [max(member.incarnation, read_incarnation(self._run_dir, member.spec.id)) for member in members]
-            number = max(known) + 1
+            number = max(self._incarnations.get(member, 0) for member in self.children) + 1
             if not child.in_wave:
                 return number
             self._wave_number = number
         return self._wave_number
+
+    def _count(self, name: str, incarnation: int) -> None:
+        self._incarnations[name] = incarnation
+        self._pass_up(messages.Counted(id=name, incarnation=incarnation), ())
 
     def _begin_stop(self, child: Child, brutal: bool = False) -> None:
         process = child.process
@@ -298,14 +316,16 @@ class Family:
             case messages.Tree():
                 child.subtree = message.children
             case messages.EventRaised():
-                self._report(message.event)
+                self._pass_on(message.event)
             case messages.Reply():
                 self._replied(message)
+            case messages.Counted(id=name, incarnation=incarnation):
+                self._count(name, incarnation)
             case messages.Park(owner=owner, name=name, meta=meta):
                 if len(fds) == 1:
                     self._pass_up(message, fds)
                     if not child.lot.park(owner, name, fds.pop(), meta):
-                        _log.error("%s parks too many descriptors; %r was closed", owner, name)
+                        self._say_full(owner)
             case messages.Unpark(owner=owner, name=name):
                 self._pass_up(message, ())
                 child.lot.unpark(owner, name)
@@ -313,6 +333,12 @@ class Family:
                 process.heard(message)
         for fd in fds:
             os.close(fd)
+
+    def _say_full(self, owner: str) -> None:
+        if time.monotonic() - self._said_full_at > SAY_FULL_S:
+            self._said_full_at = time.monotonic()
+            what = "there are too many descriptors: raise `ulimit -n`"
+            _log.error("connections of %s are not kept for its next incarnation, %s", owner, what)
 
     def _became_ready(self, child: Child, process: Process) -> None:
         if process.ready_at is not None:
@@ -333,7 +359,7 @@ class Family:
         child.culprit = None if process.ending is None else process.ending.culprit
         child.subtree_stopped()
         self._gone(child)
-        self._tell(child, "exit", reason.text, process.pid or None)
+        self._tell(child, "exit", reason.text, process.pid or None, crash=reason.abnormal and not process.asked)
         if self._needed_until_its_turn(child, process):
             self._start(child)
         elif process.asked or process.ignored or self.result is not None:
@@ -347,20 +373,25 @@ class Family:
                 self._put_down(child)
         else:
             if reason.abnormal:
-                uptime = time.monotonic() - process.started_at
-                record_crash(
-                    self._run_dir,
-                    CrashReport(
-                        id=child.spec.id,
-                        pid=process.pid,
-                        incarnation=process.incarnation,
-                        uptime_s=round(uptime, 3),
-                        doing=process.doing,
-                        reason=reason,
-                    ),
-                )
+                self._record_crash(process, reason)
             self._ended_unasked(child, process, reason)
         self.step()
+
+    def _record_crash(self, process: Process, reason: ExitReason) -> None:
+        """Writes a report for people. A supervisor does its work without it too, on a full disk for example."""
+        report = CrashReport(
+            id=process.spec.id,
+            pid=process.pid,
+            incarnation=process.incarnation,
+            uptime_s=round(time.monotonic() - process.started_at, 3),
+            doing=process.doing,
+            reason=reason,
+        )
+        try:
+            record_crash(self._run_dir, report)
+        except OSError as error:
+            self.unwritten += 1
+            _log.warning("the crash report of %s cannot be written: %s", report.id, error.strerror)
 
     def _needed_until_its_turn(self, child: Child, process: Process) -> bool:
         """Whether a child that died while all are stopped in order is started again, because others to its right, which
@@ -461,8 +492,19 @@ class Family:
     def _log_path(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"
 
-    def _tell(self, child: Child, kind: EventKind, text: str = "", pid: int | None = None) -> None:
+    def _tell(
+        self, child: Child, kind: EventKind, text: str = "", pid: int | None = None, *, crash: bool = False
+    ) -> None:
         if pid is None and child.process is not None:
             pid = child.process.pid or None
-        event = Event(kind=kind, id=child.spec.id, text=text, pid=pid, incarnation=child.incarnation, when=time.time())
-        self._report(event)
+        self._report(
+            Event(
+                kind=kind,
+                id=child.spec.id,
+                text=text,
+                pid=pid,
+                incarnation=child.incarnation,
+                when=time.time(),
+                crash=crash,
+            )
+        )

@@ -17,7 +17,7 @@ from supervisors.spec import SupervisorSpec
 from supervisors.status import StatValue
 from supervisors.wire import Channel
 
-MAX_PARKED = 4096
+MAX_PARKED = 2**16
 """Descriptors one child may park at a time."""
 MAX_META_BYTES = 32 * 1024
 
@@ -35,6 +35,7 @@ class ChildContext:
     descriptors  name to descriptor, for the names in its specification.
     parked       name to (descriptor, meta) of what an earlier incarnation parked and did not take back.
     supervisor   what to supervise, for nested supervisors.
+    incarnations number of the latest start of each actor that it has supervised before, for nested supervisors.
     """
 
     id: str
@@ -46,6 +47,7 @@ class ChildContext:
     link: Link
     parked: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     supervisor: SupervisorSpec | None = None
+    incarnations: Mapping[str, int] = field(default_factory=dict)
 
 
 class Link:

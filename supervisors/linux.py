@@ -7,7 +7,8 @@ import os
 import resource
 import signal
 from collections.abc import Collection
-from pathlib import Path
+
+import psutil
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PDEATHSIG = 1
@@ -62,35 +63,29 @@ def reset_signals() -> None:
 
 def thread_count() -> int:
     """Threads of this process, those of native libraries included."""
-    return len(os.listdir("/proc/self/task"))
+    return psutil.Process().num_threads()
 
 
 def raise_descriptor_limit() -> None:
-    """Lifts the soft limit of open descriptors to the hard one: a supervisor may hold many parked ones."""
+    """Lifts the soft limit of open descriptors to the hard one: each connection takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """User and system time of a process in seconds; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def descriptors_for_connections(limit: int | None = None) -> int:
+    """Descriptors below this number may be connections. The others are for everything without which a process cannot
+    live: libraries abort when they get none.
+
+    Args:
+        limit: of open descriptors; by default this process's.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] if limit is None else limit
+    return limit - min(256, limit // 3)
 
 
 def is_stopped(pid: int) -> bool:
     """Whether a process was stopped by a signal or is held by a debugger."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
-    except (OSError, IndexError):
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
         return False
-
-
-def rss_bytes(pid: int) -> int:
-    """Resident memory of a process in bytes, shared pages included; 0 if it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0

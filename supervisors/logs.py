@@ -1,4 +1,4 @@
-"""How log lines are written: as text, or one JSON object a line.
+"""Where log lines are written and how: as text, or one JSON object a line.
 
 The choice is an environment variable, since it must reach processes that are forked and interpreters that are started
 anew alike.
@@ -6,9 +6,13 @@ anew alike.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import threading
 import time
+from pathlib import Path
+from typing import Any, TextIO
 
 import msgspec
 
@@ -17,6 +21,94 @@ TEXT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _EXTRA = ("request", "request_id", "status")
 """What a log call may say beside the message, by its `extra`: the request that it is about, and the client's own name
 for it."""
+
+
+ROTATE_BYTES = 16 * 1024 * 1024
+"""A log of more bytes is renamed to `NAME.log.1`, and a new one begins."""
+
+
+class LogFile(io.RawIOBase):
+    """A log as a stream that never fails: nobody should end because a line for people cannot be written.
+
+    What cannot be written is counted, and the log says so as soon as it takes lines again. The log is rotated while it
+    is written, and made anew when somebody has removed it.
+
+    Args:
+        descriptors: numbers under which the log is open too, such as 1 and 2: native libraries write there.
+    """
+
+    def __init__(self, path: Path, descriptors: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self._path = path
+        self._descriptors = descriptors
+        self._lock = threading.Lock()
+        self._lost_bytes = 0
+        self._fd = -1
+        self._on_nothing = False
+        """What is open is /dev/null, for the log cannot be opened."""
+        try:
+            self._open()
+        except OSError:
+            self._lost(0)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def write(self, data: Any) -> int:
+        """Takes all of it, whatever becomes of it."""
+        with self._lock:
+            rest = memoryview(data).cast("B")
+            size = rest.nbytes
+            try:
+                status = None if self._fd < 0 or self._on_nothing else os.fstat(self._fd)
+                if status is None or status.st_nlink == 0 or status.st_size >= ROTATE_BYTES:
+                    self._open()
+                if self._lost_bytes:
+                    os.write(self._fd, f"({self._lost_bytes} bytes of this log could not be written)\n".encode())
+                    self._lost_bytes = 0
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+            except OSError:
+                self._lost(rest.nbytes)
+        return size
+
+    def _open(self) -> None:
+        """Opens the log, a new one if the present one is long. Raises OSError."""
+        self._path.parent.mkdir(mode=0o700, exist_ok=True)
+        try:
+            if self._path.stat().st_size >= ROTATE_BYTES:
+                self._path.replace(self._path.with_name(self._path.name + ".1"))
+        except OSError:
+            pass  # there is none, or it cannot be renamed: then it grows
+        self._take(os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        self._on_nothing = False
+
+    def _take(self, fd: int) -> None:
+        """Puts `fd` in the place of what was open."""
+        if self._descriptors:
+            for target in self._descriptors:
+                os.dup2(fd, target)
+            os.close(fd)
+            self._fd = self._descriptors[0]
+            return
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = fd
+
+    def _lost(self, size: int) -> None:
+        self._lost_bytes += size
+        if self._fd < 0:
+            self._take(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC))
+            self._on_nothing = True
+
+
+def open_log(path: Path, descriptors: tuple[int, ...] = ()) -> TextIO:
+    """A log as a text stream, written line by line; see `LogFile`."""
+    raw = LogFile(path, descriptors)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 def is_json() -> bool:

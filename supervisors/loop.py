@@ -13,6 +13,9 @@ from typing import Any
 
 Callback = Callable[[], None]
 
+LONGEST_WAIT_S = 3600.0
+"""The kernel takes at most 2³¹ milliseconds."""
+
 
 @dataclass(eq=False)
 class _Watch:
@@ -48,8 +51,8 @@ class Loop:
             self._selector.unregister(fd).data.active = False
 
     def poll(self, timeout_s: float | None) -> None:
-        """Waits for events, at most `timeout_s` seconds, and runs their callbacks."""
-        for key, events in self._selector.select(timeout_s):
+        """Waits for events, at most `timeout_s` seconds and LONGEST_WAIT_S, and runs their callbacks."""
+        for key, events in self._selector.select(timeout_s if timeout_s is None else min(timeout_s, LONGEST_WAIT_S)):
             watch: _Watch = key.data
             if events & selectors.EVENT_WRITE and watch.active and watch.writable is not None:
                 watch.writable()

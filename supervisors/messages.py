@@ -1,7 +1,7 @@
 """What a supervisor and its children say to each other over their link, and the supervisor to its zygote.
 
-Down: Start, Parked, Shutdown, Call. Up: Ready, Ignore, Failed, Crash, Heartbeat, Park, Unpark from every child; Tree,
-EventRaised, Reply and Ending from nested supervisors.
+Down: Start, Parked, Shutdown, Call. Up: Ready, Ignore, Failed, Crash, Heartbeat, Park, Unpark from every child;
+Counted, Tree, EventRaised, Reply and Ending from nested supervisors.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Start(_Message, frozen=True):
     heartbeat_s: float
     parked: int
     """Descriptors that follow in Parked messages before the child's code runs."""
+    incarnations: dict[str, int] = {}
+    """For a nested supervisor: the number of the latest start of each child that it, or one below it, has had."""
 
 
 class ParkedEntry(_Message, frozen=True):
@@ -113,6 +115,16 @@ class Unpark(_Message, frozen=True):
     name: str
 
 
+class Counted(_Message, frozen=True):
+    """The child `id` of a nested supervisor, or of one below it, is about to be started for the `incarnation`-th time.
+
+    Every supervisor above keeps the count, so it outlives the one that has started the child, without a file.
+    """
+
+    id: str
+    incarnation: int
+
+
 class Tree(_Message, frozen=True):
     """State of the children of a nested supervisor: after each change, and with each heartbeat."""
 
@@ -141,7 +153,7 @@ class Ending(_Message, frozen=True):
 
 
 Down = Start | Parked | Shutdown | Call
-Up = Ready | Ignore | Failed | Crash | Heartbeat | Park | Unpark | Tree | EventRaised | Reply | Ending
+Up = Ready | Ignore | Failed | Crash | Heartbeat | Park | Unpark | Counted | Tree | EventRaised | Reply | Ending
 
 
 class ForkRequest(_Message, frozen=True):

@@ -21,6 +21,7 @@ class NestedSupervisor:
             name=context.id,
             descriptors=context.descriptors,
             generation=context.incarnation,
+            incarnations=context.incarnations,
             link=link,
         )
         supervisor.start_zygote()

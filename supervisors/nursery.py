@@ -93,6 +93,7 @@ class Nursery:
 
     def send(self, process: Process, message: Down, fds: Sequence[int] = ()) -> None:
         """Sends now, or when the link takes it."""
+        self._return_parked(process, all_now=True)
         process.channel.send(encode(message), fds)
         self._loop.want_write(process.channel.fileno(), process.channel.backlog > 0)
 
@@ -264,11 +265,23 @@ class Nursery:
             process.kill()
             return
         self.send(process, launch.start, launch.fds)
-        for message, fds in launch.parked:
-            self.send(process, message, fds)
+        process.parked = iter(launch.parked)
+        self._writable(process)
+
+    def _return_parked(self, process: Process, all_now: bool = False) -> None:
+        """Gives parked descriptors back, as the link takes them: what waits in it is duplicated, and there may be
+        thousands."""
+        while process.parked is not None and (all_now or not process.channel.backlog):
+            try:
+                message, fds = next(process.parked)
+            except StopIteration:
+                process.parked = None
+            else:
+                process.channel.send(encode(message), fds)
 
     def _writable(self, process: Process) -> None:
         process.channel.flush()
+        self._return_parked(process)
         self._loop.want_write(process.channel.fileno(), process.channel.backlog > 0)
 
     def _readable(self, process: Process) -> None:
@@ -303,5 +316,6 @@ class Nursery:
         self._loop.unwatch(process.channel.fileno())
         os.close(process.pidfd)
         process.pidfd = -1
+        process.parked = None
         process.channel.close()
         self._on_exit(process, status, "")

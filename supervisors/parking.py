@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from supervisors import linux
 from supervisors.link import MAX_PARKED
 from supervisors.messages import Parked, ParkedEntry
 
@@ -27,7 +28,7 @@ class ParkingLot:
     def park(self, owner: str, name: str, fd: int, meta: bytes) -> bool:
         """Keeps `fd`, in place of an earlier one of that name; closes it and returns False if there are too many."""
         self.unpark(owner, name)
-        if self._count.get(owner, 0) >= MAX_PARKED:
+        if self._count.get(owner, 0) >= MAX_PARKED or fd >= linux.descriptors_for_connections():
             os.close(fd)
             return False
         self._kept[owner, name] = (fd, meta)

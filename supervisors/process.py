@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class Process:
     said: str = ""
     traceback: str = ""
     ending: messages.Ending | None = None
+    parked: Iterator[tuple[messages.Parked, list[int]]] | None = None
+    """What it is still to be given back."""
 
     def kill(self, verdict: tuple[ExitKind, str] | None = None) -> None:
         """SIGKILL, now or as soon as there is a pid; the first verdict stays."""

@@ -7,6 +7,7 @@ the process that runs it.
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -24,8 +25,12 @@ NESTED_SUPERVISOR = "supervisors.nested:NestedSupervisor"
 """What a child of type "supervisor" runs."""
 
 DEFAULT_SHUTDOWN_MS = 5000
+HEARTBEAT_S = 1.0
 MAX_DESCRIPTORS = 200
 """Named descriptors one child may inherit; the kernel passes at most 253 in one message."""
+
+MAX_MS = 2**32 - 1
+"""The longest time in a child's specification, Erlang's longest timeout: 49 days."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _START = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -94,6 +99,11 @@ class ChildSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return 0 if self.shutdown == "brutal_kill" else self.shutdown
 
     @property
+    def heartbeat_s(self) -> float:
+        """Seconds from one heartbeat to the next."""
+        return min(HEARTBEAT_S, self.heartbeat_timeout_ms / 4000)
+
+    @property
     def process_title(self) -> str:
         return f"runtime: {self.id}" if self.title is None else self.title
 
@@ -144,18 +154,21 @@ class ChildInstance(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 def validate_child(child: ChildSpec, auto_shutdown: AutoShutdown = "never") -> None:
     """Raises SpecError unless `child` (and what is below it) can be started under such a supervisor."""
     name = f"child {child.id!r}"
+    _check_types(child, name)
     if not _NAME.fullmatch(child.id):
         raise SpecError(
             f"{name}: an id has 1 to 100 letters, digits, '_', '-' or '.', and starts with a letter or digit"
         )
-    if child.shutdown is not None and isinstance(child.shutdown, int) and child.shutdown < 0:
-        raise SpecError(f'{name}: shutdown is {child.shutdown} ms; give 0 or more, "brutal_kill" or "infinity"')
+    if isinstance(child.shutdown, int) and not 0 <= child.shutdown <= MAX_MS:
+        raise SpecError(
+            f'{name}: shutdown is {child.shutdown} ms; give 0 to {MAX_MS}, "brutal_kill", or "infinity" for longer'
+        )
     for field, value in (
         ("start_timeout_ms", child.start_timeout_ms),
         ("heartbeat_timeout_ms", child.heartbeat_timeout_ms),
     ):
-        if value <= 0:
-            raise SpecError(f"{name}: {field} is {value}; give more than 0 milliseconds")
+        if not 0 < value <= MAX_MS:
+            raise SpecError(f"{name}: {field} is {value}; give 1 to {MAX_MS} milliseconds")
     if len(child.inherited()) > MAX_DESCRIPTORS:
         raise SpecError(f"{name}: {len(child.inherited())} descriptors; at most {MAX_DESCRIPTORS} can be inherited")
     if child.significant and child.restart == "permanent":
@@ -164,7 +177,7 @@ def validate_child(child: ChildSpec, auto_shutdown: AutoShutdown = "never") -> N
         raise SpecError(f"{name}: significant has no effect unless the supervisor sets auto_shutdown; set it")
     try:
         msgspec.msgpack.encode(child.args)
-    except (TypeError, OverflowError) as error:
+    except (TypeError, OverflowError, ValueError, RecursionError) as error:
         raise SpecError(f"{name}: args must be MessagePack-able: {error}") from None
     if child.type == "supervisor":
         if child.supervisor is None:
@@ -187,17 +200,28 @@ def validate(spec: SupervisorSpec) -> None:
 
 
 def _validate_supervisor(spec: SupervisorSpec, name: str) -> None:
-    try:  # constraints of the fields, which msgspec checks on decoding only
-        msgspec.convert(msgspec.to_builtins(spec), SupervisorSpec)
-    except (msgspec.ValidationError, TypeError) as error:
-        raise SpecError(f"{name}: {error}") from None
+    _check_types(spec, name)
+    backoff = [(f"backoff.{field}", getattr(spec.backoff, field)) for field in Backoff.__struct_fields__]
+    for field, value in (("period_s", spec.period_s), *backoff):
+        if not math.isfinite(value):
+            raise SpecError(f"{name}: {field} is {value}; give a finite number")
     if spec.strategy == "simple_one_for_one":
+        if spec.auto_shutdown != "never":  # as OTP does since version 27
+            raise SpecError(f"{name}: auto_shutdown does not go with simple_one_for_one; leave it out")
         if len(spec.children) != 1:
             raise SpecError(f"{name}: simple_one_for_one takes one child as template, not {len(spec.children)}")
         if spec.children[0].type == "supervisor":
             raise SpecError(f"{name}: the template of simple_one_for_one must be a worker, so that ids stay unique")
     for child in spec.children:
         validate_child(child, spec.auto_shutdown)
+
+
+def _check_types(spec: ChildSpec | SupervisorSpec, name: str) -> None:
+    """Types and limits of the fields, which msgspec checks on decoding only."""
+    try:
+        msgspec.convert(msgspec.to_builtins(spec, builtin_types=(bytes,)), type(spec))
+    except (msgspec.ValidationError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise SpecError(f"{name}: {error}") from None
 
 
 def _validate_start(name: str, start: str) -> None:

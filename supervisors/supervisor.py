@@ -27,7 +27,11 @@ from supervisors.zygote import Zygote
 LATE_S = 0.5
 """A supervisor that wakes so much later than it should was stopped itself, or the whole machine was."""
 
+_NO_CHANGE = messages.Heartbeat | messages.Park | messages.Unpark | messages.Counted | messages.Reply
+"""Messages of children after which their state is what it was."""
+
 _log = logging.getLogger(__name__)
+_LEVELS = {"gave_up": logging.ERROR, "backoff": logging.WARNING, "zygote": logging.WARNING}
 
 
 class Supervisor:
@@ -51,11 +55,15 @@ class Supervisor:
         name: str = "root",
         descriptors: Mapping[str, int] | None = None,
         generation: int = 1,
+        incarnations: Mapping[str, int] | None = None,
         link: Link | None = None,
     ) -> None:
-        """`generation` and `link` are for nested supervisors. Raises SpecError for a faulty specification."""
+        """`generation`, `incarnations` and `link` are for nested supervisors. Raises SpecError for a faulty
+        specification."""
         descriptors = descriptors or {}
         validate(spec)
+        if any(child.id == name for child in spec.descendants()):
+            raise SpecError(f"child {name!r} has the name of its supervisor; give it another id")
         for child in spec.children:
             for wanted in child.inherited():
                 if wanted not in descriptors:
@@ -69,7 +77,9 @@ class Supervisor:
             run_dir,
             generation,
             descriptors,
+            incarnations or {},
             report=self._report,
+            pass_on=self._pass_on,
             pass_up=self._pass_up,
             replied=self._replied,
             gone=self._fail_calls,
@@ -87,8 +97,11 @@ class Supervisor:
 
     def start_zygote(self) -> None:
         """Forks the process that will fork the children. Raises RuntimeError if this process has threads already."""
-        for folder in ("logs", "crashes", "incarnations"):
-            (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in ("logs", "crashes"):
+            try:
+                (self._run_dir / folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                _log.warning("%s cannot be made: %s", self._run_dir / folder, error.strerror)
         linux.raise_descriptor_limit()
         linux.become_subreaper()
         self._zygote.start()
@@ -107,7 +120,8 @@ class Supervisor:
         """Supervises until a shutdown or failure; returns when no child has a process any more.
 
         Must run in the main thread, which must live on: the children die with it. `extra` maps descriptors to
-        callbacks for when they are readable. SIGTERM and SIGINT stop the tree, a second SIGINT kills it.
+        callbacks for when they are readable. SIGTERM, SIGINT and, at the root, SIGHUP unless it is ignored, stop the
+        tree; a second SIGINT kills it.
         """
         if self._zygote.channel is None:
             self.start_zygote()
@@ -116,13 +130,14 @@ class Supervisor:
         nursery = Nursery(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
         self._nursery = nursery
         family.attach(nursery)
-        self._loop.watch_signals(
-            {
-                signal.SIGCHLD: nursery.child_ended,
-                signal.SIGTERM: self.shutdown,
-                signal.SIGINT: self._interrupted,
-            }
-        )
+        callbacks: dict[int, Callable[[], None]] = {
+            signal.SIGCHLD: nursery.child_ended,
+            signal.SIGTERM: self.shutdown,
+            signal.SIGINT: self._interrupted,
+        }
+        if self._parent is None and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            callbacks[signal.SIGHUP] = self.shutdown
+        self._loop.watch_signals(callbacks)
         for fd, callback in (extra or {}).items():
             self.watch(fd, callback)
         try:
@@ -234,6 +249,7 @@ class Supervisor:
             state="stopping" if ending else "running" if self._family.started else "starting",
             incarnation=self._generation,
             started_at=self._started_at,
+            stats={"unwritten_reports": self._family.unwritten} if self._family.unwritten else {},
             children=[child.status() for child in self._family.children.values()],
         )
 
@@ -307,7 +323,7 @@ class Supervisor:
     # Events
 
     def _on_message(self, process: Process, message: Up, fds: list[int]) -> None:
-        if not isinstance(message, messages.Heartbeat | messages.Park | messages.Unpark | messages.Reply):
+        if not isinstance(message, _NO_CHANGE):
             self._changed()
         self._family.on_message(process, message, fds)
         if isinstance(message, messages.Ready):
@@ -336,9 +352,15 @@ class Supervisor:
             self.kill_all()
 
     def _report(self, event: Event) -> None:
-        self._changed()
+        """Something happened to a child, or to the zygote. Only this supervisor logs it."""
         says_kind = event.kind in ("ready", "zygote")  # the text does
-        _log.info("%s: %s", event.id, event.text if says_kind else f"{event.kind} {event.text}".rstrip())
+        text = event.text if says_kind else f"{event.kind} {event.text}".rstrip()
+        level = logging.WARNING if event.crash else _LEVELS.get(event.kind, logging.INFO)
+        _log.log(level, "%s: %s", event.id, text)
+        self._pass_on(event)
+
+    def _pass_on(self, event: Event) -> None:
+        self._changed()
         if self._parent is not None:
             self._parent.event(event)
         elif self._on_event is not None:

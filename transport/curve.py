@@ -36,7 +36,7 @@ _CONNECT_MS = 1_000
 _HANDSHAKE_MS = 3_000
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 500
-_ZAP_ADDRESS = "inproc://zeromq.zap.01"
+ZAP_ADDRESS = "inproc://zeromq.zap.01"
 _MONITOR_ADDRESS = "inproc://handshakes"
 _REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _RESTARTS_BITS = 20
@@ -88,7 +88,7 @@ class Doorkeeper:
         self._strangers = 0
         self._zap = context.socket(zmq.REP)
         self._zap.setsockopt(zmq.LINGER, 0)
-        self._zap.bind(_ZAP_ADDRESS)
+        self._zap.bind(ZAP_ADDRESS)
         self.socket: zmq.Socket[bytes] = context.socket(zmq.PULL)
         """The inbox."""
         self.socket.setsockopt(zmq.RCVHWM, high_water_mark)
@@ -128,19 +128,25 @@ class Doorkeeper:
 
     def _decide(self) -> None:
         """Answers ZeroMQ's question whether a client that has proven its public key may come in."""
-        version, number, _, address, _, mechanism, *credentials = self._zap.recv_multipart()
-        allowed = mechanism == b"CURVE" and credentials == [self._key]
-        if not allowed:
+        if (address := decide(self._zap, self._key)) is not None:
             self._strangers += 1
             if self._strangers.bit_count() == 1:  # 1, 2, 4, 8 …: whoever tries all the time must not fill the log
-                logger.warning("%s has other keys than this deployment", address.decode("ascii", "replace"))
-        status = (b"200", b"") if allowed else (b"400", b"unknown key")
-        self._zap.send_multipart([version, number, *status, b"", b""])
+                logger.warning("%s has other keys than this deployment", address)
 
     def _refused(self, why: str) -> None:
         self._counter.refused += 1
         if self._counter.refused.bit_count() == 1:
             logger.warning("turned away connection number %d: %s", self._counter.refused, why)
+
+
+def decide(zap: zmq.Socket[bytes], key: bytes) -> str | None:
+    """Answers one question of ZeroMQ, whether a client may come in: if the key that it has proven is the deployment's.
+    The address of one that may not."""
+    version, number, _, address, _, mechanism, *credentials = zap.recv_multipart()
+    allowed = mechanism == b"CURVE" and credentials == [key]
+    status = (b"200", b"") if allowed else (b"400", b"unknown key")
+    zap.send_multipart([version, number, *status, b"", b""])
+    return None if allowed else address.decode("ascii", "replace")
 
 
 class RemoteOutbox:

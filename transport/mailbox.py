@@ -119,19 +119,40 @@ class Mailbox(Generic[Body]):
         inbox.setsockopt(zmq.LINGER, 0)
         self.sockets = [inbox]
         """The inboxes, one of them for other machines if there are such peers: to be polled together."""
-        if address.startswith("ipc://"):
-            path = Path(address.removeprefix("ipc://"))
-            path.unlink(missing_ok=True)  # a killed incarnation leaves its socket file behind
-            inbox.bind(address)
-            os.chmod(path, 0o600)
-        else:
-            inbox.bind(address)
+        self._address = address
+        self._bound: os.stat_result | None = None
+        """The inbox's socket file, if it has one."""
+        self._bind()
         if network is not None and network.listen:
             door = Doorkeeper(self._context, network, HIGH_WATER_MARK, 2 * codec.max_bytes, self.counters)
             self.sockets.append(door.socket)
         self._poller = zmq.Poller()
         for socket in self.sockets:
             self._poller.register(socket, zmq.POLLIN)
+
+    def _bind(self) -> None:
+        path = Path(self._address.removeprefix("ipc://"))
+        if self._address.startswith("ipc://"):
+            path.unlink(missing_ok=True)  # a killed incarnation leaves its socket file behind
+        self.sockets[0].bind(self._address)
+        if self._address.startswith("ipc://"):
+            os.chmod(path, 0o600)
+            self._bound = path.stat()
+
+    def keep_address(self) -> None:
+        """Binds the inbox once more if its socket file is gone: whoever cleans a directory of temporary files may have
+        removed it. Connections that there are go on; new ones would not be possible. To be called now and then."""
+        if self._bound is None:
+            return
+        try:
+            if os.path.samestat(os.stat(self._address.removeprefix("ipc://")), self._bound):
+                return
+        except OSError:
+            pass
+        try:  # the old listener stays: it would remove the new one's file if it were closed
+            self._bind()
+        except (OSError, zmq.ZMQError) as error:
+            logger.warning("the socket file of %s is gone and cannot be made again: %s", self.name, error)
 
     def send(self, peer: str, body: Body) -> bool:
         """Queues a message for a peer and returns at once.

@@ -147,9 +147,6 @@ def check_config(path: Path, config: ModelConfig) -> None:
             raise CheckpointError(f"{path}: {name} must be a positive number, not {getattr(config, name)}")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise CheckpointError(f"{path}: a sliding window of {config.sliding_window} tokens makes no sense")
-    for token in (*config.bos_token_ids, *config.eos_token_ids):
-        if not 0 <= token < config.vocab_size:
-            raise CheckpointError(f"{path}: token {token} is outside the vocabulary of {config.vocab_size}")
     if config.latent is not None:
         _check_limits(path, config.latent, dict.fromkeys(("kv_rank", "rope_dim", "nope_dim", "value_dim"), 2**14))
         if config.latent.q_rank is not None:
@@ -200,6 +197,15 @@ def rope_scaling(path: Path, kind: str, values: Mapping[str, Any]) -> dict[str, 
     optional = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
     names = [*ROPE_KINDS[kind], *(optional if kind == "yarn" else ())]
     return {"rope_type": kind, **{name: values[name] for name in names if values.get(name) is not None}}
+
+
+def scaled_length(length: int, scaling: Mapping[str, Any] | None) -> int:
+    """Positions that a model can use: those that its configuration names, or more, where a stretched rotary embedding
+    is made for more, as in the recipe of Qwen's model cards. Llama 3.1's configurations name the stretched length."""
+    if scaling is None or scaling["rope_type"] == "llama3":
+        return length
+    trained = scaling["original_max_position_embeddings"] if scaling["rope_type"] == "yarn" else length
+    return max(length, int(trained * scaling["factor"]))
 
 
 def distinct(*groups: int | list[int] | None) -> list[int]:

@@ -7,10 +7,12 @@ from typing import Any
 
 import msgspec
 
-from actors.checkpoint.config import Experts, Latent, ModelConfig, distinct, rope_scaling
+from actors.checkpoint.config import Experts, Latent, ModelConfig, distinct, rope_scaling, scaled_length
 from actors.checkpoint.config_of_transformers import config_of_transformers
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.json_file import read_json
 from actors.checkpoint.plugins import plugin
+from actors.checkpoint.tokenizer_eos import eos_of_tokenizer
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -21,6 +23,18 @@ ARCHITECTURES = (
     "Glm4MoeForCausalLM",
     "DeepseekV3ForCausalLM",
 )
+ALIASES = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Other names of architectures."""
+_BY_MODEL_TYPE = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+"""Architectures of configurations that do not name one, by `model_type`."""
 TORCH_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """ggml's names of torch's types."""
 
@@ -29,6 +43,7 @@ class _AnyConfig(msgspec.Struct):
     """The entries of config.json that matter here whatever the architecture is."""
 
     architectures: list[str] = []
+    model_type: str = ""
     bos_token_id: int | list[int] | None = None
     eos_token_id: int | list[int] | None = None
     torch_dtype: str | None = None
@@ -99,12 +114,13 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
         read_as: an architecture to take in the place of the one that is stated.
     """
     any_config = _decode(path / "config.json", _AnyConfig)
-    architecture = read_as or (any_config.architectures[0] if any_config.architectures else "of no name")
+    named = any_config.architectures or [_BY_MODEL_TYPE.get(any_config.model_type, "of no name")]
+    architecture = read_as or ALIASES.get(named[0], named[0])
     generation_path = path / "generation_config.json"
     generation = _decode(generation_path, _GenerationConfig) if generation_path.exists() else _GenerationConfig()
     common: dict[str, Any] = {
         "bos_token_ids": distinct(generation.bos_token_id, any_config.bos_token_id),
-        "eos_token_ids": distinct(generation.eos_token_id, any_config.eos_token_id),
+        "eos_token_ids": distinct(generation.eos_token_id, any_config.eos_token_id, eos_of_tokenizer(path)),
         "weight_type": TORCH_TYPES.get(any_config.dtype or any_config.torch_dtype or "float32", "F32"),
     }
     kind = _read_as(path, architecture)
@@ -114,9 +130,19 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
     if hf.hidden_act != "silu":
         raise CheckpointError(f"{path}: activation {hf.hidden_act!r} is not supported; supported is silu")
     rope = hf.rope_parameters or hf.rope_scaling or {}
+    kind_of_rope = rope.get("rope_type") or rope.get("type")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise CheckpointError(f"{path}: rope parameters that differ between layers are not supported")
+    if kind_of_rope is None and rope.get("factor", 1.0) != 1.0:
+        raise CheckpointError(
+            f"{path}: rope_scaling has a factor and no rope_type, so it is of no effect; add the type, or remove it"
+        )
     theta = hf.rope_theta if hf.rope_theta is not None else rope.get("rope_theta", 10000.0)
     if not isinstance(theta, int | float):
         raise CheckpointError(f"{path}: rope_theta must be a number, not {theta!r}")
+    scaling = rope_scaling(
+        path, str(kind_of_rope or "default"), {"original_max_position_embeddings": hf.max_position_embeddings, **rope}
+    )
     latent = _latent(path, hf) if kind == "DeepseekV3ForCausalLM" else None
     if latent is None:
         head_dim = hf.head_dim or hf.hidden_size // max(hf.num_attention_heads, 1)
@@ -133,13 +159,9 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=hf.intermediate_size,
         vocab_size=hf.vocab_size,
-        max_position=hf.max_position_embeddings,
+        max_position=scaled_length(hf.max_position_embeddings, scaling),
         rope_theta=float(theta),
-        rope_scaling=rope_scaling(
-            path,
-            str(rope.get("rope_type") or rope.get("type") or "default"),
-            {"original_max_position_embeddings": hf.max_position_embeddings, **rope},
-        ),
+        rope_scaling=scaling,
         rms_eps=hf.rms_norm_eps,
         tie_embeddings=hf.tie_word_embeddings,
         qkv_bias=qwen2 or hf.attention_bias,
@@ -294,9 +316,9 @@ def _fp8_block(path: Path, quantization: dict[str, Any] | None) -> tuple[int, in
 
 
 def _decode(path: Path, kind: type[Any]) -> Any:
+    """What matters of a configuration. A key that is null is one that is not there, as to transformers."""
+    entries = read_json(path, dict[str, Any], empty={})
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        return msgspec.convert({key: value for key, value in entries.items() if value is not None}, kind)
+    except msgspec.ValidationError as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import importlib
 import math
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from actors.checkpoint.config import Foreign, ModelConfig
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.files import stored_tensors
 
 LAYERS = {"full_attention", "sliding_attention"}
 ROPES = {"default", "linear", "llama3", "yarn"}
 """Those whose angles depend on the position alone, and not on what else is computed with it."""
-
-
-class _Tensor(msgspec.Struct):
-    shape: list[int]
 
 
 def config_of_transformers(path: Path, architecture: str, known: tuple[str, ...], rest: dict[str, Any]) -> ModelConfig:
@@ -53,7 +46,7 @@ def config_of_transformers(path: Path, architecture: str, known: tuple[str, ...]
     if problem := _problem(model, config, text):
         raise CheckpointError(f"{path}: architecture {architecture} is not supported, for {problem}")
     heads, hidden = text.num_attention_heads, text.hidden_size
-    shapes = list(_shapes(path))
+    shapes = [tensor.shape for tensor in stored_tensors(path).values()]
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden,
@@ -91,16 +84,3 @@ def _problem(model: Any, config: Any, text: Any) -> str | None:
         if rope.get("rope_type", "default") not in ROPES:
             return f"its rope scaling is {rope['rope_type']!r}"
     return None
-
-
-def _shapes(path: Path) -> Iterator[list[int]]:
-    """The shapes of all tensors of a directory's safetensors files."""
-    for file in sorted(path.glob("*.safetensors")):
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                header = msgspec.json.decode(stream.read(min(length, 2**27)), type=dict[str, dict[str, Any]])
-            header.pop("__metadata__", None)
-            yield from (msgspec.convert(entry, _Tensor).shape for entry in header.values())
-        except (OSError, struct.error, msgspec.MsgspecError, UnicodeDecodeError):
-            raise CheckpointError(f"{file}: is no safetensors file, or cut short") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from actors.checkpoint.errors import CheckpointError
+from actors.checkpoint.files import parts_of_file
 
 Scalar = int | float | bool | str
 MetadataValue = Scalar | list[int] | list[float] | list[bool] | list[str]
@@ -67,7 +68,8 @@ BLOCKS = {
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies: ggml's type name, the shape with the fastest dimension last, its bytes in the file."""
+    """Where a tensor lies: ggml's type name, the shape with the fastest dimension last, its bytes in the file; of a
+    model that is split into several, in which of them."""
 
     type: str
     shape: tuple[int, ...]
@@ -75,6 +77,7 @@ class TensorInfo(NamedTuple):
     nbytes: int
     block_values: int
     block_bytes: int
+    part: int = 0
 
 
 class _LazyArray(NamedTuple):
@@ -101,6 +104,10 @@ class Metadata(Mapping[str, MetadataValue]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def scalars(self) -> dict[str, Scalar]:
+        """All values that are no arrays."""
+        return {key: value for key, value in self._values.items() if not isinstance(value, _LazyArray)}
+
     def _decode(self, key: str, array: _LazyArray) -> MetadataValue:
         if array.kind != _STRING:
             scalar = _SCALARS[array.kind]
@@ -118,10 +125,10 @@ class Metadata(Mapping[str, MetadataValue]):
 
 
 class GGUFFile:
-    """A GGUF file, mapped. Nothing is read but what is asked for.
+    """A GGUF file, mapped. Nothing is read but what is asked for. The first file of a split model stands for all parts.
 
     Args:
-        path: the file.
+        path: the file. part: 0 for the first, or only, file of a model, which brings the others with it.
 
     Attributes:
         metadata: by key, such as "general.architecture".
@@ -131,7 +138,7 @@ class GGUFFile:
         CheckpointError: the file cannot be read, is cut short or is not a GGUF file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: int = 0) -> None:
         self.path = path
         try:
             with path.open("rb") as file:
@@ -147,13 +154,37 @@ class GGUFFile:
             self._read_header()
         except (struct.error, OverflowError, IndexError):
             raise CheckpointError(f"{path}: is cut short in its header; download it again") from None
+        self._buffers = [self.buffer]
+        if not part:
+            self._add_parts()
+
+    def _add_parts(self) -> None:
+        """The tensors of the other files of a model that llama.cpp's gguf-split has cut in pieces."""
+        number, count = (self.metadata.get(f"split.{key}", 0) for key in ("no", "count"))
+        paths = parts_of_file(self.path)
+        if not count:
+            return
+        if number or count != len(paths):
+            raise CheckpointError(
+                f"{self.path}: is one of {count} files of a model; give the first, NAME-00001-of-{count:05}.gguf, with "
+                "the others beside it under their own names"
+            )
+        for part, path in enumerate(paths[1:], 1):
+            file = GGUFFile(path, part)
+            if file.metadata.get("split.no") != part:
+                raise CheckpointError(f"{path}: is not part {part + 1} of {self.path.name}; download it again")
+            doubles = file.tensors.keys() & self.tensors.keys()
+            if doubles:
+                raise CheckpointError(f"{path}: has a tensor {min(doubles)!r} that another part has as well")
+            self.tensors |= {name: info._replace(part=part) for name, info in file.tensors.items()}
+            self._buffers.append(file.buffer)
 
     def data(self, name: str) -> memoryview:
         """The bytes of a tensor. Raises CheckpointError if there is no such tensor."""
         info = self.tensors.get(name)
         if info is None:
             raise CheckpointError(f"{self.path}: has no tensor {name!r}")
-        return self.buffer[info.offset : info.offset + info.nbytes]
+        return self._buffers[info.part][info.offset : info.offset + info.nbytes]
 
     def _read_header(self) -> None:
         version, tensor_count, metadata_count = struct.unpack_from("<IQQ", self.buffer, 4)

@@ -39,3 +39,12 @@ def module_of_gguf(tensor: str) -> str | None:
     if found is None or module is None:
         return None
     return f"model.layers.{found[1]}.{module}" if found[1] else module
+
+
+def name_of_gguf(tensor: str) -> str:
+    """Hugging Face's name of the tensor that llama.cpp calls `tensor`, or `tensor` where it has none."""
+    stem, _, kind = tensor.rpartition(".")
+    module = module_of_gguf(f"{stem}.weight")
+    if module is not None:
+        return f"{module}.{kind}"
+    return re.sub(r"^blk\.", "model.layers.", tensor)

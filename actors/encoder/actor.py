@@ -59,8 +59,12 @@ class Encoder(Actor):
     @handles(Embed)
     def embed(self, message: Embed, sender: str) -> None:
         """Queues a request."""
-        for sequence in message.sequences:
-            self._check(sequence)
+        try:
+            for sequence in message.sequences:
+                self._check(sequence)
+        except BadMessage as error:
+            self.send(sender, EmbedRefused(message.rid, 400, f"The text cannot be computed: {error}."))
+            return
         request = sender, message.rid
         if len(self.queue) >= self.config.max_queue and request not in self.queue:
             self.send(sender, EmbedRefused(message.rid, 429, "The engine's queue is full.", 1.0))

@@ -1,24 +1,28 @@
 """Grammars: constraints on the text of an answer, compiled to automata over the model's tokens.
 
 `Grammar` is the actor that finds out whether a constraint can be kept. The rank that draws the tokens compiles it too
-(`Workshop`), because that is many times faster than handing over the automaton. The library behind it is xgrammar,
-loaded when it is first needed.
+(`Workshop`), because that is many times faster than handing over the automaton. The library behind it is one of
+`backends`, loaded when it is first needed or, in a node, once before its processes are forked.
 """
 
 from actors.grammar.actor import Grammar, GrammarConfig
-from actors.grammar.compiler import GrammarCompiler, Tokens, load_tokens
+from actors.grammar.backends import Backend, BackendName, Compiled, Matcher, load_backend, missing
+from actors.grammar.closing import closing
 from actors.grammar.errors import BadGrammar
-from actors.grammar.library import available, xgrammar
+from actors.grammar.tokens import Tokens
 from actors.grammar.workshop import Workshop
 
 __all__ = [
+    "Backend",
+    "BackendName",
     "BadGrammar",
+    "Compiled",
     "Grammar",
-    "GrammarCompiler",
     "GrammarConfig",
+    "Matcher",
     "Tokens",
     "Workshop",
-    "available",
-    "load_tokens",
-    "xgrammar",
+    "closing",
+    "load_backend",
+    "missing",
 ]

@@ -12,8 +12,7 @@ from msgspec import Meta
 
 from actors.actor import Actor, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.grammar.compiler import load_tokens
-from actors.grammar.library import available
+from actors.grammar.backends import BackendName, load_backend, missing
 from actors.grammar.workshop import Workshop
 from actors.messages import Compile, Compiled
 
@@ -28,28 +27,30 @@ class GrammarConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         model: GGUF file or Hugging Face directory.
         vocab_size: number of the model's logits.
+        backend: the library that compiles.
         limit_s: how long a constraint may take to compile, of a processor's time.
         limit_bytes: memory that this process may take beyond what it has when it starts.
     """
 
     model: str
     vocab_size: Annotated[int, Meta(ge=1, lt=2**31)]
+    backend: BackendName = "llguidance"
     limit_s: Annotated[float, Meta(gt=0, le=3600)] = 5.0
     limit_bytes: Annotated[int, Meta(ge=2**26)] = 2**30
 
 
 class Grammar(Actor):
-    """Answers `Compile`, one after the other. A constraint that takes too long ends the process, for nothing else ends
-    the compiler, but is answered first; one that crashes it is asked for again by its scheduler, and then no more."""
+    """Answers `Compile`. A constraint that takes too long ends the process, for nothing else ends the compiler, but is
+    answered first; one that crashes it is asked for again by its scheduler, and then no more."""
 
     def setup(self) -> None:
         self.config = config = msgspec.convert(self.args.config, GrammarConfig)
         try:
-            if available():
-                load_tokens(Path(config.model), config.vocab_size)
+            if not missing(config.backend):
+                load_backend(Path(config.model), config.vocab_size, config.backend)
         except CheckpointError as error:
             raise StartFailure(str(error)) from None
-        self.workshop = Workshop(lambda: load_tokens(Path(config.model), config.vocab_size))
+        self.workshop = Workshop(lambda: load_backend(Path(config.model), config.vocab_size, config.backend))
         self.watched.append(self.workshop.fd)
         self.refused = 0
         _limit_memory(config.limit_bytes)

@@ -21,13 +21,14 @@ from actors.ingress.crash_dumps import CrashDumps
 from actors.ingress.encoders import Encoders
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
+from actors.ingress.exchange import SHUTTING_DOWN
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
 from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Served, Service
-from actors.ingress.tokenization import Tokenization
+from actors.ingress.tokenization import Answer, Tokenization
 from actors.ingress.tracing import Tracing
 from actors.messages import (
     ActorStats,
@@ -43,6 +44,7 @@ from actors.messages import (
     Texts,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 
@@ -202,14 +204,15 @@ class Ingress(Actor):
             await asyncio.sleep(TICK_S)
 
     def _shut_down(self) -> None:
-        """Accepts no more connections; running answers may go on for a while."""
+        """Refuses new requests; running answers may go on for a while."""
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.link.shutdown_fd)
+        self.service.draining = True
         self._server.should_exit = True
         loop.call_later(self.config.drain_s, self._end_answers)
 
     def _end_answers(self) -> None:
-        error = ApiError(503, "The server is shutting down.", code="shutting_down", retry_after_s=1.0)
+        error = ApiError(503, "The server is shutting down.", code=SHUTTING_DOWN, retry_after_s=1.0)
         for exchange in list(self.service.in_progress):
             exchange.interrupt(error)
 
@@ -298,10 +301,14 @@ class Ingress(Actor):
     def detokenized(self, message: Detokenized, sender: str) -> None:
         self._tokenizer_answered(message)
 
+    @handles(TokenizerDescribed)
+    def tokenizer_described(self, message: TokenizerDescribed, sender: str) -> None:
+        self._tokenizer_answered(message)
+
     def _of_encoder(self, sender: str) -> list[Encoders]:
         """Who waits for an encoder."""
         return [each.encoders for each in self.models if sender in each.model.encoders]
 
-    def _tokenizer_answered(self, message: Tokenized | TokenizeFailed | Detokenized) -> None:
+    def _tokenizer_answered(self, message: Answer) -> None:
         for each in self.models:
             each.tokenization.answered(message)

@@ -1,5 +1,5 @@
-"""What operators ask: SGLang's /get_load, also as /v1/load, /get_model_info, /get_server_info, /flush_cache and
-/abort_request, and /load of vLLM."""
+"""What operators ask: SGLang's /v1/load, /model_info and /server_info, also under their former names, /flush_cache and
+/abort_request, and vLLM's /load and /version."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import asdict
 
 from actors.ingress.config import ServedModel
 from actors.ingress.errors import ApiError, invalid
@@ -32,6 +33,8 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
     """Ends requests, whichever worker has them; answers without waiting for that. Their clients get what there is."""
     if bool(body.rid) == body.abort_all:
         raise invalid("Send either 'rid' or abort_all = true.", "rid")
+    if body.abort_all:
+        service.access.check(exchange, admin=True)
     service.end(body.rid)
     service.control.end_elsewhere(body.rid)
     await exchange.answer(b"{}")
@@ -61,12 +64,12 @@ async def get_load(service: Service, exchange: Exchange) -> None:
 
 async def get_model_info(service: Service, exchange: Exchange) -> None:
     """What is served: of several models the first, or the one that `?model=` names."""
-    model = _asked(service, exchange)
+    model = asked_model(service, exchange).model
     document = {
         "model_path": model.root,
         "tokenizer_path": model.root,
         "is_generation": model.task == "generate",
-        "preferred_sampling_params": None,
+        "preferred_sampling_params": _preferred(model),
         "weight_version": "default",
         "max_model_len": model.max_model_len,
     }
@@ -75,7 +78,7 @@ async def get_model_info(service: Service, exchange: Exchange) -> None:
 
 async def get_server_info(service: Service, exchange: Exchange) -> None:
     """How it is served: settings that are no secret, of the model as above, and each engine with its figures."""
-    model = _asked(service, exchange)
+    model = asked_model(service, exchange).model
     document = {
         "model_path": model.root,
         "served_model_name": model.name,
@@ -88,12 +91,23 @@ async def get_server_info(service: Service, exchange: Exchange) -> None:
     await exchange.answer(_encode(document))
 
 
-def _asked(service: Service, exchange: Exchange) -> ServedModel:
-    """The model that `?model=` names, else the first. Raises ApiError for one that is not served."""
+async def get_version(service: Service, exchange: Exchange) -> None:
+    """This program's version."""
+    await exchange.answer(_encode({"version": VERSION}))
+
+
+def _preferred(model: ServedModel) -> dict[str, Any] | None:
+    """How tokens are drawn for requests that do not say it."""
+    given = {name: value for name, value in asdict(model.sampling).items() if value is not None}
+    return given or None
+
+
+def asked_model(service: Service, exchange: Exchange) -> Service:
+    """The service for the model that `?model=` names, else the first. Raises ApiError for one that is not served."""
     (name, *_) = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("model", [None])
     service = service.about(name)
     service.check_model(name)
-    return service.model
+    return service
 
 
 def _load(service: Service, rank: int, info: EngineInfo) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -15,15 +17,18 @@ from starlette.types import Receive, Scope, Send
 
 from actors.checkpoint.pooling import Task
 from actors.ingress import administration as admin
-from actors.ingress.anthropic.endpoints import count_tokens, messages
+from actors.ingress.anthropic.endpoints import batches, count_tokens, messages
 from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
 from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
-from actors.ingress.health import health, health_generate, metrics
+from actors.ingress.exchange import Exchange, request_id
+from actors.ingress.health import HealthGenerate, health, metrics
 from actors.ingress.native import GenerateRequest, generate
 from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
-from actors.ingress.ollama.protocol import ChatBody, GenerateBody, ShowBody
+from actors.ingress.ollama import models as ollama_models
+from actors.ingress.ollama.embeddings import embed
+from actors.ingress.ollama.embeddings import embeddings as former_embeddings
+from actors.ingress.ollama.protocol import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Named, PullBody, ShowBody
 from actors.ingress.openai.chat import chat_completions
 from actors.ingress.openai.completions import CompletionRequest, completions
 from actors.ingress.openai.embeddings import EmbeddingsRequest, embeddings
@@ -31,14 +36,15 @@ from actors.ingress.openai.models import get_model, list_models
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.endpoint import responses
 from actors.ingress.openai.responses.protocol import ResponsesRequest
+from actors.ingress.openai.responses.stored import delete_response, get_response, input_items
 from actors.ingress.openapi import Description
 from actors.ingress.pooling.classify import ClassifyRequest, classify
 from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
 from actors.ingress.status_page import NodeStatus, page
-from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire
+from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
+from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
 T = TypeVar("T")
 
@@ -59,6 +65,9 @@ _RESPONSES = msgspec.json.Decoder(ResponsesRequest)
 _OLLAMA_CHAT = msgspec.json.Decoder(ChatBody)
 _OLLAMA_GENERATE = msgspec.json.Decoder(GenerateBody)
 _OLLAMA_SHOW = msgspec.json.Decoder(ShowBody)
+_OLLAMA_PULL = msgspec.json.Decoder(PullBody)
+_OLLAMA_EMBED = msgspec.json.Decoder(EmbedBody)
+_OLLAMA_EMBEDDINGS = msgspec.json.Decoder(EmbeddingsBody)
 _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _START_PROFILE = msgspec.json.Decoder(StartProfileBody)
@@ -68,7 +77,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 class Post(Generic[T]):
     """An endpoint that takes a JSON document, of models for some tasks. `default`: the one that is meant by a request
-    without a body."""
+    without a body. `admin`: one for administrators alone."""
 
     public = False
 
@@ -80,10 +89,12 @@ class Post(Generic[T]):
         wire: Wire = OPENAI,
         default: bytes = b"",
         tasks: Sequence[Task] = ("generate",),
+        admin: bool = False,
     ) -> None:
         self._service = service
         self._decoder = decoder
         self._tasks = tasks
+        self._admin = admin
         self.handle = handle
         body: Any = decoder.type  # msgspec 0.23 says TypeForm, versions before it say type
         self.body: type[T] = body
@@ -97,43 +108,52 @@ class Post(Generic[T]):
 
     async def _work(self, exchange: Exchange) -> None:
         service = self._service
-        service.authorize(exchange)
+        service.access.check(exchange, admin=self._admin)
+        service.check_open(exchange)
         request = await exchange.body(self._decoder, service.config.max_body_bytes, self.default)
         service = service.about(_model_named(request), self._tasks)
         exchange.model = service.model.name
         service.check_task(self._tasks)
+        service.check_priority(exchange, getattr(request, "priority", None))
         with service.admitted(exchange):
             await self.handle(service, request, exchange)
 
 
 class Get:
-    """An endpoint without a request document. `public`: no API key is asked for."""
+    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone."""
 
     body = None
     default = b""
-    wire = OPENAI
 
     def __init__(
-        self, service: Service, handle: Callable[[Service, Exchange], Awaitable[None]], public: bool = False
+        self,
+        service: Service,
+        handle: Callable[[Service, Exchange], Awaitable[None]],
+        public: bool = False,
+        admin: bool = False,
+        wire: Wire = OPENAI,
     ) -> None:
         self._service = service
         self.handle = handle
         self.public = public
+        self.wire = wire
+        self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send, self.wire)
         with observed(self._service, exchange, self.public):
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
+        self._service.access.check(exchange, public=self.public, admin=self._admin)
         if not self.public:
-            self._service.authorize(exchange)
+            self._service.check_open(exchange)
         await self.handle(self._service, exchange)
 
 
 def _model_named(request: object) -> str | None:
     """The model that a request asks for, in whatever protocol; None if it leaves that open."""
-    return getattr(request, "model", None) or (request.name if isinstance(request, ShowBody) else None)
+    return getattr(request, "model", None) or (request.name if isinstance(request, Named) else None)
 
 
 def create_app(service: Service) -> Starlette:
@@ -163,48 +183,101 @@ def create_app(service: Service) -> Starlette:
                 for path in ("/v1/classify", "/classify")
             ),
             Route("/v1/responses", Post(service, _RESPONSES, responses, RESPONSES), methods=["POST"]),
+            Route("/v1/responses/{response_id}", Get(service, get_response), methods=["GET"]),
+            Route("/v1/responses/{response_id}", Get(service, delete_response), methods=["DELETE"]),
+            Route("/v1/responses/{response_id}/input_items", Get(service, input_items), methods=["GET"]),
             Route("/v1/messages", Post(service, _MESSAGES, messages, ANTHROPIC), methods=["POST"]),
             Route("/v1/messages/count_tokens", Post(service, _COUNT, count_tokens, ANTHROPIC), methods=["POST"]),
+            *(
+                Route(path, Get(service, batches, wire=ANTHROPIC), methods=["GET", "POST", "DELETE"])
+                for path in ("/v1/messages/batches", "/v1/messages/batches/{batch:path}")
+            ),
             Route("/api/chat", Post(service, _OLLAMA_CHAT, ollama.chat, OLLAMA), methods=["POST"]),
             Route("/api/generate", Post(service, _OLLAMA_GENERATE, ollama.generate, OLLAMA), methods=["POST"]),
-            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama.show, OLLAMA, tasks=TASKS), methods=["POST"]),
-            Route("/api/tags", Get(service, ollama.tags), methods=["GET"]),
-            Route("/api/ps", Get(service, ollama.running), methods=["GET"]),
-            Route("/api/version", Get(service, ollama.get_version), methods=["GET"]),
+            Route("/api/embed", Post(service, _OLLAMA_EMBED, embed, OLLAMA, tasks=("embed",)), methods=["POST"]),
+            Route(
+                "/api/embeddings",
+                Post(service, _OLLAMA_EMBEDDINGS, former_embeddings, OLLAMA, tasks=("embed",)),
+                methods=["POST"],
+            ),
+            Route("/api/show", Post(service, _OLLAMA_SHOW, ollama_models.show, OLLAMA, tasks=TASKS), methods=["POST"]),
+            Route("/api/pull", Post(service, _OLLAMA_PULL, ollama_models.pull, OLLAMA, tasks=TASKS), methods=["POST"]),
+            Route("/api/tags", Get(service, ollama_models.tags, wire=OLLAMA), methods=["GET"]),
+            Route("/api/ps", Get(service, ollama_models.running, wire=OLLAMA), methods=["GET"]),
+            Route("/api/version", Get(service, ollama_models.get_version, wire=OLLAMA), methods=["GET"]),
+            *(
+                Route(f"/api/{what}", Get(service, ollama_models.unmanaged, wire=OLLAMA), methods=[method])
+                for what, method in (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
+            ),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
             Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
             Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
-            Route("/health", Get(service, health, public=True), methods=["GET"]),
-            Route("/health_generate", Get(service, health_generate, public=True), methods=["GET"]),
+            *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
+            Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
-            Route("/flush_cache", Get(service, admin.flush_cache), methods=["GET", "POST"]),
+            Route("/flush_cache", Get(service, admin.flush_cache, admin=True), methods=["GET", "POST"]),
             Route(
                 "/start_profile",
-                Post(service, _START_PROFILE, start_profile, default=b"{}"),
+                Post(service, _START_PROFILE, start_profile, default=b"{}", admin=True),
                 methods=["POST"],
             ),
             Route(
                 "/stop_profile",
-                Post(service, _STOP_PROFILE, stop_profile, default=b"{}"),
+                Post(service, _STOP_PROFILE, stop_profile, default=b"{}", admin=True),
                 methods=["POST"],
             ),
             Route("/load", Get(service, admin.load), methods=["GET"]),
             *(Route(path, Get(service, admin.get_load), methods=["GET"]) for path in ("/v1/load", "/get_load")),
-            Route("/get_model_info", Get(service, admin.get_model_info), methods=["GET"]),
-            Route("/get_server_info", Get(service, admin.get_server_info), methods=["GET"]),
+            *(
+                Route(path, Get(service, handle), methods=["GET"])
+                for handle, paths in (
+                    (admin.get_model_info, ("/model_info", "/get_model_info")),
+                    (admin.get_server_info, ("/server_info", "/get_server_info")),
+                )
+                for path in paths
+            ),
+            Route("/version", Get(service, admin.get_version), methods=["GET"]),
+            Route("/tokenizer_info", Get(service, tokenizer_info), methods=["GET"]),
             Route("/metrics", Get(service, metrics, public=True), methods=["GET"]),
         ],
         exception_handlers={HTTPException: _http_error},
+        middleware=_cors(service),
     )
+    app.router.redirect_slashes = False  # the connection has taken them off
     description = Get(service, Description(app.routes), public=True)
     app.router.routes.append(Route("/openapi.json", description, methods=["GET"]))
     return app
 
 
+def _cors(service: Service) -> list[Middleware]:
+    """Answers browsers that ask for pages of other servers, if any may ask."""
+    origins = service.config.cors_origins
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=[each.rstrip("/") for each in origins],
+            allow_methods=["GET", "POST", "PUT"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
+            allow_private_network=True,
+        )
+    ]
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     """An unknown route or method, in the shape of all other errors."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}"
+    scope = request.scope
+    what = f"{request.method} {scope['path']}"
     messages = {404: f"Unknown request URL: {what}.", 405: f"Method not allowed: {what}."}
-    body = ApiError(error.status_code, messages.get(error.status_code, error.detail)).body
-    return Response(body, error.status_code, error.headers, "application/json")
+    if request.method == "OPTIONS" and "origin" in request.headers:
+        messages[405] = (
+            f"The page at '{request.headers['origin']}' may not ask: add its origin to ingress.cors_origins."
+        )
+    wire = wire_of(scope["path"].encode())
+    body = wire.error(ApiError(error.status_code, messages.get(error.status_code, error.detail)))
+    names = ("x-request-id", *(name.decode() for name in wire.identity_headers))
+    headers = {**(error.headers or {}), **dict.fromkeys(names, request_id(scope))}
+    return Response(body, error.status_code, headers, "application/json")

@@ -46,6 +46,28 @@ def schema_constraint(schema: Any, param: str) -> Constraint:
     return _made("json_schema", _json(schema), param)
 
 
+def either(constraint: Constraint, schema: dict[str, Any], param: str) -> Constraint:
+    """What a constraint allows, or JSON that a schema allows. Raises ApiError."""
+    match constraint.kind:
+        case "json":
+            form: dict[str, Any] = {"type": "json_schema", "json_schema": {"type": "object"}}
+        case "json_schema":
+            form = {"type": "json_schema", "json_schema": msgspec.json.decode(constraint.text)}
+        case "regex":
+            form = {"type": "regex", "pattern": constraint.text}
+        case "choice":
+            texts = msgspec.json.decode(constraint.text)
+            form = {"type": "or", "elements": [{"type": "const_string", "value": text} for text in texts]}
+        case _:
+            raise invalid(
+                "A grammar or a structural tag cannot be combined with tools that may be called: leave out one of "
+                "them, or set tool_choice to none or required.",
+                param,
+            )
+    other = {"type": "json_schema", "json_schema": schema}
+    return _made("structural_tag", _json({"format": {"type": "or", "elements": [form, other]}}), param)
+
+
 def _text(kind: Any) -> Reader:
     def read(value: Any, param: str) -> Constraint:
         if not isinstance(value, str) or not value:
@@ -80,8 +102,11 @@ def _response_format(value: Any, param: str) -> Constraint | None:
             _only(value, param, "type")
             return None
         case "json_object":
-            _only(value, param, "type")
-            return Constraint("json")
+            _only(value, param, "type", "schema")  # llama.cpp's way to give a schema
+            schema = value.get("schema")
+            return (
+                Constraint("json") if schema is None or schema == {} else schema_constraint(schema, f"{param}.schema")
+            )
         case "json_schema":
             _only(value, param, "type", "json_schema")
             inner, where = value.get("json_schema"), f"{param}.json_schema"

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-
-T = TypeVar("T")
 
 _TYPES = {408: "timeout_error", 429: "rate_limit_error"}
 _PATH = re.compile(
@@ -26,10 +24,17 @@ class ApiError(Exception):
         param: the request's field that is wrong.
         code: OpenAI's machine-readable name of the error.
         retry_after_s: when the client should try again; 0 to say nothing.
+        details: what Anthropic's clients read of an error.
     """
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after_s: float = 0.0
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float = 0.0,
+        details: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,6 +42,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
+        self.details = details
 
     @property
     def body(self) -> bytes:
@@ -50,6 +56,8 @@ class ApiError(Exception):
         """Response headers that belong to the status."""
         if self.status == 401:
             return [(b"www-authenticate", b"Bearer")]
+        if self.code == "unknown_content_encoding":
+            return [(b"accept-encoding", b"gzip, deflate")]
         if self.retry_after_s > 0:
             return [(b"retry-after", str(math.ceil(self.retry_after_s)).encode())]
         return []
@@ -68,18 +76,6 @@ def unsupported(param: str, what: str | None = None) -> ApiError:
 def internal() -> ApiError:
     """An error of the server itself; what happened is in its log."""
     return ApiError(500, "The server had an error while processing your request.", code="internal_error")
-
-
-def converted(value: Any, to: type[T], param: str) -> T:
-    """A part of a JSON body as the type that it must have. Raises ApiError.
-
-    Args:
-        param: where in the body it is.
-    """
-    try:
-        return msgspec.convert(value, to)
-    except msgspec.ValidationError as error:
-        raise from_decoding(error, param) from None
 
 
 def from_decoding(error: Exception, within: str | None = None) -> ApiError:

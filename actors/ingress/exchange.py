@@ -5,24 +5,35 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from actors.ingress.errors import ApiError, from_decoding, internal
+from actors.ingress.content_coding import CODINGS, UNKNOWN_CODING, body_too_large, decompressed
+from actors.ingress.decoding import decoded
+from actors.ingress.errors import ApiError, internal
 from actors.ingress.wire import OPENAI, Wire
 from actors.ingress.work import Work
 
 logger = logging.getLogger(__name__)
 
 BODY_CHUNK_TIMEOUT_S = 30.0
+BODY_TIMEOUT_S = 60.0
+SLOWEST_BYTES_PER_S = 2**17
+"""A whole body may take as long as this, and as the largest one takes at this speed."""
+SHUTTING_DOWN = "shutting_down"
+"""Code of the error with which a server that is about to stop refuses requests."""
 MAX_DISCARDED_BYTES = 64 * 2**20
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 """What is taken over of a client's `X-Request-Id`; others are as if they had not been sent."""
 _JSON = [(b"content-type", b"application/json")]
+_MAX_WARNINGS = 16
+_WARNING_LENGTH = 256
+_UNQUOTABLE = re.compile(r'[^\x20-\x7e]|["\\]')
 DONE = b"data: [DONE]\n\n"
 
 T = TypeVar("T")
@@ -33,6 +44,12 @@ Write = Callable[[bytes], bool]
 
 class ClientGone(Exception):
     """The client has closed the connection: there is nobody to answer."""
+
+
+def request_id(scope: Scope) -> str:
+    """The client's own name for a request (`X-Request-Id`), else its identity."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if _REQUEST_ID.fullmatch(given) else str(scope["state"]["work"].identity.rid)
 
 
 class Exchange:
@@ -50,12 +67,12 @@ class Exchange:
         self.scope = scope
         self._wire = wire
         self.work: Work = scope["state"]["work"]
-        given = self.header(b"x-request-id")
-        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else self.work.identity.rid
+        self.request_id = request_id(scope)
         self._sent = self.work.begun
         self.status = 200 if self._sent else 0
         self.on_body: Callable[[bytes], None] | None = None
         self.model = ""
+        self._warnings: list[bytes] = []
         self._receive = receive
         self._send = send
         self._task: asyncio.Task[None] | None = None
@@ -83,29 +100,41 @@ class Exchange:
         # Browsers name an origin, and let any page send what does not say that it is JSON.
         if kind != b"application/json" and (not self._wire.any_type or self.header(b"origin")):
             raise ApiError(415, "The Content-Type header must be application/json.")
+        coding = self._coding()
         data = await self._read(max_bytes)
-        try:
-            document = decoder.decode(data)
-        except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as error:
-            raise from_decoding(error) from None
+        if coding:
+            data = decompressed(data, coding, max_bytes)
+        document = decoded(data, decoder)
         if self.on_body is not None:
             self.on_body(data)
         return document
+
+    def _coding(self) -> str:
+        """The body's content coding, empty if it has none. Raises ApiError for one that is not known."""
+        given = b",".join(value for name, value in self.scope["headers"] if name == b"content-encoding")
+        coding = given.strip().lower().decode("latin-1")
+        if coding in ("", "identity"):
+            return ""
+        if coding not in CODINGS:
+            problem = f"The Content-Encoding '{coding}' is not known: send gzip, deflate or none."
+            raise ApiError(415, problem, code=UNKNOWN_CODING)
+        return coding
 
     @property
     def _has_body(self) -> bool:
         return self.header(b"content-length") not in (b"", b"0") or bool(self.header(b"transfer-encoding"))
 
     async def _read(self, max_bytes: int) -> bytes:
-        too_large = ApiError(413, f"The request body is larger than {max_bytes} bytes.", code="request_too_large")
+        too_large = body_too_large(max_bytes)
         length = self.header(b"content-length")
         if length.isdigit() and int(length) > max_bytes and (self.header(b"expect") or len(length) > 9):
             raise too_large
+        ends_at = self.work.identity.arrived_at + max(BODY_TIMEOUT_S, max_bytes / SLOWEST_BYTES_PER_S)
         chunks: list[bytes] = []
         size, more = 0, True
         while more:
             try:
-                async with asyncio.timeout(BODY_CHUNK_TIMEOUT_S):
+                async with asyncio.timeout(min(BODY_CHUNK_TIMEOUT_S, ends_at - time.monotonic())):
                     message = await self._receive()
             except TimeoutError:
                 raise ApiError(408, "The request body did not arrive in time.", code="timeout") from None
@@ -125,10 +154,23 @@ class Exchange:
 
     # -- the answer -----------------------------------------------------------------------------------------------
 
+    def warn(self, text: str) -> None:
+        """Tells the client of something in the request that is left out of account, in a header `Warning` of the answer
+        (RFC 7234, section 5.5). Only before the answer begins."""
+        if len(self._warnings) < _MAX_WARNINGS:
+            plain = _UNQUOTABLE.sub("?", text)[:_WARNING_LENGTH]
+            self._warnings.append(f'299 llm-runtime "{plain}"'.encode())
+
+    @property
+    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+        identity = self.request_id.encode()
+        names = (b"x-request-id", *self._wire.identity_headers)
+        return [*((name, identity) for name in names), *((b"warning", each) for each in self._warnings)]
+
     async def answer(self, body: bytes, status: int = 200, headers: list[tuple[bytes, bytes]] | None = None) -> None:
         """The whole answer, a JSON document unless `headers` name another type."""
         self.status = status
-        own = [(b"content-length", str(len(body)).encode()), (b"x-request-id", self.request_id.encode())]
+        own = [(b"content-length", str(len(body)).encode()), *self._own_headers]
         await self._send({"type": "http.response.start", "status": status, "headers": (headers or _JSON) + own})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -142,7 +184,7 @@ class Exchange:
             return
         if not self.status:
             self.status = 200
-            headers = [*self._wire.stream_headers, (b"x-request-id", self.request_id.encode())]
+            headers = [*self._wire.stream_headers, *self._own_headers]
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
@@ -161,7 +203,7 @@ class Exchange:
         body = self._wire.error(error)
         if not self.status:
             headers = _JSON + error.headers
-            if error.status in (408, 413):
+            if error.status in (408, 413) or error.code == SHUTTING_DOWN:
                 headers = [*headers, (b"connection", b"close")]
             await self.answer(body, error.status, headers)
         else:

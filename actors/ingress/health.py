@@ -16,18 +16,41 @@ from actors.ingress.work import Work
 from actors.messages import SamplingParams, TextParams
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
+FRESH_S = 1.0
+"""Engines are not asked again for so long."""
 
 
 async def health(service: Service, exchange: Exchange) -> None:
     """This worker serves. Says nothing of engines: a busy or restarting engine is no reason to restart the server."""
+    service.check_open(exchange)
     await exchange.answer(b"{}")
 
 
-async def health_generate(service: Service, exchange: Exchange) -> None:
-    """Answers when an engine of each model has made one token, or a vector of one. Raises ApiError when none of some
-    model's has in time."""
-    await asyncio.gather(*(_try(service.about(model.name)) for model in service.models))
-    await exchange.answer(b"{}")
+class HealthGenerate:
+    """Asks the engines, once for all who ask at the same time or within a second."""
+
+    def __init__(self) -> None:
+        self._asking: asyncio.Task[None] | None = None
+        self._until = 0.0
+
+    async def __call__(self, service: Service, exchange: Exchange) -> None:
+        """Answers when an engine of each model has made one token, or a vector of one. Raises ApiError when none of
+        some model's has in time."""
+        service.check_open(exchange)
+        if self._asking is None or (self._asking.done() and time.monotonic() > self._until):
+            self._asking = asyncio.get_running_loop().create_task(self._ask(service))
+        await asyncio.shield(self._asking)
+        await exchange.answer(b"{}")
+
+    async def _ask(self, service: Service) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for model in service.models:
+                    group.create_task(_try(service.about(model.name)))
+        except* ApiError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            self._until = time.monotonic() + FRESH_S
 
 
 async def _try(service: Service) -> None:

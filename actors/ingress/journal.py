@@ -4,9 +4,13 @@ An answer is a function of what came in: the request's bytes, the identity drawn
 tokens that engines have sent. All of that is journalled before it has an effect, and so are the bytes of the answer
 until the kernel has taken them. What the kernel has read and taken is not journalled: it is asked (`positions`).
 
-The journal is a memory file with a slot of fixed size for each connection; pages take memory only once written. A slot
-holds one log of records at [start, end), and both ends are one 64-bit word that is stored at once. So a process that is
-killed at any instruction leaves either the log before a change or the one after it.
+The journal is a memory file with slots of fixed size; pages take memory only once written. A connection has a slot
+from the first byte of a request until everything that was asked has been answered and taken by the kernel. One without
+a slot has nothing to remember: each byte that was read has been answered.
+
+A slot holds the serial number of its connection, 0 if it is free, and one log of records at [start, end). Both ends are
+one 64-bit word that is stored at once. So a process that is killed at any instruction leaves either the log before a
+change or the one after it, and the slot belongs either to no connection or to one with a whole log.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,7 +38,9 @@ READ_BYTES = 2**16
 GRAIN_BYTES = 2**16
 """Memory is counted, and given back, in pieces of this size."""
 _KEPT_BYTES = 4 * GRAIN_BYTES
-"""What an idle connection's slot may keep, so that a request on it costs no page faults."""
+"""What a slot may keep that has been given back, so that the next request costs no page faults."""
+_WARM_SLOTS = 64
+"""So many free slots keep memory."""
 
 # Kinds of records.
 _BASE = 1  # first of a log: serial number of the connection, bytes read and written before
@@ -63,13 +70,19 @@ _LENGTH_AT = 4
 _BASE_BODY = struct.Struct("=QQQ")  # serial number, bytes read, bytes sent
 _BASE_SIZE = _HEAD + _BASE_BODY.size
 _TIME = struct.Struct("=d")
-_START = 8
+_OWNER = struct.Struct("=Q")
+_OWNER_AT = 8
+_START = 16
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_identity = msgspec.msgpack.Decoder(Identity).decode
 _decode_prompts = msgspec.msgpack.Decoder(list[bytes]).decode
 _decode_piece = msgspec.msgpack.Decoder(Piece).decode
 _decode_attempt = msgspec.msgpack.Decoder(int).decode
+
+
+def _nobody() -> None:
+    pass
 
 
 def slot_bytes(max_body_bytes: int) -> int:
@@ -87,77 +100,132 @@ class Journal:
 
     Attributes:
         used_bytes: what they take, in whole grains.
+        memory: all slots. One mapping, because Python's holds a descriptor of its own.
     """
 
     def __init__(self, descriptor: int, slot_bytes: int, limit_bytes: int) -> None:
         self.slot_bytes = slot_bytes
         self.used_bytes = 0
+        self.memory = mmap.mmap(descriptor, 0)
         self._limit_bytes = limit_bytes
         self._descriptor = descriptor
-        self._free = list(range(os.fstat(descriptor).st_size // slot_bytes))[::-1]
-        self._maps: dict[int, mmap.mmap] = {}
+        self._free = deque((number, 0) for number in range(len(self.memory) // slot_bytes)[::-1])
+        """Number, and bytes of memory that it has kept. Those that have some are at the right end."""
+        self._warm = 0
 
     def take(self, count: int) -> bool:
         """Counts memory as used, if there is so much left; a negative count gives it back."""
-        if self.used_bytes + count > self._limit_bytes:
+        while self.used_bytes + count > self._limit_bytes and self._warm:
+            number, kept = self._free.pop()
+            self._free.appendleft((number, 0))
+            self._warm -= 1
+            self.used_bytes -= kept
+            self.clear(number, 0, kept)
+        if count > 0 and self.used_bytes + count > self._limit_bytes:
             return False
         self.used_bytes += count
         return True
 
-    def open(self, serial: int) -> Slot | None:
-        """A slot for a new connection, None when all are taken."""
+    def open(self, serial: int, read: int = 0, sent: int = 0) -> Slot | None:
+        """A slot for a connection, None when there is no room.
+
+        Args:
+            serial: number of the connection, not 0.
+            read: bytes that have been read from it so far.
+            sent: bytes that have been sent on it so far.
+        """
         if not self._free:
             return None
-        slot = Slot(self, self._free.pop())
-        slot.begin(serial)
-        return slot
+        number, kept = self._free.pop()
+        self._warm -= kept > 0
+        slot = Slot(self, number, kept)
+        if slot.begin(serial, read, sent):
+            return slot
+        slot.release()
+        return None
+
+    def owners(self, living: Container[int]) -> dict[int, int]:
+        """Slots that belong to connections of an earlier incarnation, by the connections' serial numbers.
+
+        Args:
+            living: serial numbers of the connections that go on. The memory of other slots is given back.
+        """
+        owners: dict[int, int] = {}
+        position, step = 0, self.slot_bytes
+        while True:
+            try:
+                number = os.lseek(self._descriptor, position, os.SEEK_DATA) // step
+            except OSError:  # nothing but holes
+                return owners
+            (serial,) = _OWNER.unpack_from(self.memory, number * step + _OWNER_AT)
+            if serial in living:
+                owners[serial] = number
+            else:
+                self.clear(number, 0, step)
+            position = (number + 1) * step
 
     def reopen(self, number: int) -> Slot:
         """The slot that an earlier incarnation has written. Raises ValueError when there is no such slot."""
-        self._free.remove(number)
+        self._free.remove((number, 0))
         return Slot(self, number)
 
-    def map(self, number: int) -> mmap.mmap:
-        """The memory of a slot."""
-        memory = self._maps.get(number)
-        if memory is None:
-            memory = mmap.mmap(self._descriptor, self.slot_bytes, offset=number * self.slot_bytes)
-            self._maps[number] = memory
-        return memory
+    def release(self, number: int, kept: int) -> None:
+        """A slot belongs to no connection any more."""
+        if kept and self._warm < _WARM_SLOTS:
+            keep = min(kept, _KEPT_BYTES)
+            self._warm += 1
+            self._free.append((number, keep))
+        else:
+            keep = 0
+            self._free.appendleft((number, 0))
+        self.used_bytes -= kept - keep
+        self.clear(number, keep, kept)
 
-    def release(self, slot: Slot) -> None:
-        """The slot's connection has ended."""
-        self._free.append(slot.number)
+    def clear(self, number: int, start: int, end: int) -> None:
+        """Gives the memory of a part of a slot back."""
+        if start < end:
+            self.memory.madvise(mmap.MADV_REMOVE, number * self.slot_bytes + start, end - start)
 
 
 class Slot:
-    """The log of one connection. Once it is `full` nothing is written any more, and `on_full` has been called."""
+    """The log of one connection. Once it is `full` nothing is written any more, and `on_full` has been called; after
+    `release` neither.
 
-    def __init__(self, journal: Journal, number: int) -> None:
+    Attributes:
+        read_bytes: what has been read from the connection.
+        sent_bytes: what has been sent on it, or is about to be.
+    """
+
+    def __init__(self, journal: Journal, number: int, kept: int = 0) -> None:
         self.number = number
         self.full = False
-        self.on_full: Callable[[], None] = lambda: None
+        self.on_full: Callable[[], None] = _nobody
         self._journal = journal
-        self._map = journal.map(number)
-        self._view = memoryview(self._map)
+        at = number * journal.slot_bytes
+        self._view = memoryview(journal.memory)[at : at + journal.slot_bytes]
         self._word = self._view[:8].cast("Q")
+        self._owner = self._view[_OWNER_AT : _OWNER_AT + 8].cast("Q")
         self._start = self._end = _START
-        self._limit = 0
+        self._limit = kept
+        """So many bytes of it may take memory."""
         self._serial = 0
-        self._in = self._out = 0
+        self.read_bytes = self.sent_bytes = 0
         self._pending = 0
         """Where the bytes of the last record begin, if they are for the client and the kernel has not taken them; else
         0."""
 
     # -- writing --------------------------------------------------------------------------------------------------
 
-    def begin(self, serial: int) -> None:
-        """An empty log for a new connection."""
+    def begin(self, serial: int, read: int, sent: int) -> bool:
+        """An empty log for a connection, which the slot belongs to from now on. False if there is no room."""
         self._serial = serial
-        self._in = self._out = 0
+        self.read_bytes, self.sent_bytes = read, sent
         self._start = self._end = _START
-        if self._reserve(_START + _BASE_SIZE):
-            self._rewrite(_START, b"")
+        if not self._reserve(_START + _BASE_SIZE):
+            return False
+        self._rewrite(_START, b"")
+        self._owner[0] = serial
+        return True
 
     def forget(self, pending: bytes) -> None:
         """All requests so far have been answered; only `pending`, the end of the last answer, is still to be sent."""
@@ -184,7 +252,7 @@ class Slot:
         """So many bytes have been read into the inlet."""
         self._pending = 0
         _HEADER.pack_into(self._view, self._end, _READ, 0, 0, count)
-        self._in += count
+        self.read_bytes += count
         self._commit(self._end + _HEAD + count)
 
     def sent(self, data: bytes, covered: int, *, last: bool, aside: bool, closes: bool) -> None:
@@ -202,9 +270,9 @@ class Slot:
         if end > self._limit and not self._reserve(end):
             return
         self._pending = 0
-        self._out += size
+        self.sent_bytes += size
         flags = _LAST * last | _ASIDE * aside | _CLOSES * closes
-        _SENT_HEADER.pack_into(self._view, at, _SENT, flags, 0, size, covered, self._out)
+        _SENT_HEADER.pack_into(self._view, at, _SENT, flags, 0, size, covered, self.sent_bytes)
         self._view[payload:end] = data
         self._pending = payload
         self._end = end
@@ -240,14 +308,15 @@ class Slot:
         self._append(_CLOSE, b"")
 
     def release(self) -> None:
-        """The connection has ended; the slot may be given to another one."""
-        self._shrink(GRAIN_BYTES)
-        self._journal.take(-self._limit)
-        self._limit = 0
+        """Everything has been answered, or the connection has ended: the slot may be given to another one."""
+        if self._limit:
+            self._owner[0] = 0
+        elif not self.full:  # an earlier incarnation's, which nobody has counted
+            self._journal.clear(self.number, 0, self._journal.slot_bytes)
         self.full = True
-        self._word.release()
-        self._view.release()
-        self._journal.release(self)
+        self._pending = 0
+        limit, self._limit = self._limit, 0
+        self._journal.release(self.number, limit)
 
     def _append(self, kind: int, data: bytes, index: int = 0) -> None:
         at = self._end
@@ -264,10 +333,10 @@ class Slot:
         """A new log beside the present one takes its place."""
         view = self._view
         _HEADER.pack_into(view, at, _BASE, 0, 0, _BASE_BODY.size)
-        _BASE_BODY.pack_into(view, at + _HEAD, self._serial, self._in, self._out - len(pending))
+        _BASE_BODY.pack_into(view, at + _HEAD, self._serial, self.read_bytes, self.sent_bytes - len(pending))
         end = at + _BASE_SIZE
         if pending:
-            _SENT_HEADER.pack_into(view, end, _SENT, _DONE, 0, len(pending), 0, self._out)
+            _SENT_HEADER.pack_into(view, end, _SENT, _DONE, 0, len(pending), 0, self.sent_bytes)
             end += _SENT_HEAD + len(pending)
             view[end - len(pending) : end] = pending
         self._pending = 0
@@ -288,15 +357,15 @@ class Slot:
         if limit <= self._journal.slot_bytes and self._journal.take(limit - self._limit):
             self._limit = limit
             return True
-        self._shrink(0)
         self.full = True
         self._pending = 0
-        self.on_full()
+        self.on_full()  # first, since a slot without memory looks as if its connection had none
+        self._shrink(0)
         return False
 
     def _shrink(self, limit: int) -> None:
         if self._limit > limit:
-            self._map.madvise(mmap.MADV_REMOVE, limit, self._limit - limit)
+            self._journal.clear(self.number, limit, self._limit)
             self._journal.take(limit - self._limit)
             self._limit = limit
 
@@ -315,23 +384,20 @@ class Slot:
         self._serial = serial
         self._start, self._end = self._word[0] >> 32, self._word[0] & 0xFFFFFFFF
         if not self._belongs_to(serial):
-            if read or taken:
-                raise ValueError("its journal is another connection's")
-            self.begin(serial)  # killed right after the connection was accepted
-            return Recovered()
+            raise ValueError("its journal is another connection's")
         if not self._reserve(self._end):
             raise ValueError("there is no room for its journal")
         recovered, unsent = self._replay(taken)
-        missing = read - self._in
+        missing = read - self.read_bytes
         if not 0 <= missing <= READ_BYTES:
-            raise ValueError(f"{read} bytes were read and {self._in} are in the journal")
+            raise ValueError(f"{read} bytes were read and {self.read_bytes} are in the journal")
         if missing:
             self._reserve(self._end + _HEAD + missing)
             at = self._end + _HEAD
             recovered.received += self._view[at : at + missing]
             self.read(missing)
-        if taken + len(unsent) != self._out:
-            raise ValueError(f"{self._out} bytes were sent, {taken} taken and {len(unsent)} are in the journal")
+        if taken + len(unsent) != self.sent_bytes:
+            raise ValueError(f"{self.sent_bytes} bytes were sent, {taken} taken and {len(unsent)} are in the journal")
         recovered.unsent = bytes(unsent)
         if recovered.resumed >= MAX_RESUMED:
             raise ValueError(f"the worker was restarted {recovered.resumed} times without any progress of it")
@@ -343,12 +409,12 @@ class Slot:
         if not _START <= start <= end - _BASE_SIZE <= self._journal.slot_bytes:
             return False
         kind, _, _, _ = _HEADER.unpack_from(self._view, start)
-        found, self._in, self._out = _BASE_BODY.unpack_from(self._view, start + _HEAD)
+        found, self.read_bytes, self.sent_bytes = _BASE_BODY.unpack_from(self._view, start + _HEAD)
         return bool(kind == _BASE and found == serial)
 
     def _replay(self, taken: int) -> tuple[Recovered, bytearray]:
         """The log's content, and the bytes that the kernel has not taken."""
-        recovered, unsent = Recovered(idle=self._out > 0), bytearray()
+        recovered, unsent = Recovered(idle=self.sent_bytes > 0), bytearray()
         past = recovered.past
         resumed_at = 0.0
         for kind, flags, index, at, data in self._records():
@@ -360,12 +426,12 @@ class Slot:
                 recovered.resumed = 0
             if kind == _READ:
                 recovered.received += data
-                self._in += len(data)
+                self.read_bytes += len(data)
             elif kind == _SENT:
-                _, _, _, _, covered, self._out = _SENT_HEADER.unpack_from(self._view, at)
-                begin = max(taken, self._out - len(data))
-                if begin < self._out:
-                    unsent += data[len(data) - (self._out - begin) :]
+                _, _, _, _, covered, self.sent_bytes = _SENT_HEADER.unpack_from(self._view, at)
+                begin = max(taken, self.sent_bytes - len(data))
+                if begin < self.sent_bytes:
+                    unsent += data[len(data) - (self.sent_bytes - begin) :]
                 if flags & _LAST:
                     recovered.answered += 1
                     past = recovered.past = Past()

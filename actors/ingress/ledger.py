@@ -178,6 +178,11 @@ class Entry:
         self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
         self.finish, self.stop_reason = piece.finish, piece.stop_reason
 
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's token ids."""
+        return array("i", self.prompt).tolist()
+
     def take(self) -> tuple[str, array[int], list[TextLogprob]]:
         """Text, tokens and logprobs that have arrived since the last call."""
         texts, tokens, logprobs = self._texts, self.output[self._taken :], self._logprobs

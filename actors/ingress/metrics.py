@@ -50,7 +50,8 @@ COUNTERS: dict[str, tuple[str, str]] = {
 CONNECTION_COUNTERS: dict[str, tuple[str, str]] = {
     "connections_resumed": ("runtime", "Connections that an earlier incarnation has left and that went on."),
     "connections_lost": ("runtime", "Connections that an earlier incarnation has left and that could not go on."),
-    "connections_unprotected": ("runtime", "Connections that end if this worker dies, as its journal has no room."),
+    "connections_unprotected": ("runtime", "Requests whose connection would have ended with this worker."),
+    "connections_refused": ("runtime", "Connections refused because this worker had no descriptors left."),
 }
 SCHEDULER_GAUGES = (
     *("num_running_reqs", "num_queue_reqs", "num_grammar_queue_reqs", "token_usage", "num_used_tokens"),

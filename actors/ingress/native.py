@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct, structs
@@ -17,7 +17,6 @@ from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import Exchange
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import finite
-from actors.ingress.parsers.reasoning import Markers, markers_after
 from actors.ingress.sampling import (
     ExtraKey,
     LogitBias,
@@ -27,15 +26,18 @@ from actors.ingress.sampling import (
     RepetitionPenalty,
     SeedField,
     TokenIds,
+    TokenLimit,
     Tokens,
     TopK,
     TopP,
+    limit_of,
     sampling_params,
     text_params,
 )
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import CustomParams, thinking_budget, thinking_of
 from actors.messages import ChatPrompt, TextLogprob, TextPrompt
+from actors.parsers.reasoning import Markers, markers_after
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""
@@ -48,7 +50,10 @@ _encode = msgspec.json.encode
 class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
     """SGLang's `sampling_params`."""
 
-    max_new_tokens: Tokens | None = None
+    unsupported: ClassVar[tuple[str, ...]] = ("stop_regex", "stream_interval", "beam_width")
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"stream_interval": (1,)}
+
+    max_new_tokens: TokenLimit | None = None
     min_new_tokens: Tokens | None = None
     temperature: Annotated[float, Meta(ge=0, le=1e6)] | None = None
     top_p: TopP | None = None
@@ -72,14 +77,16 @@ class NativeSamplingParams(Struct, forbid_unknown_fields=True, kw_only=True):
     ebnf: Any = None
     structural_tag: Any = None
     custom_params: CustomParams | None = None
-    # not supported
-    stop_regex: Any = None
-    stream_interval: Any = None
 
 
 class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /generate. `return_logprob`, `top_logprobs_num` and `logprob_start_len` are for the whole batch.
-    `model` is this server's own: SGLang serves one."""
+    `model` is this server's own: SGLang serves one. `log_metrics` is without effect: every request is counted."""
+
+    unsupported: ClassVar[tuple[str, ...]] = (
+        *("audio_data", "custom_logit_processor", "image_data", "input_embeds", "lora_path", "modalities"),
+        *("return_hidden_states", "session_params", "token_ids_logprob", "video_data", "bootstrap_host"),
+    )
 
     text: str | list[str] | None = None
     input_ids: list[int | list[int]] | None = None
@@ -94,16 +101,6 @@ class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     priority: Priority | None = None
     extra_key: ExtraKey | None = None
     log_metrics: bool | None = None
-    # not supported
-    audio_data: Any = None
-    custom_logit_processor: Any = None
-    image_data: Any = None
-    input_embeds: Any = None
-    lora_path: Any = None
-    return_hidden_states: Any = None
-    session_params: Any = None
-    token_ids_logprob: Any = None
-    video_data: Any = None
 
 
 class _Answer:
@@ -158,7 +155,10 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     """Answers with one object, or a list of them for a batch or n > 1."""
     service.check_model(request.model)
     params = request.sampling_params or NativeSamplingParams()
-    _refuse_unsupported(request, params)
+    if params.spaces_between_special_tokens is False:
+        raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
+    limit = limit_of(params.max_new_tokens)
+    default = DEFAULT_MAX_NEW_TOKENS if params.max_new_tokens is None else None
     prompts, batch = _prompts(request)
     n = params.n or 1
     service.check_choices(len(prompts), n)
@@ -175,7 +175,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         repetition_penalty=params.repetition_penalty,
-        max_tokens=params.max_new_tokens,
+        max_tokens=limit,
         min_tokens=params.min_new_tokens,
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
@@ -198,10 +198,7 @@ async def generate(service: Service, request: GenerateRequest, exchange: Exchang
     if markers is not None:
         sampling = structs.replace(sampling, thinking=thinking_of(markers, budget, encoded[-1]))
     where = "text" if request.text is not None else "input_ids"
-    limits = [
-        service.check_length(len(each) // 4, params.max_new_tokens, DEFAULT_MAX_NEW_TOKENS, where, "max_new_tokens")
-        for each in tokens
-    ]
+    limits = [service.check_length(len(each) // 4, limit, default, where, "max_new_tokens") for each in tokens]
     with (
         service.generate(
             exchange.work,
@@ -286,31 +283,6 @@ def _identities(rid: str | list[str] | None, drawn: str, prompts: int, n: int) -
     if len(names) != prompts:
         raise invalid(f"There are {prompts} prompts but {len(names)} ids in 'rid'.", "rid", "invalid_value")
     return [name if n == 1 else f"{name}-{j}" for name in names for j in range(n)]
-
-
-def _refuse_unsupported(request: GenerateRequest, params: NativeSamplingParams) -> None:
-    for source, names in (
-        (
-            request,
-            (
-                "audio_data",
-                "custom_logit_processor",
-                "image_data",
-                "input_embeds",
-                "lora_path",
-                "return_hidden_states",
-                "session_params",
-                "token_ids_logprob",
-                "video_data",
-            ),
-        ),
-        (params, ("stop_regex", "stream_interval")),
-    ):
-        for name in names:
-            if getattr(source, name) not in (None, False, [], ""):
-                raise unsupported(name)
-    if params.spaces_between_special_tokens is False:
-        raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
 
 
 def _finish_reason(entry: Entry) -> dict[str, Any] | None:

@@ -59,26 +59,10 @@ _MORE: dict[tuple[str, str], Any] = {
             {"type": "array", "items": _object(type={"const": "text"}, text=_STRING)},
         ]
     },
-    ("ChatMessage", "role"): {"enum": ["system", "developer", "user", "assistant", "tool"]},
+    ("ChatMessage", "role"): {"enum": ["system", "developer", "user", "assistant", "tool", "function"]},
     ("ChatRequest", "messages"): {"minItems": 1},
 }
 """What is checked beyond the types, by type and field."""
-_REFUSED: dict[str, tuple[str, ...]] = {
-    "ChatMessage": ("annotations", "audio", "function_call", "refusal"),
-    "CountRequest": ("context_management", "mcp_servers"),
-    "GenerateBody": ("context", "images", "suffix", "template"),
-    "GenerateRequest": (
-        *("audio_data", "custom_logit_processor", "image_data", "input_embeds", "lora_path"),
-        *("return_hidden_states", "session_params", "token_ids_logprob", "video_data"),
-    ),
-    "MessagesRequest": ("container", "context_management", "mcp_servers"),
-    "NativeSamplingParams": ("stop_regex", "stream_interval"),
-    "ResponsesRequest": (
-        *("background", "context_management", "conversation", "max_tool_calls", "moderation"),
-        *("previous_response_id", "prompt", "top_logprobs"),
-    ),
-}
-"""Fields that are refused when they ask for anything. Those of completions are in their `unsupported`."""
 
 
 _ERRORS = {
@@ -142,9 +126,6 @@ def describe(routes: Sequence[BaseRoute], locked: bool) -> dict[str, Any]:
     components: dict[str, Any] = {
         "schemas": {names[name]: _accepted(name, _renamed(schema, names)) for name, schema in schemas.items()} | _ERRORS
     }
-    for body in bodies:
-        for name in getattr(body, "unsupported", ()):
-            components["schemas"][body.__name__]["properties"].pop(name, None)
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "llm-runtime", "version": version("llm-runtime")},
@@ -222,8 +203,6 @@ def _renamed(schema: Any, names: dict[str, str]) -> Any:
 def _accepted(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """The schema without the fields that are refused, and with what is known of those that are read by hand."""
     properties = schema.get("properties", {})
-    for refused in _REFUSED.get(name, ()):
-        del properties[refused]
     for (of, field), more in _MORE.items():
         if of == name:
             properties[field] |= more

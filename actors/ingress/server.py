@@ -5,21 +5,39 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import socket
+from collections import deque
 from collections.abc import Iterator
 
 import uvicorn
 
 from actors.actor import Context
 from actors.ingress.connection import Connection
+from actors.ingress.errors import ApiError
 from actors.ingress.journal import Journal, Recovered, Slot
 from actors.ingress.positions import positions
+from actors.ingress.protection import Protection, Shelter
 from actors.ingress.socket_transport import SocketTransport
 
 logger = logging.getLogger(__name__)
 
 ACCEPT_AGAIN_S = 0.5
 """After a failure to accept, such as too many open files."""
+SPARE_DESCRIPTORS = 256
+"""That many are no connections', or a third of the few there are: ZeroMQ ends the process when it gets none."""
+DRAIN_STEP_S = 0.05
+REFUSED_AT_ONCE = 32
+"""So many refused connections are open at a time, above what others may have."""
+REFUSED_LINGER_S = 0.5
+LEFT_AT_ONCE = 64
+"""So many idle connections of an earlier incarnation are taken over before something else has its turn."""
+
+_BUSY = ApiError(503, "The server has as many connections as it may have: try again later.", code="overloaded").body
+_TOO_MANY = (
+    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\n"
+    b"connection: close\r\ncontent-length: %d\r\n\r\n%b" % (len(_BUSY), _BUSY)
+)
 
 
 class Server(uvicorn.Server):
@@ -47,8 +65,10 @@ class Server(uvicorn.Server):
         self._context = context
         self._link = context.link
         self._counters = counters
-        self._serial = context.incarnation << 32
-        self._next_slot: Slot | None = None
+        self._shelter = Shelter(journal, context.link, counters, context.incarnation)
+        self._stopped = False
+        self._left: deque[str] = deque()
+        """Names of connections without a request that an earlier incarnation has left."""
         self._loop: asyncio.AbstractEventLoop
 
     @contextlib.contextmanager
@@ -57,17 +77,18 @@ class Server(uvicorn.Server):
 
     def abort_stalled(self, limit_s: float) -> None:
         """Ends the connections of clients that have read nothing for so long."""
-        for connection in list(self.server_state.connections):
-            assert isinstance(connection, Connection)
+        for connection in self._connections():
             connection.abort_if_stalled(limit_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes over what is parked, then begins to accept."""
         self._loop = asyncio.get_running_loop()
-        for name, (descriptor, meta) in self._context.parked.items():
-            self._take_over(name, socket.socket(fileno=descriptor), int.from_bytes(meta, "little"))
-        self.servers = [_Acceptor(self._loop, self._listener)]  # type: ignore[list-item]
-        self._prepare_slot()
+        parked = self._context.parked
+        owners = {} if self._journal is None else self._journal.owners({int(name) for name in parked})
+        for serial, number in owners.items():
+            self._take_over(serial, number)
+        self._left.extend(name for name in parked if int(name) not in owners)
+        self._take_over_left()
         self._loop.add_reader(self._listener, self._accept)
         self.started = True
 
@@ -79,78 +100,99 @@ class Server(uvicorn.Server):
             return
         except OSError as error:
             logger.warning("cannot accept connections: %s; trying again", error)
-            self._loop.remove_reader(self._listener)
-            self._loop.call_later(ACCEPT_AGAIN_S, self._loop.add_reader, self._listener, self._accept)
+            self._pause_accepting()
             return
-        slot = self._next_slot
-        if slot is not None:
-            try:
-                self._link.park(str(slot.number), accepted.fileno(), self._serial.to_bytes(8, "little"))
-            except ValueError:
-                slot = None
-            else:
-                self._prepare_slot()
-        if slot is None:
-            self._counters["connections_unprotected"] += 1
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        beyond = accepted.fileno() - (limit - min(SPARE_DESCRIPTORS, limit // 3))
+        if beyond >= 0:
+            self._refuse(accepted)
+            if beyond >= REFUSED_AT_ONCE:
+                self._pause_accepting()
+            return
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connect(accepted, slot, Recovered())
+        self._connect(accepted, self._shelter.accepted(accepted), Recovered())
 
-    def _take_over(self, name: str, connection: socket.socket, serial: int) -> None:
+    def _pause_accepting(self) -> None:
+        """Those who connect meanwhile wait for a moment."""
+        self._loop.remove_reader(self._listener)
+        self._loop.call_later(ACCEPT_AGAIN_S, self._accept_again)
+
+    def _accept_again(self) -> None:
+        if not self._stopped:
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _refuse(self, connection: socket.socket) -> None:
+        """There are as many connections as this process may have: an answer that says so, whatever is asked. It stays
+        open for a moment, so that what the client sends meanwhile does not make the kernel throw the answer away."""
+        self._counters["connections_refused"] += 1
+        connection.setblocking(False)
+        with contextlib.suppress(OSError):
+            connection.send(_TOO_MANY)
+            connection.shutdown(socket.SHUT_WR)
+        self._loop.call_later(REFUSED_LINGER_S, connection.close)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends connections once they have no request. Goes on to accept until then, because the listening socket stays
+        open: who connects is told at once (see `Service.draining`) and need not wait for the end."""
+        deadline = self._loop.time() + (self.config.timeout_graceful_shutdown or 0)
+        for connection in self._connections():
+            connection.shutdown()
+        while any(each.is_busy for each in self._connections()) and self._loop.time() < deadline:
+            await asyncio.sleep(DRAIN_STEP_S)
+        self._stopped = True
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        for task in self.server_state.tasks:
+            task.cancel()
+        for connection in self._connections():
+            connection.transport.close()
+        await asyncio.sleep(0)  # sockets are closed on the loop's next round
+
+    def _connections(self) -> list[Connection]:
+        return [each for each in self.server_state.connections if isinstance(each, Connection)]
+
+    def _take_over(self, serial: int, number: int) -> None:
+        """Goes on with a connection that has a request."""
+        assert self._journal is not None
+        connection = socket.socket(fileno=self._context.parked[str(serial)][0])
         slot: Slot | None = None
         try:
-            if self._journal is None:
-                raise ValueError("there is no journal")
-            slot = self._journal.reopen(int(name))
-            recovered = slot.recover(serial, *positions(connection))
+            slot = self._journal.reopen(number)
+            read, taken = positions(connection)
+            recovered = slot.recover(serial, read, taken)
         except (OSError, ValueError) as error:
             if not isinstance(error, ConnectionAbortedError):  # that one needs no going on
                 logger.warning("a connection cannot go on: %s", error)
                 self._counters["connections_lost"] += 1
             connection.close()
-            self._link.unpark(name)
+            self._link.unpark(str(serial))
             if slot is not None:
                 slot.release()
             return
         self._counters["connections_resumed"] += 1
-        self._connect(connection, slot, recovered)
+        self._connect(connection, self._shelter.found(connection, serial, slot, read, taken), recovered)
 
-    def _connect(self, connection: socket.socket, slot: Slot | None, recovered: Recovered) -> None:
+    def _take_over_left(self) -> None:
+        """Goes on with connections that have no request, some at a time: those that have one come first."""
+        for _ in range(min(LEFT_AT_ONCE, len(self._left))):
+            name = self._left.popleft()
+            connection = socket.socket(fileno=self._context.parked[name][0])
+            try:
+                read, taken = positions(connection)
+            except OSError:
+                connection.close()
+                self._link.unpark(name)
+                continue
+            self._counters["connections_resumed"] += 1
+            protection = self._shelter.found(connection, int(name), None, read, taken)
+            self._connect(connection, protection, Recovered(idle=taken > 0))
+        if self._left:
+            self._loop.call_later(0, self._take_over_left)
+
+    def _connect(self, connection: socket.socket, protection: Protection, recovered: Recovered) -> None:
         connection.setblocking(False)
-        protocol = Connection(self.config, self.server_state, {}, self._loop, slot=slot, recovered=recovered)
-        if slot is not None:
-            slot.on_full = lambda: self._unprotect(slot)
-        transport = SocketTransport(self._loop, connection, slot, lambda: self._ended(slot))
+        protocol = Connection(self.config, self.server_state, {}, self._loop, recovered=recovered)
+        transport = SocketTransport(self._loop, connection, protection)
         transport.start(protocol, recovered.unsent)
         transport.resume_reading()
         protocol.go_on(recovered)
-
-    def _prepare_slot(self) -> None:
-        self._serial += 1
-        self._next_slot = None if self._journal is None else self._journal.open(self._serial)
-
-    def _unprotect(self, slot: Slot) -> None:
-        self._counters["connections_unprotected"] += 1
-        self._link.unpark(str(slot.number))
-
-    def _ended(self, slot: Slot | None) -> None:
-        if slot is not None:
-            self._link.unpark(str(slot.number))
-            slot.release()
-            if self._next_slot is None:
-                self._prepare_slot()
-
-
-class _Acceptor:
-    """What uvicorn stops when it shuts down."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, listener: socket.socket) -> None:
-        self._loop = loop
-        self._listener = listener
-
-    def close(self) -> None:
-        """Accepts no more."""
-        self._loop.remove_reader(self._listener)
-        self._listener.close()
-
-    async def wait_closed(self) -> None:
-        """It is closed at once."""

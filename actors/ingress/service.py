@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from pathlib import Path
 from typing import NamedTuple
 
 from actors.checkpoint.pooling import Task
+from actors.ingress.access import Access
 from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.control import Control
 from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
-from actors.ingress.exchange import ClientGone, Exchange
+from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
+from actors.ingress.openai.responses.store import ResponseStore
 from actors.ingress.pieces import new_rid
 from actors.ingress.recent import RecentRequests
+from actors.ingress.sampling import check_size
 from actors.ingress.tokenization import Tokenization
 from actors.ingress.tracing import Tracing
 from actors.ingress.work import Work
@@ -30,6 +33,7 @@ from actors.messages import (
     ChatPrompt,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     SamplingParams,
     TextParams,
@@ -74,8 +78,11 @@ class Service:
         recent: None if no requests are kept for the case of a crash.
         encoders: what it is asked that embeds or classifies.
         actors: the figures of the others.
+        responses: those that are kept for later requests.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
+        draining: new requests are refused, since this worker is about to stop.
+        access: who may ask for what.
     """
 
     def __init__(
@@ -102,26 +109,39 @@ class Service:
         self.control = control
         self.tracing = tracing
         self.recent = recent
+        self.responses = ResponseStore(Path(config.response_dir), config.response_store_bytes)
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
         self._served = list(models)
         self._by_name = {name: each for each in models for name in each.model.served_model_names}
         self._names: dict[str, list[Entry]] = {}
-        self._key = config.api_key.encode() if config.api_key is not None else None
+        self.draining = False
+        self.access = Access(config.api_key, config.admin_api_key, config.cors_origins, config.allowed_hosts)
 
     # -- who may ask ----------------------------------------------------------------------------------------------
 
-    def authorize(self, exchange: Exchange) -> None:
-        """Raises ApiError unless the client has sent the API key, if there is one."""
-        if self._key is None:
-            return
-        scheme, _, key = exchange.header(b"authorization").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = exchange.header(b"x-api-key")  # Anthropic's
-        if not hmac.compare_digest(key.strip(), self._key):
+    def check_open(self, exchange: Exchange) -> None:
+        """Raises ApiError when this worker is about to stop and the request is a new one."""
+        if self.draining and not exchange.work.is_continued:
             raise ApiError(
-                401, "Incorrect API key provided: send it as 'Authorization: Bearer KEY'.", code="invalid_api_key"
+                503,
+                "The server is shutting down: it is draining and takes no new requests.",
+                code=SHUTTING_DOWN,
+                retry_after_s=1.0,
             )
+
+    def check_priority(self, exchange: Exchange, priority: int | None) -> None:
+        """Raises ApiError when the client may not say how urgent its request is, and says so."""
+        if not priority or self.config.priority == "anyone":
+            return
+        if self.config.priority == "admin" and self.config.admin_api_key is not None:
+            self.access.check(exchange, admin=True)
+            return
+        raise invalid(
+            "priority is not allowed on this server (ingress.priority): leave it out.",
+            "priority",
+            "unsupported_parameter",
+        )
 
     @contextmanager
     def admitted(self, exchange: Exchange) -> Iterator[None]:
@@ -204,6 +224,10 @@ class Service:
         exchange.work.prompts = tokens
         return tokens
 
+    async def length_of(self, prompt: Prompt) -> int:
+        """The tokens of a prompt. Raises ApiError for one that cannot be encoded."""
+        return len(await self._tokenize(prompt, b"")) // 4
+
     async def detokenize(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> Detokenized:
         """The text of token ids. Raises ApiError for ids that the model does not have."""
         self.check_token_ids(tokens, "tokens")
@@ -239,8 +263,10 @@ class Service:
             )
         return max_tokens
 
-    async def tokenize_pairs(self, exchange: Exchange, pairs: Sequence[PairPrompt]) -> list[tuple[bytes, bytes]]:
-        """Token ids (i32) and token type ids, one byte each, of pairs of texts. Raises ApiError as `tokenize`."""
+    async def tokenize_pairs(
+        self, exchange: Exchange, pairs: Sequence[PairPrompt | FillPrompt]
+    ) -> list[tuple[bytes, bytes]]:
+        """Token ids (i32) of pairs of texts, and what `Tokenized` tells more. Raises ApiError as `tokenize`."""
         known = exchange.work.prompts
         if known is not None:
             return list(zip(known[::2], known[1::2], strict=True))
@@ -268,7 +294,9 @@ class Service:
         extra_key: str = "",
         eager: bool = False,
     ) -> Generation:
-        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered."""
+        """The engine requests of an HTTP request, which go out when the `with` block of the result is entered. Raises
+        ApiError when they are too large together."""
+        check_size([len(prompt) for prompt, _ in prompts], n, sampling, text)
         return Generation(
             self.ledger,
             work,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
 from typing import Any
 
 from actors.ingress.journal import READ_BYTES, Slot
+from actors.ingress.protection import Protection
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,7 @@ class SocketTransport(asyncio.Transport):
     sent are journalled first, and how many of them the kernel has taken is always known.
 
     Args:
-        slot: the connection's journal, None if it has none.
-        ended: called when the socket has been closed.
+        protection: what makes the connection outlive the worker.
 
     Attributes:
         muted: what is written was written by an earlier incarnation; it is dropped.
@@ -37,20 +36,18 @@ class SocketTransport(asyncio.Transport):
         self,
         loop: asyncio.AbstractEventLoop,
         connection: socket.socket,
-        slot: Slot | None,
-        ended: Callable[[], None],
+        protection: Protection,
     ) -> None:
         super().__init__({"socket": connection})
         self.muted = False
         self.asides = 0
         self._loop = loop
         self._socket = connection
-        self._slot = slot
-        self._ended = ended
+        self._protection = protection
         self._protocol: asyncio.Protocol
         self._record: list[bytes] | None = None
         self._buffer = bytearray()
-        self._reading = self._closing = self._lost = self._protocol_paused = False
+        self._reading = self._closing = self._lost = self._protocol_paused = self._resting = False
 
     def start(self, protocol: asyncio.Protocol, unsent: bytes = b"") -> None:
         """Introduces itself to the protocol. `unsent` is in the journal already."""
@@ -75,7 +72,8 @@ class SocketTransport(asyncio.Transport):
             self._loop.add_reader(self._socket, self._readable)
 
     def _readable(self) -> None:
-        slot = self._slot
+        slot = self._protection.slot or self._protection.before_reading()
+        self._resting = False
         inlet = None if slot is None else slot.inlet()
         into = _scratch if inlet is None else inlet
         try:
@@ -137,13 +135,26 @@ class SocketTransport(asyncio.Transport):
         return len(self._buffer)
 
     @property
-    def pending(self) -> bytes:
-        """What the kernel has not taken yet."""
-        return bytes(self._buffer)
+    def slot(self) -> Slot | None:
+        """The connection's journal, None if it has none now."""
+        return self._protection.slot
+
+    def request_arrived(self) -> None:
+        """All of a request has been read."""
+        self._protection.is_whole()
+
+    def rest(self) -> None:
+        """All requests have been answered: what the kernel has taken of the answers is needed no longer."""
+        if not self._buffer:
+            self._protection.rest()
+            return
+        self._resting = True
+        if (slot := self._protection.slot) is not None:
+            slot.forget(bytes(self._buffer))
 
     def _send(self, data: bytes, covered: int, last: bool, aside: bool) -> None:
-        if self._slot is not None:
-            self._slot.sent(data, covered, last=last, aside=aside, closes=self._closing)
+        if (slot := self._protection.slot) is not None:
+            slot.sent(data, covered, last=last, aside=aside, closes=self._closing)
         self._give(data)
 
     def _give(self, data: bytes) -> None:
@@ -156,8 +167,8 @@ class SocketTransport(asyncio.Transport):
                 self._lose(error)
                 return
             if count == len(data):
-                if self._slot is not None:
-                    self._slot.taken()
+                if (slot := self._protection.slot) is not None:
+                    slot.taken()
                 return
             data = data[count:]
             self._loop.add_writer(self._socket, self._writable)
@@ -177,8 +188,10 @@ class SocketTransport(asyncio.Transport):
         del self._buffer[:count]
         if not self._buffer:
             self._loop.remove_writer(self._socket)
-            if self._slot is not None:
-                self._slot.taken()
+            if (slot := self._protection.slot) is not None:
+                slot.taken()
+            if self._resting:
+                self._protection.rest()
             if self._closing:
                 self._finish_soon(None)
         if self._protocol_paused and len(self._buffer) <= HIGH_WATER_BYTES // 4:
@@ -195,8 +208,8 @@ class SocketTransport(asyncio.Transport):
             return
         self.pause_reading()
         self._closing = True
-        if self._slot is not None and self._record is None:
-            self._slot.close()
+        if (slot := self._protection.slot) is not None and self._record is None:
+            slot.close()
         if not self._buffer and self._record is None:
             self._finish_soon(None)
 
@@ -225,4 +238,4 @@ class SocketTransport(asyncio.Transport):
             except OSError:
                 pass
             self._socket.close()
-            self._ended()
+            self._protection.end()

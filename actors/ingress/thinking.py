@@ -10,9 +10,9 @@ from msgspec import Struct
 
 from actors.ingress.config import ServedModel
 from actors.ingress.errors import invalid
-from actors.ingress.parsers.reasoning import Markers
 from actors.ingress.sampling import Tokens
 from actors.messages import Thinking
+from actors.parsers.reasoning import Markers
 
 
 class CustomParams(Struct, forbid_unknown_fields=True):

@@ -6,13 +6,28 @@ import asyncio
 from collections.abc import Callable
 
 from actors.ingress.errors import invalid
-from actors.messages import Detokenize, Detokenized, Message, Tokenize, Tokenized, TokenizeFailed
+from actors.ingress.pieces import new_rid
+from actors.messages import (
+    DescribeTokenizer,
+    Detokenize,
+    Detokenized,
+    Message,
+    Tokenize,
+    Tokenized,
+    TokenizeFailed,
+    TokenizerDescribed,
+)
+
+Question = Tokenize | Detokenize | DescribeTokenizer
+Answer = Tokenized | TokenizeFailed | Detokenized | TokenizerDescribed
+
+_ANSWERS = {Tokenize: Tokenized, Detokenize: Detokenized, DescribeTokenizer: TokenizerDescribed}
 
 
-class _Question:
+class _Asked:
     __slots__ = ("answer", "asked_at", "message")
 
-    def __init__(self, message: Tokenize | Detokenize, answer: asyncio.Future[Message], asked_at: float) -> None:
+    def __init__(self, message: Question, answer: asyncio.Future[Message], asked_at: float) -> None:
         self.message = message
         self.answer = answer
         self.asked_at = asked_at
@@ -35,7 +50,7 @@ class Tokenization:
         self._send = send
         self._stall_s = stall_s
         self._clock = clock
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, _Asked] = {}
 
     def __len__(self) -> int:
         return len(self._questions)
@@ -47,10 +62,10 @@ class Tokenization:
         return answer.tokens
 
     async def pair(self, question: Tokenize) -> tuple[bytes, bytes]:
-        """Token ids (i32) of a pair, and its token type ids, one byte each. Raises ApiError as `tokens`."""
+        """Token ids (i32) of a pair or a text to fill in, and `Tokenized.more`. Raises ApiError as `tokens`."""
         answer = await self._ask(question)
         assert isinstance(answer, Tokenized)
-        return answer.tokens, answer.types
+        return answer.tokens, answer.more
 
     async def text(self, question: Detokenize) -> Detokenized:
         """The text of token ids. Raises ApiError when there is none."""
@@ -58,14 +73,20 @@ class Tokenization:
         assert isinstance(answer, Detokenized)
         return answer
 
-    def answered(self, message: Tokenized | TokenizeFailed | Detokenized) -> None:
+    async def description(self) -> TokenizerDescribed:
+        """Special tokens and chat templates."""
+        answer = await self._ask(DescribeTokenizer(new_rid()))
+        assert isinstance(answer, TokenizerDescribed)
+        return answer
+
+    def answered(self, message: Answer) -> None:
         """An answer has arrived; a second one is dropped, as is one of the wrong kind."""
         question = self._questions.get(message.rid)
         if question is None or question.answer.done():
             return
         if isinstance(message, TokenizeFailed):
             question.answer.set_exception(invalid(message.error))
-        elif isinstance(message, Tokenized) == isinstance(question.message, Tokenize):
+        elif isinstance(message, _ANSWERS[type(question.message)]):
             question.answer.set_result(message)
 
     def tokenizer_started(self) -> None:
@@ -80,8 +101,8 @@ class Tokenization:
             if now - question.asked_at >= self._stall_s:
                 self._repeat(question)
 
-    async def _ask(self, message: Tokenize | Detokenize) -> Message:
-        question = _Question(message, asyncio.get_running_loop().create_future(), self._clock())
+    async def _ask(self, message: Question) -> Message:
+        question = _Asked(message, asyncio.get_running_loop().create_future(), self._clock())
         self._questions[message.rid] = question
         self._send(self.tokenizer, message)
         try:
@@ -89,6 +110,6 @@ class Tokenization:
         finally:
             del self._questions[message.rid]
 
-    def _repeat(self, question: _Question) -> None:
+    def _repeat(self, question: _Asked) -> None:
         question.asked_at = self._clock()
         self._send(self.tokenizer, question.message)

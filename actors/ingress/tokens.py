@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shape."""
+"""POST /tokenize and /detokenize, and GET /tokenizer_info, in vLLM's shape."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from actors.ingress.administration import asked_model
 from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.openai.messages import ChatMessage, chat_prompt
@@ -70,3 +71,20 @@ async def detokenize(service: Service, request: DetokenizeRequest, exchange: Exc
     service.check_model(request.model)
     text = (await service.detokenize(request.tokens)).text
     await exchange.answer(msgspec.json.encode({"prompt": text}))
+
+
+async def tokenizer_info(service: Service, exchange: Exchange) -> None:
+    """What clients need that render conversations by themselves: special tokens and chat template, of several models of
+    the first, or the one that `?model=` names."""
+    service = asked_model(service, exchange)
+    described = await service.tokenization.description()
+    templates = described.chat_templates
+    document = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": service.model.max_model_len,
+        "vocab_size": described.vocab_size,
+        **described.special_tokens,
+        "chat_template": templates.get("default"),
+        **({"chat_templates": templates} if len(templates) > 1 else {}),
+    }
+    await exchange.answer(msgspec.json.encode(document))

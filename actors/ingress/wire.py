@@ -24,12 +24,14 @@ class Wire(NamedTuple):
         last: an error as the last part of a stream that has begun, made of its document.
         stream_headers: of a streamed answer.
         any_type: requests need not say that they are JSON, for the protocol's clients do not; but browsers' must.
+        identity_headers: further names under which clients look for `X-Request-Id`.
     """
 
     error: Callable[[ApiError], bytes]
     last: Callable[[bytes], bytes]
     stream_headers: list[tuple[bytes, bytes]] = _EVENTS
     any_type: bool = False
+    identity_headers: tuple[bytes, ...] = ()
 
 
 _ANTHROPIC_ERRORS = {
@@ -45,7 +47,8 @@ _ANTHROPIC_ERRORS = {
 
 def _anthropic_error(error: ApiError) -> bytes:
     kind = _ANTHROPIC_ERRORS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return _encode({"type": "error", "error": {"type": kind, "message": error.message}})
+    details = {} if error.details is None else {"details": error.details}
+    return _encode({"type": "error", "error": {"type": kind, "message": error.message, **details}})
 
 
 def _response_error(error: bytes) -> bytes:
@@ -58,5 +61,12 @@ def _response_error(error: bytes) -> bytes:
 
 OPENAI = Wire(lambda error: error.body, lambda body: b"data: %s\n\n" % body)
 RESPONSES = Wire(OPENAI.error, _response_error)
-ANTHROPIC = Wire(_anthropic_error, lambda body: b"event: error\ndata: %s\n\n" % body)
+ANTHROPIC = Wire(_anthropic_error, lambda body: b"event: error\ndata: %s\n\n" % body, identity_headers=(b"request-id",))
 OLLAMA = Wire(lambda error: _encode({"error": error.message}), lambda body: body + b"\n", _LINES, any_type=True)
+
+
+def wire_of(path: bytes) -> Wire:
+    """The protocol that a path belongs to, whether there is such an endpoint or not."""
+    if path.startswith(b"/v1/messages"):
+        return ANTHROPIC
+    return OLLAMA if path.startswith(b"/api/") else OPENAI

@@ -40,6 +40,11 @@ class Work:
                 slot.identity(self.identity)
 
     @property
+    def is_continued(self) -> bool:
+        """An earlier incarnation has begun to work on it."""
+        return self._attempts is not None
+
+    @property
     def prompts(self) -> list[bytes] | None:
         """Token ids (i32) of the prompts, None before they are known."""
         return self._prompts

@@ -133,14 +133,19 @@ class KvReceiver(Actor):
         if finished is not None:
             self.send(sender, finished)
             return
-        pages = unpack_pages(message.pages, self.config.num_pages)
         transfer = self.transfers.get(message.transfer)
+        try:
+            pages = unpack_pages(message.pages, self.config.num_pages)
+            if len(set(pages)) != len(pages):
+                raise BadMessage(f"transfer {message.transfer} is to fill a page twice")
+        except BadMessage as error:
+            if transfer is None:
+                self.send(sender, ReceiveFailed(message.transfer, str(error)))
+            raise
         if transfer is not None:
             if (transfer.sender, transfer.first, transfer.pages) != (message.sender, message.first, pages):
                 raise BadMessage(f"transfer {message.transfer} is under way with other pages")
             return
-        if len(set(pages)) != len(pages):
-            raise BadMessage(f"transfer {message.transfer} is to fill a page twice")
         transfer = Transfer(message.transfer, message.sender, message.first, pages, message.trace)
         self.transfers[transfer.name] = transfer
         if len(self.transfers) > MAX_TRANSFERS:

@@ -39,19 +39,23 @@ from actors.messages.steps import (
     Compiled,
     OpenSlot,
     Step,
+    StepRefused,
     StepResult,
     TopLogprobs,
 )
 from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
 from actors.messages.tokenization import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     TextPrompt,
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.messages.transfers import (
     NO_EPOCH,
@@ -84,6 +88,8 @@ Message = (
     | TokenizeFailed
     | Detokenize
     | Detokenized
+    | DescribeTokenizer
+    | TokenizerDescribed
     | Generate
     | Abort
     | Acknowledge
@@ -103,6 +109,7 @@ Message = (
     | Attach
     | Attached
     | Step
+    | StepRefused
     | StepResult
     | Tokens
     | Stopped
@@ -149,6 +156,7 @@ __all__ = [
     "Confirm",
     "Confirmed",
     "Constraint",
+    "DescribeTokenizer",
     "Detokenize",
     "Detokenized",
     "Embed",
@@ -157,6 +165,7 @@ __all__ = [
     "EndRequests",
     "EngineInfo",
     "Epoch",
+    "FillPrompt",
     "FinishReason",
     "FlushCache",
     "Generate",
@@ -192,6 +201,7 @@ __all__ = [
     "SpanEnded",
     "SpanId",
     "Step",
+    "StepRefused",
     "StepResult",
     "Stopped",
     "Tagged",
@@ -207,6 +217,7 @@ __all__ = [
     "Tokenize",
     "TokenizeFailed",
     "Tokenized",
+    "TokenizerDescribed",
     "Tokens",
     "TopLogprobs",
     "Trace",

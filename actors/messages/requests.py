@@ -61,6 +61,9 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
         prompt_logprobs: the same for the prompt's tokens.
         constraint: only tokens are drawn with which the output can still become what it says.
         thinking: where the output reasons; None if that makes no difference.
+        max_repeats: an output ends whose last tokens are the same run of tokens so many times; 0 for never.
+        checked: a constraint that must be one that can be kept; the tokens are not held to it. For a request without
+            `constraint`.
     """
 
     max_tokens: Annotated[int, Meta(ge=0)]
@@ -79,6 +82,8 @@ class SamplingParams(Struct, array_like=True, frozen=True, gc=False):
     prompt_logprobs: Annotated[int, Meta(ge=-1, le=128)] = -1
     constraint: Constraint | None = None
     thinking: Thinking | None = None
+    max_repeats: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    checked: Constraint | None = None
 
     @property
     def penalizes(self) -> bool:

@@ -60,6 +60,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
         slot: row of the page table, the sampling parameters and the last-token table.
         prompt_len: tokens of the prompt; the token at position p ≥ prompt_len is output token p - prompt_len.
         history: prompt and output token ids so far (i32) if `sampling.needs_history`, else empty.
+        room: tokens that the output may have in the end, whoever computes them; 0 for `sampling.max_tokens`.
     """
 
     slot: Index
@@ -67,6 +68,7 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
     sampling: SamplingParams
     history: bytes = b""
     trace: Trace = b""
+    room: Index = 0
 
 
 SAMPLE = 1
@@ -81,7 +83,8 @@ with -1."""
 
 
 class Step(Tagged):
-    """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult`.
+    """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult` or
+    `StepRefused`.
 
     A row is a run of new tokens of one slot. The step reads the KV of positions [0, start) and writes
     [start, start + length), so it may be run again. Steps are run in the order of their numbers.
@@ -131,3 +134,16 @@ class StepResult(Tagged):
     logprobs: list[TopLogprobs] = []
     prompt_logprobs: list[TopLogprobs] = []
     duration_s: float = 0.0
+
+
+class StepRefused(Tagged):
+    """Rank 0 → scheduler, in place of `StepResult`: the step makes no sense, and nothing of it was computed.
+
+    Attributes:
+        slots: those whose rows, pages or parameters are to blame; none if the rank cannot tell.
+        reason: one sentence.
+    """
+
+    number: Index
+    slots: list[Index]
+    reason: str

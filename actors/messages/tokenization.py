@@ -32,20 +32,32 @@ class PairPrompt(Tagged):
     max_tokens: Index = 0
 
 
+class FillPrompt(Tagged):
+    """What stands before and behind a text that the model is to fill in."""
+
+    text: str
+    suffix: str
+    add_special_tokens: bool = True
+
+
 class Tokenize(Tagged):
     """Ingress → tokenizer. Answered by `Tokenized` or `TokenizeFailed`. Repeated when the tokenizer is restarted."""
 
     rid: Rid
-    prompt: ChatPrompt | TextPrompt | PairPrompt
+    prompt: ChatPrompt | TextPrompt | PairPrompt | FillPrompt
     trace: Trace = b""
 
 
 class Tokenized(Tagged):
-    """Tokenizer → ingress: the prompt's token ids (i32), and of a pair the token type ids, one byte each."""
+    """Tokenizer → ingress: the prompt's token ids (i32).
+
+    Attributes:
+        more: of a pair the token type ids, one byte each; of a text to fill in the ids (i32) that end it.
+    """
 
     rid: Rid
     tokens: bytes
-    types: bytes = b""
+    more: bytes = b""
 
 
 class TokenizeFailed(Tagged):
@@ -69,3 +81,24 @@ class Detokenized(Tagged):
     rid: Rid
     text: str
     pieces: list[str]
+
+
+class DescribeTokenizer(Tagged):
+    """Ingress → tokenizer: what clients that tokenize by themselves want to know. Answered by `TokenizerDescribed`."""
+
+    rid: Rid
+
+
+class TokenizerDescribed(Tagged):
+    """Tokenizer → ingress.
+
+    Attributes:
+        special_tokens: `bos_token`, `eos_token` … as chat templates know them.
+        chat_templates: Jinja sources by name, `default` among them if there are any.
+        vocab_size: token ids, unused ones included.
+    """
+
+    rid: Rid
+    special_tokens: dict[str, str]
+    chat_templates: dict[str, str]
+    vocab_size: int

@@ -13,9 +13,9 @@ import torch
 
 from actors.actor import Actor, BadMessage, StartFailure, handles
 from actors.checkpoint import CheckpointError
-from actors.messages import Attach, Attached, Compile, Profile, Step
+from actors.messages import Attach, Attached, Compile, Profile, Step, StepRefused
 from actors.rank.config import RankConfig
-from actors.rank.executor import Executor, build_executor
+from actors.rank.executor import BadStep, Executor, build_executor
 from actors.rank.group import JOIN_TIMEOUT_S, Group
 from actors.rank.profiler import Profiler, Refusal
 from actors.rank.traces import SlotTraces
@@ -62,7 +62,8 @@ class Rank(Actor):
         self.steps_run = self.tokens_run = self.steps_ignored = 0
         self.busy_s = 0.0
         self.watched.append(self.executor.grammars.fd)
-        self.profiler = Profiler(self.name, self.executor.device, self.context.run_dir / "profiles")
+        directory = Path(self.config.profile_dir or self.context.run_dir / "profiles")
+        self.profiler = Profiler(self.name, self.executor.device, directory)
         self.traces = SlotTraces(self.spans, self.after)
 
     def peer_started(self, peer: str, incarnation: int) -> None:
@@ -161,9 +162,11 @@ class Rank(Actor):
         try:
             with self.profiler.step(step.number):
                 result = self.executor.execute(step)
-        except BadMessage as error:  # on every rank alike, before the first collective
+        except BadStep as error:  # on every rank alike, before the first collective
             self.bad_messages += 1
-            logger.warning("dropped step %d of %s: %s", step.number, self.source, error)
+            logger.error("refused a step of %s: %s", self.source, error)
+            if self.config.rank == 0 and self.source is not None:
+                self.send(self.source, StepRefused(step.number, error.slots, str(error)))
             return
         self.steps_run += 1
         self.tokens_run += tokens

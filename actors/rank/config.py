@@ -29,6 +29,8 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
         max_step_tokens: new tokens that a step may have.
         threads: of torch in this process; 0 leaves torch's own choice.
         weights_arena, kv_arena: names of the descriptors of its arenas; without them memory is made anew at each start.
+        grammar_backend: the library that compiles constraints.
+        profile_dir: where profiles go, or directories below it; empty for `profiles` in the run directory.
         process_group_dir: where the ranks of a group meet; needed if tp is above 1.
     """
 
@@ -47,7 +49,9 @@ class RankConfig(Struct, frozen=True, forbid_unknown_fields=True):
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     weights_arena: str = ""
     kv_arena: str = ""
+    grammar_backend: Literal["llguidance", "xgrammar"] = "llguidance"
     process_group_dir: str = ""
+    profile_dir: str = ""
 
     @property
     def compute_dtype(self) -> ComputeDType:

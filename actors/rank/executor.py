@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import Tensor
 import kernels
 from actors.actor import BadMessage, StartFailure
 from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
-from actors.grammar import Workshop, load_tokens
+from actors.grammar import Workshop, load_backend
 from actors.kv_format import KVFormat
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from actors.rank.config import RankConfig
@@ -65,6 +66,20 @@ class DecodingSlots:
     plain: bool  # tokens are all that is asked for, and none depends on those before
 
 
+class BadStep(BadMessage):
+    """A step that makes no sense.
+
+    Args:
+        number: of the step.
+        reason: the rest of a sentence.
+        slots: those that are to blame; none if that cannot be told.
+    """
+
+    def __init__(self, number: int, reason: str, slots: Iterable[int] = ()) -> None:
+        super().__init__(f"step {number}: {reason}")
+        self.slots = sorted({slot for slot in slots if slot >= 0})
+
+
 class Executor:
     """Runs steps on one rank's part of a model.
 
@@ -107,7 +122,9 @@ class Executor:
         self._page_bounds = np.array([slots, max_pages, config.num_pages], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
-        self.grammars = Workshop(lambda: load_tokens(Path(config.model), self.vocab_size))
+        self.grammars = Workshop(
+            lambda: load_backend(Path(config.model), self.vocab_size, config.grammar_backend), closings=True
+        )
         grammars = self.grammars if group.rank == 0 else None
         texts = (lambda: load_vocabulary(Path(config.model)).token_bytes[: self.vocab_size]) if grammars else None
         self._sampler = Sampler(slots, self.vocab_size, config.max_model_len, self.device, grammars, texts)
@@ -172,7 +189,7 @@ class Executor:
         """Runs a step. Run again, it gives the same result, also if other steps have been run in between.
 
         Raises:
-            BadMessage: the step makes no sense. Nothing has been written to the cache, and slots are as before but for
+            BadStep: the step makes no sense. Nothing has been written to the cache, and slots are as before but for
                 `opens` and `pages`.
         """
         started = time.perf_counter()
@@ -182,7 +199,7 @@ class Executor:
             return StepResult(step.number, tokens.tobytes(), of_tokens, [], time.perf_counter() - started)
         rows = self._check(step)
         self._open(step)
-        self._check_slots(rows)
+        self._check_slots(step, rows)
         ids = self._ids(rows)
         hidden = self._hidden(rows, ids)
         of_prompts = self._prompt_logprobs(rows, ids, hidden)
@@ -268,49 +285,62 @@ class Executor:
 
     def _check(self, step: Step) -> Rows:
         """The step's arrays, if they make sense by themselves."""
-        config = self.config
-        slots, starts, lengths, tokens = map(_int32s, (step.slots, step.starts, step.lengths, step.tokens))
+        config, number = self.config, step.number
+        slots, starts, lengths, tokens = (
+            _int32s(step, array) for array in (step.slots, step.starts, step.lengths, step.tokens)
+        )
         flags = np.frombuffer(step.flags, np.uint8)
         n = len(slots)
         if not n == len(starts) == len(lengths) == len(flags):
-            raise BadMessage(f"step {step.number}: slots, starts, lengths and flags differ in their number of rows")
+            raise BadStep(number, "slots, starts, lengths and flags differ in their number of rows")
         if n and (slots.min() < 0 or slots.max() >= config.max_slots or len(np.unique(slots)) != n):
-            raise BadMessage(f"step {step.number}: a slot is named twice or is not in 0 … {config.max_slots - 1}")
-        if n and (starts.min() < 0 or lengths.min() < 1 or flags.max() > SAMPLE | PROMPT_LOGPROBS | VERIFY):
-            raise BadMessage(f"step {step.number}: a row has a negative start, no tokens, or an unknown flag")
+            raise BadStep(number, f"a slot is named twice or is not in 0 … {config.max_slots - 1}")
+        _refuse(
+            number,
+            slots[(starts < 0) | (lengths < 1) | (flags > SAMPLE | PROMPT_LOGPROBS | VERIFY)],
+            "a row has a negative start, no tokens, or an unknown flag",
+        )
         offsets = np.zeros(n + 1, np.int64)
         np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
         ends = starts.astype(np.int64) + lengths
         if len(tokens) != offsets[-1] or len(tokens) > config.max_step_tokens:
-            raise BadMessage(
-                f"step {step.number}: {len(tokens)} tokens for rows of {offsets[-1]}, where at most "
-                f"{config.max_step_tokens} are allowed"
+            raise BadStep(
+                number,
+                f"{len(tokens)} tokens for rows of {offsets[-1]}, where at most {config.max_step_tokens} are allowed",
             )
-        if n and ends.max() > config.max_model_len:
-            raise BadMessage(f"step {step.number}: a row ends behind max_model_len = {config.max_model_len}")
+        _refuse(number, slots[ends > config.max_model_len], f"a row ends behind max_model_len = {config.max_model_len}")
         unknown = np.flatnonzero(tokens[offsets[:-1]] == -1)
         if n and (
             tokens.max() >= self.vocab_size or tokens.min() < -1 or np.count_nonzero(tokens == -1) > len(unknown)
         ):
-            raise BadMessage(
-                f"step {step.number}: a token is outside the vocabulary, or -1 and not the first of its row"
+            wrong = (tokens >= self.vocab_size) | (tokens < 0)
+            wrong[offsets[unknown]] = False
+            _refuse(
+                number,
+                slots[np.searchsorted(offsets, np.flatnonzero(wrong), "right") - 1],
+                "a token is outside the vocabulary, or -1 and not the first of its row",
             )
         self._check_pages(step)
         for opened in step.opens:
             if opened.slot >= config.max_slots:
-                raise BadMessage(f"step {step.number}: slot {opened.slot} is not in 0 … {config.max_slots - 1}")
-            self._sampler.check(opened)
+                raise BadStep(number, f"slot {opened.slot} is not in 0 … {config.max_slots - 1}")
+            try:
+                self._sampler.check(opened)
+            except BadMessage as error:
+                raise BadStep(number, str(error), [opened.slot]) from None
         ends32, offsets32 = ends.astype(np.int32), offsets.astype(np.int32)
         return Rows(slots, starts, lengths, ends32, offsets32, flags, tokens, unknown)
 
     def _check_pages(self, step: Step) -> None:
-        """Raises BadMessage if the pages make no sense by themselves."""
-        pages = _int32s(step.pages)
+        """Raises BadStep if the pages make no sense by themselves."""
+        pages = _int32s(step, step.pages)
         if len(pages) % 3:
-            raise BadMessage(f"step {step.number}: pages are no triples")
-        if (pages.view(np.uint32).reshape(-1, 3) >= self._page_bounds).any():
+            raise BadStep(step.number, "pages are no triples")
+        triples = pages.reshape(-1, 3)
+        wrong = (triples.view(np.uint32) >= self._page_bounds).any(axis=1)
+        if wrong.any():
             bounds = tuple(self._page_bounds.tolist())
-            raise BadMessage(f"step {step.number}: a page entry is outside of (slot, index, page) < {bounds}")
+            _refuse(step.number, triples[wrong, 0], f"a page entry is outside of (slot, index, page) < {bounds}")
 
     def _open(self, step: Step) -> None:
         """Sets up slots and pages."""
@@ -327,9 +357,9 @@ class Executor:
             self._set_pages(step)
 
     def _set_pages(self, step: Step) -> None:
-        """Raises BadMessage, before anything is set, if the pages make no sense by themselves."""
+        """Raises BadStep, before anything is set, if the pages make no sense by themselves."""
         self._check_pages(step)
-        triples = _int32s(step.pages).reshape(-1, 3)
+        triples = _int32s(step, step.pages).reshape(-1, 3)
         slots, indices, pages = triples.T
         self._host_table[slots, indices] = pages
         if self.device.type != "cpu":
@@ -342,26 +372,30 @@ class Executor:
         room = np.minimum(set_pages * self.config.page_size, self.config.max_model_len)
         self._room[touched] = room * self._opened[touched]
 
-    def _check_slots(self, rows: Rows) -> None:
-        """Raises BadMessage unless the slots of all rows are ready for them."""
-        if not self._opened[rows.slots].all():
-            raise BadMessage("a row's slot is not open")
-        if (self._room[rows.slots] < rows.ends).any():
-            raise BadMessage("a row has positions without a page")
-        slots, starts = rows.slots[rows.unknown], rows.starts[rows.unknown]
-        if (self._drawn_at[slots, starts % REMEMBERED] != starts).any():
-            raise BadMessage("a row refers to a token that was not drawn here")
-        verified = np.flatnonzero(rows.flags & VERIFY)
-        if len(verified) and (
-            (rows.flags[verified] != SAMPLE | VERIFY).any()
-            or (rows.tokens[rows.offsets[verified]] < 0).any()
-            or self._sampler.one_by_one(rows.slots[verified].tolist())
-        ):
-            raise BadMessage("a row to verify does not sample, has a token -1, or is of a slot with penalties")
+    def _check_slots(self, step: Step, rows: Rows) -> None:
+        """Raises BadStep unless the slots of all rows are ready for them."""
+        number, all_slots = step.number, rows.slots
+        _refuse(number, all_slots[~self._opened[all_slots]], "a row's slot is not open")
+        _refuse(number, all_slots[self._room[all_slots] < rows.ends], "a row has positions without a page")
+        slots, starts = all_slots[rows.unknown], rows.starts[rows.unknown]
+        _refuse(
+            number,
+            slots[self._drawn_at[slots, starts % REMEMBERED] != starts],
+            "a row refers to a token that was not drawn here",
+        )
+        for row in np.flatnonzero(rows.flags & VERIFY):
+            slot = int(all_slots[row])
+            if (
+                rows.flags[row] != SAMPLE | VERIFY
+                or rows.tokens[rows.offsets[row]] < 0
+                or self._sampler.one_by_one([slot])
+            ):
+                reason = "a row to verify does not sample, has a token -1, or is of a slot with penalties"
+                raise BadStep(number, reason, [slot])
         for row in np.flatnonzero(rows.flags & PROMPT_LOGPROBS):
-            slot, start = int(rows.slots[row]), int(rows.starts[row])
+            slot, start = int(all_slots[row]), int(rows.starts[row])
             if start and start - 1 not in self._tails.get(slot, {}):
-                raise BadMessage("a row asks for prompt logprobs, but not so did the one before it")
+                raise BadStep(number, "a row asks for prompt logprobs, but not so did the one before it", [slot])
 
     def _hidden(self, rows: Rows, ids: NDArray[np.int64]) -> Tensor:
         """States of the new tokens [T, H], valid until the next step."""
@@ -492,10 +526,16 @@ class Executor:
         return to_device(array.astype(np.int64), self.device)
 
 
-def _int32s(data: bytes) -> Int32s:
+def _int32s(step: Step, data: bytes) -> Int32s:
     if len(data) % 4:
-        raise BadMessage(f"an array of int32 has {len(data)} bytes")
+        raise BadStep(step.number, f"an array of int32 has {len(data)} bytes")
     return np.frombuffer(data, "<i4")
+
+
+def _refuse(number: int, slots: Int32s, reason: str) -> None:
+    """Raises BadStep if there are slots to blame."""
+    if len(slots):
+        raise BadStep(number, reason, slots.tolist())
 
 
 def build_executor(

@@ -1,54 +1,53 @@
 """Constraints at work: which tokens each constrained slot may draw next.
 
-A slot's automaton follows the tokens of its output, wherever they have come from: tokens that are new to it are
-accepted, and when others take their place it goes back. So a position's mask is a function of the tokens before it.
+A slot's matcher follows the tokens of its output, wherever they have come from: tokens that are new to it are accepted,
+and when others take their place it goes back. So a position's mask is a function of the tokens before it.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.grammar import BadGrammar, Workshop, xgrammar
+from actors.grammar import BadGrammar, Matcher, Workshop
 from actors.messages import OpenSlot
+from actors.rank.room import Room
 
 logger = logging.getLogger(__name__)
 
 Int32s = NDArray[np.int32]
 
-THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-"""That fill the masks of a step. More than one where the cores are many, as beside a GPU: a mask takes some 50 µs."""
 
-
-class Automaton:
+class Constrained:
     """One slot's.
 
     Args:
-        matcher: xgrammar's, at its beginning; None where there is none to be had.
+        matcher: at its beginning; None where there is none to be had.
+        room: what is known of the answer's end.
 
     Attributes:
         stops: what may follow a complete answer, int32.
         lost: the output is not what the constraint allows, or is over.
     """
 
-    def __init__(self, matcher: Any, stops: Int32s) -> None:
+    def __init__(self, matcher: Matcher | None, stops: Int32s, room: Room | None) -> None:
         self.matcher = matcher
         self.stops = stops
         self.lost = matcher is None
+        self._room = room
         self._first = 0  # output tokens before the first one that it was shown
         self._count = 0  # tokens accepted
-        self._over = False  # the last of them has ended the answer
 
     def note(self, index: int) -> None:
         """Output tokens from `index` on may be others than before."""
         valid = max(index - self._first, 0)
-        if valid < self._count:
+        if self.matcher is not None and valid < self._count:
             self.matcher.rollback(self._count - valid)
-            self._count, self._over = valid, False
+            self._count = valid
+            if self._room is not None:
+                self._room.forget()
 
     def follow(self, output: Int32s, first: int = 0) -> None:
         """Goes to where the output is, from wherever it was.
@@ -60,16 +59,41 @@ class Automaton:
             return
         self.note(len(output) if first == self._first else 0)
         self._first = first
-        for token in output[first + self._count :].tolist():
-            if self._over or not self.matcher.accept_token(token):
+        self._accept(output[first + self._count :].tolist())
+        self.lost = self.matcher.over or first + self._count < len(output)
+        if self._room is not None and not self.lost:
+            back = self._room.unknown(len(output), first)
+            if back:  # it wants to see the answer as it was so many tokens ago
+                self.matcher.rollback(back)
+                self._count -= back
+            self._room.look(self.matcher, len(output) - back)
+            if back:
+                self._accept(output[first + self._count :].tolist())
+
+    def closing(self, token: int) -> int | None:
+        """The token that must come in place of the one that was drawn, so that the answer can still end. After
+        `follow`."""
+        if self._room is None or self.matcher is None or self.lost:
+            return None
+        return self._room.replaced(self.matcher, token)
+
+    @property
+    def near_end(self) -> bool:
+        """Whether drawn tokens must be shown to `closing`. After `follow`."""
+        return self._room is not None and not self.lost and self._room.near
+
+    def _accept(self, tokens: list[int]) -> None:
+        assert self.matcher is not None
+        for token in tokens:
+            if not self.matcher.accept(token):
                 break
             self._count += 1
-            self._over = self.matcher.is_terminated()
-        self.lost = self._over or first + self._count < len(output)
+            if self._room is not None:
+                self._room.accepted(self.matcher, token)
 
 
 class Masks:
-    """The automata of constrained slots.
+    """The matchers of constrained slots.
 
     Args:
         grammars: compiles constraints.
@@ -80,8 +104,7 @@ class Masks:
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._words = -(-vocab_size // 32)
-        self._slots: dict[int, Automaton] = {}
-        self._batch: Any = None
+        self._slots: dict[int, Constrained] = {}
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._slots
@@ -92,14 +115,19 @@ class Masks:
         sampling = opened.sampling
         if sampling.constraint is None:
             return
+        matcher: Matcher | None = None
+        room: Room | None = None
         try:
+            tokens = self._grammars.backend.tokens
+            stops = tokens.stops(sampling.stop_token_ids)
             compiled = self._grammars.get(sampling.constraint)
-            stops = self._grammars.tokens.stops(sampling.stop_token_ids)
-            matcher = xgrammar().GrammarMatcher(compiled, override_stop_tokens=stops or None)
+            matcher = compiled.matcher(stops)
+            if stops:
+                room = Room(tokens, compiled, opened.room or sampling.max_tokens, stops[0])
         except BadGrammar as error:  # its scheduler would not have let it come so far
             logger.error("slot %d gets no text: %s", opened.slot, error)
-            matcher, stops = None, [token for token in sampling.stop_token_ids if token < self._vocab_size]
-        self._slots[opened.slot] = Automaton(matcher, np.array(stops, np.int32))
+            stops = [token for token in sampling.stop_token_ids if token < self._vocab_size]
+        self._slots[opened.slot] = Constrained(matcher, np.array(stops, np.int32), room)
 
     def note(self, slot: int, index: int) -> None:
         """Tokens of a constrained slot's output from `index` on may be others than before."""
@@ -109,21 +137,27 @@ class Masks:
         """Whether the output of the slot, as `allowed` was told it, is not what its constraint allows, or is over."""
         return self._slots[slot].lost
 
+    def near_end(self, slot: int) -> bool:
+        """Whether `closing` must be asked about the slot's drawn token."""
+        return self._slots[slot].near_end
+
+    def closing(self, slot: int, token: int) -> int | None:
+        """The token that must come in place of the one that was drawn, so that the answer ends within its room."""
+        return self._slots[slot].closing(token)
+
     def allowed(self, slots: list[int], outputs: list[Int32s], firsts: list[int] | None = None) -> Int32s:
         """Which tokens may come next: words of `kernels.TokenMasks`, for B constrained slots and their outputs so far,
         of which the first ones may be free. In every row at least one may, but for a constraint that ends in nowhere
         of a model that has no end-of-sequence token."""
         masks = np.zeros((len(slots), self._words), np.int32)
-        automata = [self._slots[slot] for slot in slots]
-        for automaton, output, first in zip(automata, outputs, firsts or [0] * len(slots), strict=True):
-            automaton.follow(output, first)
-        going = [row for row, automaton in enumerate(automata) if not automaton.lost]
+        found = [self._slots[slot] for slot in slots]
+        for each, output, first in zip(found, outputs, firsts or [0] * len(slots), strict=True):
+            each.follow(output, first)
+        going = {row: each.matcher for row, each in enumerate(found) if each.matcher is not None and not each.lost}
         if going:
-            if self._batch is None:
-                self._batch = xgrammar().BatchGrammarMatcher(max_threads=THREADS)
-            self._batch.batch_fill_next_token_bitmask([automata[row].matcher for row in going], masks, going)
+            self._grammars.backend.fill(list(going.values()), masks, list(going))
         for row in np.flatnonzero(~masks.any(axis=1)).tolist():
-            allow(masks[row], automata[row].stops)
+            allow(masks[row], found[row].stops)
         return masks
 
     def over(self, slot: int, mask: Int32s) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ class Profiler:
 
     Args:
         rank: the actor's name, a part of the names of its files.
-        directory: where files go if nobody says where.
+        directory: where files go, or into directories below it that are asked for.
     """
 
     def __init__(self, rank: str, device: torch.device, directory: Path) -> None:
@@ -92,11 +91,7 @@ class Profiler:
             activities.append(ProfilerActivity.CUDA)
         if not activities:
             raise Refusal("its device is no GPU: ask for the activity CPU")
-        if message.output_dir:
-            directory = _checked(Path(message.output_dir))
-        else:
-            directory = self._directory
-            directory.mkdir(mode=0o700, exist_ok=True)
+        directory = _below(self._directory, message.output_dir)
         self._path = directory / f"{message.name}-{self._rank}.trace.json.gz"
         self._steps_left = message.num_steps or MAX_STEPS
         self._profile = profile(
@@ -106,16 +101,17 @@ class Profiler:
         return self._path
 
 
-def _checked(directory: Path) -> Path:
-    """A directory that a client has named: the node's own user must own it, and nobody else may write to it."""
+def _below(base: Path, name: str) -> Path:
+    """The directory that a client has named, which must lie in the one for profiles, or that one itself."""
     try:
-        status = directory.stat()
-    except OSError as error:
-        raise Refusal(f"output_dir {directory} cannot be used ({error.strerror})") from None
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root = base.resolve(strict=True)
+        directory = (root / name).resolve()
+        if not directory.is_relative_to(root):
+            raise Refusal(f"output_dir must lie in {base}, the node's node.profile_dir: give a name in it, or none")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise Refusal(f"output_dir {name or base} cannot be used ({error})") from None
     except ValueError as error:  # a zero byte
         raise Refusal(f"output_dir cannot be used ({error})") from None
-    if not directory.is_absolute() or not stat.S_ISDIR(status.st_mode):
-        raise Refusal(f"output_dir {directory} is not an absolute path of a directory")
-    if status.st_uid != os.getuid() or status.st_mode & 0o022 or not os.access(directory, os.W_OK):
-        raise Refusal(f"output_dir {directory} must belong to the node's user and be writable by nobody else")
     return directory

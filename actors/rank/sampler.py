@@ -1,7 +1,8 @@
 """Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
 
 The logits of a row are changed in this order: penalties, bias, minimum length, constraint; then temperature, top-k,
-top-p and min-p choose. What ends a reasoning that is too long takes the place of the chosen token. The random number of
+top-p and min-p choose. What ends a reasoning that is too long, or an answer that runs out of room, takes the place of
+the chosen token. The random number of
 a token is a pure function of the request's seed and the token's position, and everything else here is a function of the
 tokens before it, so a step that is run again draws the same tokens.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -29,6 +31,10 @@ from kernels import SamplingTensors, TokenMasks
 Int32s = NDArray[np.int32]
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+DENSE_BIAS = 1024
+"""A bias for so many tokens is added as a vector, which slots with the same one share."""
 
 
 class History:
@@ -62,6 +68,13 @@ class History:
             self._counts[place] += at >= self.prompt_len
         self._counted = position
         return self._ids[: len(self._entries)], self._counts[: len(self._entries)]
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """What is added to the logits of a slot with a long bias: float32 [V]."""
+
+    vector: Tensor
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,8 @@ class Sampler:
         self._logprobs = np.full(max_slots, -1, np.int32)
         self._params: dict[int, SamplingParams] = {}
         self._bias: dict[int, tuple[Int32s, NDArray[np.float32]]] = {}
+        self._dense_bias: dict[int, Bias] = {}
+        self._biases: WeakValueDictionary[bytes, Bias] = WeakValueDictionary()
         self._histories: dict[int, History] = {}
         self._min_lengths: dict[int, tuple[int, Int32s]] = {}
         self._masks = None if grammars is None else Masks(grammars, vocab_size)
@@ -148,11 +163,15 @@ class Sampler:
         self._log_min_p[slot] = math.log(sampling.min_p) if sampling.min_p > 0 else -math.inf
         self._seeds[slot] = sampling.seed
         self._logprobs[slot] = sampling.logprobs
-        for table in (self._bias, self._histories, self._min_lengths):
+        for table in (self._bias, self._dense_bias, self._histories, self._min_lengths):
             table.pop(slot, None)
         if sampling.logit_bias:
             values = np.clip(list(sampling.logit_bias.values()), -FLOAT32_MAX, FLOAT32_MAX).astype(np.float32)
-            self._bias[slot] = np.array(list(sampling.logit_bias), np.int32), values
+            ids = np.array(list(sampling.logit_bias), np.int32)
+            if len(ids) < DENSE_BIAS:
+                self._bias[slot] = ids, values
+            else:
+                self._dense_bias[slot] = self._shared_bias(ids, values)
         if sampling.needs_history:
             tokens = np.frombuffer(opened.history, "<i4")
             self._histories[slot] = History(opened.prompt_len, tokens, self.max_model_len)
@@ -163,7 +182,17 @@ class Sampler:
             self._masks.open(opened)
         if self._thoughts is not None:
             self._thoughts.open(opened)
-        self._changes[slot] = sampling.penalizes or slot in self._bias or slot in self._min_lengths
+        self._changes[slot] = sampling.penalizes or bool(sampling.logit_bias) or slot in self._min_lengths
+
+    def _shared_bias(self, ids: Int32s, values: NDArray[np.float32]) -> Bias:
+        """All answers to one prompt, say, have the same."""
+        key = ids.tobytes() + values.tobytes()
+        bias = self._biases.get(key)
+        if bias is None:
+            vector = np.zeros(self.vocab_size, np.float32)
+            vector[ids] = values
+            bias = self._biases[key] = Bias(self._to_device(vector))
+        return bias
 
     def note(self, slot: int, start: int, tokens: Int32s | int) -> None:
         """Tells a slot its tokens, or one, from position `start` on. Only slots in `with_history` want to know."""
@@ -192,12 +221,12 @@ class Sampler:
         """
         drawing = self._drawing(slots)
         if drawing.changed or drawing.constrained:
-            logits, masks = self._prepared(drawing, logits, slots, positions)
+            logits, masks, masked = self._prepared(drawing, logits, slots, positions)
         else:
-            masks = None
+            masks, masked = None, []
         at = self._to_device(positions.astype(np.int64))
         tokens = kernels.sample(logits, drawing.params, drawing.seeds, at, masks)
-        forced = self._forced(drawing.thinking, slots, positions)
+        forced = self._closing(masked, slots, tokens) + self._forced(drawing.thinking, slots, positions)
         if forced:
             rows, ids = self._to_device(np.array(forced)).unbind(1)
             tokens[rows] = ids.to(tokens.dtype)
@@ -256,8 +285,9 @@ class Sampler:
 
     def _prepared(
         self, drawing: Drawing, logits: Tensor, slots: Int32s, positions: Int32s
-    ) -> tuple[Tensor, TokenMasks | None]:
-        """The logits, or a copy with what the slots want to have changed, and masks of what they may draw."""
+    ) -> tuple[Tensor, TokenMasks | None, list[int]]:
+        """The logits, or a copy with what the slots want to have changed, masks of what they may draw, and the rows
+        that have one."""
         masked, allowed = self._allowed(drawing.constrained, slots, positions)
         penalized: list[tuple[int, Int32s, Int32s]] = []
         biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
@@ -273,7 +303,10 @@ class Sampler:
                     continue
                 stops = self._min_lengths[slot][1]
                 biased.append((row, stops, np.full(len(stops), -np.inf, np.float32)))
-        if penalized or biased:
+        dense = [
+            (row, self._dense_bias[slot]) for row in drawing.changed if (slot := int(slots[row])) in self._dense_bias
+        ]
+        if penalized or biased or dense:
             logits = logits.clone()
         if penalized:
             sampling = [self._params[int(slot)] for slot in slots]
@@ -284,13 +317,15 @@ class Sampler:
                 torch.tensor([each.frequency_penalty for each in sampling], dtype=torch.float32, device=self.device),
                 torch.tensor([each.presence_penalty for each in sampling], dtype=torch.float32, device=self.device),
             )
+        for row, bias in dense:
+            logits[row].add_(bias.vector)
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
         if not masked:
-            return logits, None
+            return logits, None, []
         places = np.full(len(slots), -1, np.int32)
         places[masked] = np.arange(len(masked))
-        return logits, TokenMasks(self._to_device(places), self._to_device(allowed))
+        return logits, TokenMasks(self._to_device(places), self._to_device(allowed)), masked
 
     def _allowed(self, constrained: list[int], slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
         """Of the constrained rows those that are not free to reason, and masks of the tokens that these may draw."""
@@ -322,6 +357,21 @@ class Sampler:
                     allowed[at] = 0
                 allow(allowed[at], np.array(tokens, np.int32))
         return rows, allowed
+
+    def _closing(self, masked: list[int], slots: Int32s, tokens: Tensor) -> list[tuple[int, int]]:
+        """Of the rows with a mask those whose drawn token would leave no room to end the answer, with the token that
+        takes its place."""
+        masks = self._masks
+        if masks is None:
+            return []
+        found = []
+        for row in masked:
+            slot = int(slots[row])
+            if masks.near_end(slot):
+                token = masks.closing(slot, int(tokens[row]))
+                if token is not None:
+                    found.append((row, token))
+        return found
 
     def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:
         """Of the rows that may reason, those whose next token is not theirs to choose, with that token."""

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actors.checkpoint import CheckpointError, GGUFFile, ModelConfig, TensorInfo
-from actors.checkpoint.names import gguf_name
+from actors.checkpoint.files import stored_tensors
+from actors.checkpoint.names import gguf_name, name_of_gguf
 from actors.rank.dequantize import DEQUANTIZERS, dequantize, four_bits
 from actors.rank.precision import GROUP
 
 
 class Source(Protocol):
     """A checkpoint's tensors."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Their Hugging Face names, or their own, where there are no others."""
+        ...
 
     def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
         """A part of the tensor `name`, float32, float16 or bfloat16: [rows, columns], or [columns] of a vector.
@@ -36,7 +42,7 @@ class Source(Protocol):
 
 def open_source(path: Path, config: ModelConfig) -> Source:
     """The tensors of a GGUF file or a Hugging Face directory. Raises CheckpointError."""
-    return SafetensorsSource(path, config.fp8_block) if path.is_dir() else GGUFSource(path, config)
+    return SafetensorsSource(path, config) if path.is_dir() else GGUFSource(path, config)
 
 
 class GGUFSource:
@@ -50,6 +56,10 @@ class GGUFSource:
         self._file = GGUFFile(path)
         self._head_dim = config.head_dim
         self._llama = self._file.metadata.get("general.architecture") == "llama"
+
+    @property
+    def names(self) -> Iterable[str]:
+        return map(name_of_gguf, self._file.tensors)
 
     def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
         info, blocks = self._blocks(name, shape, rows, columns)
@@ -100,30 +110,24 @@ class GGUFSource:
         return rows.reshape(-1, self._head_dim // 2, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-class _Index(msgspec.Struct):
-    weight_map: dict[str, str]
-
-
 class SafetensorsSource:
-    """Tensors of a directory with `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+    """Tensors of a directory with safetensors files.
 
     Matrices of FP8 numbers are multiplied out: each block of `fp8_block` rows and columns has a factor in the tensor
     NAME_scale_inv.
     """
 
-    def __init__(self, path: Path, fp8_block: tuple[int, int] | None) -> None:
+    def __init__(self, path: Path, config: ModelConfig) -> None:
         self._path = path
-        self._fp8_block = fp8_block
-        self._files: dict[str, Any] = {}
-        index_path = path / "model.safetensors.index.json"
-        self._index: dict[str, str] | None = None
-        if index_path.exists():
-            try:
-                self._index = msgspec.json.decode(index_path.read_bytes(), type=_Index).weight_map
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise CheckpointError(f"{index_path}: {error}") from None
-        elif not (path / "model.safetensors").exists():
-            raise CheckpointError(f"{path}: has neither model.safetensors nor model.safetensors.index.json")
+        self._fp8_block = config.fp8_block
+        self._files: dict[Path, Any] = {}
+        self._tensors = stored_tensors(path)
+        # One matrix with two names, of which either may be the one that is stored.
+        self._tied = {"model.embed_tokens.weight": "lm_head.weight"} if config.tie_embeddings else {}
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self._tensors
 
     def read(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
         part = self._stored(name, shape, rows, columns)
@@ -135,20 +139,24 @@ class SafetensorsSource:
             factors = self._stored(f"{name}_scale_inv", blocks, *within).float()
             factors = factors[torch.arange(rows.start, rows.stop) // high - top]
             return part.float().mul_(factors[:, torch.arange(columns.start, columns.stop) // wide - left])
+        if part.dtype == torch.float64:
+            return part.float()
         if part.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise CheckpointError(f"{self._path}: tensor {name!r} is {part.dtype}, which is not supported")
         return part
 
     def _stored(self, name: str, shape: tuple[int, ...], rows: range, columns: range) -> Tensor:
         """A part of a tensor as it is."""
-        file_name = "model.safetensors" if self._index is None else self._index.get(name)
-        if file_name is None:
-            raise CheckpointError(f"{self._path}: has no tensor {name!r}")
+        # A model that was saved without its head has names without "model.".
+        names = (name, self._tied.get(name, name), name.removeprefix("model."))
+        name = next((each for each in names if each in self._tensors), name)
+        info = self._tensors.get(name)
+        _check_shape(self._path if info is None else info.file, name, info and info.shape, shape)
+        assert info is not None
         try:
-            stored = self._open(file_name).get_slice(name)
-        except SafetensorError:
-            raise CheckpointError(f"{self._path / file_name}: has no tensor {name!r}") from None
-        _check_shape(self._path / file_name, name, tuple(stored.get_shape()), shape)
+            stored = self._open(info.file).get_slice(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{info.file}: tensor {name!r} cannot be read ({error})") from None
         if len(shape) == 2:
             part: Tensor = stored[rows.start : rows.stop, columns.start : columns.stop]
         else:
@@ -160,16 +168,13 @@ class SafetensorsSource:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
 
-    def _open(self, file_name: str) -> Any:
-        if file_name not in self._files:
-            path = self._path / file_name
-            if Path(file_name).name != file_name:
-                raise CheckpointError(f"{self._path}: the index names {file_name!r}, which is not a file beside it")
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
             try:
-                self._files[file_name] = safe_open(path, framework="pt")
+                self._files[file] = safe_open(file, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: cannot be read ({error})") from None
-        return self._files[file_name]
+                raise CheckpointError(f"{file}: cannot be read ({error})") from None
+        return self._files[file]
 
 
 def _check_shape(path: Path, name: str, found: tuple[int, ...] | None, wanted: tuple[int, ...]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from actors.checkpoint import ModelConfig, checkpoint_identity
+from actors.checkpoint import CheckpointError, ModelConfig, checkpoint_identity
 from actors.dtypes import WeightDType
 from actors.rank.parts import Part, parts_of
 from actors.rank.shard import PANEL_ROWS, Shard, Slot, weight_layout
@@ -37,6 +37,12 @@ Matrix = Tensor | kernels.PackedWeight
 
 TASK_ROWS = 8192
 """Rows of a tall matrix that are read and packed at a time: whole panels."""
+
+
+_WITH_NEXT_TOKEN_LAYER = ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM")
+"""Architectures whose checkpoints have a layer more, for guesses, which is not used here."""
+_WITHOUT_EFFECT = ("rotary_emb.inv_freq", ".k_scale", ".v_scale", ".kv_scale", ".attn_rot_embd.weight")
+"""Ends of names of tensors that follow from the configuration, or are for cached numbers of another type."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,10 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
         rows, columns = slot.shape
         kernels.copy_weight(kernels.PackedWeight(_view(arena, slot), "int4", rows, columns), _copy_view(arena, slot))
 
-    tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts_of(config, shard, slot.name))]
+    parts = {slot.name: parts_of(config, shard, slot.name) for slot in slots}
+    if not shard.rank:  # it has a part of every tensor
+        _check_names(config, source, {part.name for each in parts.values() for part in each})
+    tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts[slot.name])]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -193,6 +202,26 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
                 pass
     finally:
         torch.set_num_threads(threads)
+
+
+def _check_names(config: ModelConfig, source: Source, known: set[str]) -> None:
+    """Raises CheckpointError for tensors of layers that the configuration has no place for: what is computed without
+    them is not the model that was saved."""
+    spare = f"model.layers.{config.num_layers}." if config.architecture in _WITH_NEXT_TOKEN_LAYER else None
+    surplus = [
+        name
+        for name in source.names
+        if name.startswith("model.layers.")
+        and name not in known
+        and name.removesuffix("_scale_inv") not in known
+        and not name.endswith(_WITHOUT_EFFECT)
+        and not (spare and name.startswith(spare))
+    ]
+    if surplus:
+        raise CheckpointError(
+            f"the checkpoint has {len(surplus)} tensors that its configuration has no place for, such as "
+            f"{min(surplus)}: correct the configuration, such as num_hidden_layers, which is {config.num_layers}"
+        )
 
 
 def _view(arena: Arena, slot: Slot) -> Tensor:

@@ -14,6 +14,7 @@ import msgspec
 
 from actors.actor import StartFailure
 from actors.checkpoint import ModelConfig
+from actors.checkpoint.files import weight_files
 from actors.dtypes import WeightDType
 from actors.rank.shard import HEADER_BYTES
 from transport import Arena
@@ -62,10 +63,6 @@ class Contents(msgspec.Struct, frozen=True):
     tensors: list[StoredTensor] = []
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-
-
 def _state(file: Path) -> tuple[str, int, int]:
     try:
         stat = file.stat()
@@ -93,7 +90,9 @@ def contents_of(descriptor: int) -> Contents | None:
 
 def identity_of(path: Path, dtype: WeightDType, tp: int, rank: int, packed: bool, copies: bool) -> Identity:
     """What the weights will be that are read from `path`."""
-    return Identity(LAYOUT_VERSION, str(path), dtype, tp, rank, packed, copies, [_state(file) for file in _files(path)])
+    return Identity(
+        LAYOUT_VERSION, str(path), dtype, tp, rank, packed, copies, [_state(file) for file in weight_files(path)]
+    )
 
 
 def check_room(descriptor: int, size: int) -> None:

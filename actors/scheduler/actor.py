@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from actors.actor import BadMessage, Context, handles, role_of
+from actors.actor import Context, handles, role_of
 from actors.messages import (
     Abort,
     Acknowledge,
@@ -82,8 +82,6 @@ class Scheduler(EngineScheduler):
             self.batch.remove(known)
             del self.requests[known.rid]
             _end_phases(known, "handed on anew")
-        if not message.prompt or len(message.prompt) % 4 or len(message.output) % 4:
-            raise BadMessage("token ids must be packed int32, and at least one in the prompt")
         refusal = self._refusal(message)
         if refusal is not None:
             self.send(sender, refusal)
@@ -139,7 +137,13 @@ class Scheduler(EngineScheduler):
         self.forget(request)
 
     def _refusal(self, message: Generate) -> Refused | None:
-        length = len(message.prompt) // 4
+        length, odd = divmod(len(message.prompt), 4)
+        if not length or odd or len(message.output) % 4:
+            text = "Token ids must be packed int32, and at least one in the prompt."
+            return Refused(message.rid, message.attempt, 400, text)
+        unknown = self.unknown_token(message.prompt + message.output, message.sampling)
+        if unknown:
+            return Refused(message.rid, message.attempt, 400, unknown)
         if length + message.sampling.max_tokens > self.config.max_model_len:
             text = (
                 f"The prompt has {length} tokens and max_tokens is {message.sampling.max_tokens}; "
@@ -169,8 +173,11 @@ class Scheduler(EngineScheduler):
         if prompt_logprobs is not None:
             request.prompt_logprobs += prompt_logprobs
         tokens = self._accepted(row, drawn) if row.draft else drawn
-        for token in tokens:
+        for count, token in enumerate(tokens, 1):
             request.append(token)
+            if row.draft and request.repeats:
+                tokens, row.length = tokens[:count], count
+                break
         self.batch.computed(row)
         if tokens or (row.start + row.length >= request.prompt_len and not request.sampling.max_tokens):
             self.deliver(request, tokens, logprobs and logprobs[: len(tokens)])
@@ -193,7 +200,7 @@ class Scheduler(EngineScheduler):
         length = len(request.tokens)
         if length > request.prompt_len and request.tokens[-1] in request.stop_token_ids:
             return "stop"
-        if length >= request.max_len or length >= self.config.max_model_len:
+        if length >= request.max_len or length >= self.config.max_model_len or request.repeats:
             return "length"
         return None
 

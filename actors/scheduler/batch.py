@@ -18,6 +18,9 @@ from actors.scheduler.step_times import StepTimes
 
 LEAST_CHUNK = 32
 """Prompt tokens of a step however long decoding takes: else a full batch would starve those that wait."""
+OPENING_BYTES = 4 * 2**20
+"""What a step tells the ranks of requests that are new to them, if there are several: a message has a limit, and nobody
+should wait for many long histories and biases."""
 Place = Literal["here", "elsewhere", "nowhere"]
 """Where a prompt is computed: by this engine's ranks, by another engine, or nowhere for the moment."""
 
@@ -108,6 +111,7 @@ class Batch:
         self.running: list[Request] = []
         self.retractions = 0
         self.filled = False
+        self._opening = 0  # bytes of what the next step tells of requests that are new to the ranks
         # Digests of prompt pages that running requests are about to fill. A waiting request that needs one of them is
         # admitted when it is done, and finds it in the tree.
         self._coming: Counter[bytes] = Counter()
@@ -120,6 +124,7 @@ class Batch:
         last in urgency is retracted: it waits again and its tokens stay. With `only`, other requests have to pause.
         """
         rows: list[Row] = []
+        self._opening = 0
         budget = self._budget()
         drafts: dict[Request, tuple[int, ...]] = {}
         if self._speculation is not None and only is None and not self.filled:
@@ -130,6 +135,8 @@ class Batch:
             if only is not None and request not in only:
                 continue
             if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
+                continue
+            if not request.lease.opened and not self._opens(request):
                 continue
             todo = request.planned - request.scheduled
             is_prompt = request.prefilling
@@ -142,6 +149,18 @@ class Batch:
             self.filled = budget <= 0
             self._add_drafts(rows, drafts, budget)
         return rows
+
+    def fits(self, requests: list[Request]) -> bool:
+        """Whether one step can tell the ranks of all of these."""
+        return len(requests) == 1 or sum(request.opening_bytes for request in requests) <= OPENING_BYTES
+
+    def _opens(self, request: Request) -> bool:
+        """Whether there is room in the next step for what the ranks have to be told of a request."""
+        size = request.opening_bytes
+        if self._opening and self._opening + size > OPENING_BYTES:
+            return False
+        self._opening += size
+        return True
 
     def _add_drafts(self, rows: list[Row], drafts: dict[Request, tuple[int, ...]], budget: int) -> None:
         """Gives rows guesses to verify, as many as there are pages for without taking any from others."""
@@ -305,7 +324,7 @@ class Batch:
                 if any(self._coming[digest] > 0 for digest in request.digests[known + 1 : known + 2]):
                     continue
             place = self._place(request, request.planned - known * pool.page_size) if self._place else "here"
-            if place == "nowhere" or (place == "here" and budget <= 0):
+            if place == "nowhere" or (place == "here" and (budget <= 0 or not self._opens(request))):
                 continue
             # Pages that match stop being evictable, so they count as needed. One more for what is decoded next.
             needed = -(-request.planned // pool.page_size) + 1

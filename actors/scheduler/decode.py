@@ -101,6 +101,7 @@ class DecodeScheduler(Scheduler):
         """The KV was computed and has got lost."""
         transfer = self.transfers.active.get(message.transfer)
         if transfer is not None:
+            transfer.request.failed_transfers += 1
             self._plan_anew([transfer])
 
     @handles(Released)

@@ -12,7 +12,7 @@ from itertools import islice
 import msgspec
 import numpy as np
 
-from actors.actor import Actor, BadMessage, Context, StartFailure, handles
+from actors.actor import Actor, Context, StartFailure, handles
 from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 from actors.messages import (
     PROMPT_LOGPROBS,
@@ -27,6 +27,8 @@ from actors.messages import (
     Profile,
     Register,
     RegisterRefused,
+    SamplingParams,
+    StepRefused,
     StepResult,
     TokenLogprob,
 )
@@ -107,6 +109,7 @@ class EngineScheduler(Actor):
         self.bisection = Bisection(config.poison_limit)
         self.depth = 2 if config.run_ahead else 1
         self.attached: Attached | None = None
+        self.vocab_size = 0
         self.refusal: str | None = None
         self.leader_incarnation: int | None = None
         self.leader_restarts = 0
@@ -274,6 +277,17 @@ class EngineScheduler(Actor):
             if self.requests.get(request.rid) is request:
                 self.refuse(request, 400, reason)
 
+    def unknown_token(self, tokens: bytes, sampling: SamplingParams) -> str:
+        """Why a sequence cannot be computed: it holds a token that the model, unlike its tokenizer, does not have."""
+        size, named = self.vocab_size, [*sampling.logit_bias]
+        if sampling.thinking is not None:
+            named += sampling.thinking.closing
+        ids = np.frombuffer(tokens, "<i4")
+        for token in (int(ids.min()), int(ids.max()), max(named, default=0)):
+            if not 0 <= token < size:
+                return f"The request holds token {token}; the model has the tokens 0 to {size - 1} only."
+        return ""
+
     # -- registry ---------------------------------------------------------------------------------------
 
     def _register(self) -> None:
@@ -368,6 +382,7 @@ class EngineScheduler(Actor):
         if got != wanted:
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
+        self.vocab_size = message.vocab_size
         self.heard_of_ranks = time.monotonic()
         if not self.ledger.match_epoch(message.kv_epoch):
             self.start_over()
@@ -376,6 +391,8 @@ class EngineScheduler(Actor):
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
             elif request.lease is not None:
                 request.lease.opened = False
+        if self.in_flight and not self.batch.fits([row.request for row in self.in_flight[0].rows]):
+            self._undo_steps_ahead()
         for step in list(self.in_flight):
             step.sent = None
             for row in step.rows:
@@ -412,7 +429,8 @@ class EngineScheduler(Actor):
         rows = self.in_flight[0].rows
         draws = sum(row.draws for row in rows)
         if len(message.tokens) != 4 * draws:
-            raise BadMessage(f"step {message.number}: {len(message.tokens)} bytes for {draws} tokens")
+            self._step_failed(f"step {message.number}: {len(message.tokens)} bytes for {draws} tokens")
+            return
         tokens = iter(np.frombuffer(message.tokens, dtype=np.int32).tolist())
         drawn = [list(islice(tokens, row.draws)) for row in rows]
         logprobs: dict[int, list[TokenLogprob]] = {}
@@ -422,7 +440,8 @@ class EngineScheduler(Actor):
                 known += token_logprobs(entry, [drawn[entry.row][len(known)]])
             prompts = {e.row: token_logprobs(e, _row_tokens(rows[e.row])) for e in message.prompt_logprobs}
         except (ValueError, KeyError, IndexError) as error:
-            raise BadMessage(f"step {message.number}: {error}") from None
+            self._step_failed(f"step {message.number}: {error}")
+            return
         self._measure(self.in_flight.popleft(), message.duration_s)
         self.batch.chunk_tokens = min(2 * self.batch.chunk_tokens, self.config.chunk_tokens)
         self.bisection.answered([row.request for row in rows])
@@ -431,6 +450,28 @@ class EngineScheduler(Actor):
                 row.request.phases.drawn()
             prompt = prompts.get(index) if row.flags & PROMPT_LOGPROBS else None
             self.advance(row, drawn[index], logprobs.get(index), prompt)
+
+    @handles(StepRefused)
+    def step_refused(self, message: StepRefused, sender: str) -> None:
+        """The ranks make no sense of the oldest open step. They refuse it again however often it is sent, and with it
+        those sent ahead, which go on where it would have ended."""
+        if self.in_flight and self.in_flight[0].number == message.number:
+            self._step_failed(message.reason, message.slots)
+
+    def _step_failed(self, reason: str, slots: list[int] | None = None) -> None:
+        """Ends the requests for whose sake the oldest open step cannot be computed, and has the others computed in
+        other steps. Where nobody knows which requests these are, the step's are tried in parts."""
+        requests = [row.request for row in self.in_flight[0].rows if row.live]
+        guilty = [row.request for row in self.in_flight[0].rows if row.live and row.lease.slot in (slots or ())]
+        logger.error("%s cannot compute a step: %s", self.config.leader, reason)
+        if not guilty:
+            suspect = self.bisection.refused(requests) if requests else None
+            guilty = [] if suspect is None else [suspect]
+        self._undo_steps_ahead()
+        self._attach()  # the ranks forget what they were told for the step
+        for request in guilty:
+            logger.error("request %s is given up", request.rid, extra={"request": request.rid})
+            self.refuse(request, 500, f"The engine cannot compute this request ({reason}), so it was given up.")
 
     def _measure(self, step: InFlight, seconds: float) -> None:
         """Times of steps, for the choice of how large others should be."""

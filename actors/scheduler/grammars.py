@@ -49,7 +49,8 @@ class Wish:
 class Grammars:
     """The constraints of one engine's requests.
 
-    The grammar actor has at most one of them at a time, so that it is known which one it died of.
+    The grammar actor has many of them at a time, so that none waits for another one. When it dies, any of these may be
+    to blame, and each is asked for alone until it is answered.
 
     Args:
         send: sends a message to a peer.
@@ -59,14 +60,14 @@ class Grammars:
         self._config = config
         self._send = send
         self._wishes: OrderedDict[str, Wish] = OrderedDict()
-        self._queue: deque[Wish] = deque()  # the first one is at the grammar actor
+        self._queue: deque[Wish] = deque()  # in the order of their requests; asked ones are at the grammar actor
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._incarnation: int | None = None
         self._calm_at = 0.0
 
     def hold(self, request: Request) -> str:
         """Holds a request until its constraint is ready; why it cannot be kept, if that is known."""
-        constraint = request.sampling.constraint
+        constraint = request.sampling.constraint or request.sampling.checked
         if constraint is None:
             return ""
         if not self._config.grammar:
@@ -110,18 +111,22 @@ class Grammars:
         """A first word of the grammar actor. Its former incarnation may have died of what it was asked."""
         restarted = self._incarnation is not None
         self._incarnation = incarnation
-        if not restarted or not self._queue or not self._queue[0].asked:
+        asked = [wish for wish in self._queue if wish.asked]
+        if not restarted or not asked:
             return []
-        wish, now = self._queue[0], time.monotonic()
-        wish.deaths += 1
-        wish.asked = 0.0
+        now = time.monotonic()
         self._deaths.append(now)
         if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < CALM_S:
             self._calm_at = now + REPEAT_S
-        if wish.deaths >= MAX_DEATHS:
-            return self._refuse(wish, "The constraint cannot be compiled: the compiler crashes.")
+        alone = len(asked) == 1
+        refusals: Refusals = []
+        for wish in asked:
+            wish.asked = 0.0
+            wish.deaths += 1
+            if alone and wish.deaths >= MAX_DEATHS:
+                refusals += self._refuse(wish, "The constraint cannot be compiled: the compiler crashes.")
         self._ask()
-        return []
+        return refusals
 
     def leader_started(self) -> None:
         """A new rank 0 has compiled nothing. Requests that run bring it their constraints with their slots."""
@@ -137,17 +142,23 @@ class Grammars:
         for wish in self._wishes.values():
             if wish.possible and not wish.ready and now - wish.asked > REPEAT_S:
                 self._ask_leader(wish)
-        if self._queue and now - self._queue[0].asked > REPEAT_S:
-            self._queue[0].asked = 0.0
-            self._ask()
+        for wish in self._queue:
+            if wish.asked and now - wish.asked > REPEAT_S:
+                wish.asked = now
+                self._send(self._config.grammar, Compile(wish.constraint))
+        self._ask()
 
     def _ask(self) -> None:
-        """Gives the grammar actor the next constraint."""
+        """Gives the grammar actor what it does not have: a suspect alone, or all that are none."""
         now = time.monotonic()
-        if self._queue and not self._queue[0].asked and now >= self._calm_at:
-            wish = self._queue[0]
-            wish.asked = now
-            self._send(self._config.grammar, Compile(wish.constraint))
+        if now < self._calm_at:
+            return
+        suspect = next((wish for wish in self._queue if wish.deaths), None)
+        asked = any(wish.asked for wish in self._queue)
+        for wish in list(self._queue) if suspect is None else [] if asked else [suspect]:
+            if not wish.asked:
+                wish.asked = now
+                self._send(self._config.grammar, Compile(wish.constraint))
 
     def _ask_leader(self, wish: Wish) -> None:
         wish.asked = time.monotonic()

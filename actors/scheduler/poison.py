@@ -1,4 +1,4 @@
-"""Finds the request that kills its rank every time, so that it alone fails.
+"""Finds the request that kills its rank every time, or makes it refuse its steps, so that it alone fails.
 
 A rank that dies is restarted and gets its step again. When the same requests have been in the unanswered step at
 `limit` deaths in a row, one of them may be the cause: the step's requests are split and the parts run alone, a part
@@ -41,16 +41,24 @@ class Bisection:
         if self._parts and set(self._parts[-1]) & set(requests):
             self._parts.pop()
 
+    def refused(self, requests: list[Request]) -> Request | None:
+        """The ranks refused a step with these requests, without saying which of them is to blame: as `died`, but there
+        is no use in a second try of all together."""
+        return self._suspect(requests, split=True)
+
     def died(self, requests: list[Request]) -> Request | None:
         """The ranks died with these requests in the unanswered step. The one that is to blame, once it is found."""
         self._deaths.update(requests)
+        return self._suspect(requests, max((self._deaths[request] for request in requests), default=0) >= self._limit)
+
+    def _suspect(self, requests: list[Request], split: bool) -> Request | None:
         if self._parts:
             part = self._parts.pop()
             if len(part) == 1:
                 del self._deaths[part[0]]
                 return part[0]
             self._split(part)
-        elif requests and max(self._deaths[request] for request in requests) >= self._limit:
+        elif split:
             self._split(requests)
         return None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from actors.actor import BadMessage, Context, handles, role_of
+from actors.actor import Context, handles, role_of
 from actors.messages import (
     Generate,
     Offer,
@@ -176,15 +176,23 @@ class PrefillScheduler(EngineScheduler):
         whole = len(message.tokens) % 4 == 0 and len(message.pages) % 4 == 0
         if whole:
             pages.frombytes(message.pages)
-        if not whole or message.prompt_len > length or message.held % size or message.held >= length:
-            raise BadMessage(f"transfer {message.transfer}: tokens, prompt_len, held and pages do not fit together")
+        if not whole or not 0 < message.prompt_len <= length or message.held % size or message.held >= length:
+            text = "The sequence cannot be prefilled: tokens, prompt_len, held and pages do not fit together."
+            self.send(sender, PrefillRefused(message.transfer, 500, text))
+            return
         if self.config.shared_kv and (
             len(pages) < -(-length // size) or min(pages) < 0 or max(pages) >= self.config.arena_pages
         ):
-            raise BadMessage(f"transfer {message.transfer}: {len(pages)} pages for {length} tokens")
+            text = f"The sequence cannot be prefilled: {len(pages)} pages do not do for its {length} tokens."
+            self.send(sender, PrefillRefused(message.transfer, 500, text))
+            return
         if length > self.config.max_model_len:
             text = f"The sequence has {length} tokens; {self.config.max_model_len} are the most that can be prefilled."
             self.send(sender, PrefillRefused(message.transfer, 400, text))
+            return
+        unknown = self.unknown_token(message.tokens, message.sampling)
+        if unknown:
+            self.send(sender, PrefillRefused(message.transfer, 400, unknown))
             return
         output = length - message.prompt_len
         wanted = message.sampling.max_tokens > output and length < self.config.max_model_len
@@ -201,6 +209,7 @@ class PrefillScheduler(EngineScheduler):
         )
         self.arrivals += 1
         request = Request(generate, sender, self.arrivals, size)
+        request.room = message.sampling.max_tokens
         reason = self.grammars.hold(request)
         if reason:
             self.send(sender, PrefillRefused(message.transfer, 400, reason))

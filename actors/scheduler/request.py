@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from actors.scheduler.phases import Phases
 
 
+REPEATED_TOKENS = 64
+"""The longest run of tokens that is looked for at the end of an output that may only repeat itself."""
+
+
 @dataclass(slots=True, eq=False)
 class Lease:
     """A running request's slot and pages.
@@ -50,9 +54,11 @@ class Request:
         held: it waits for its constraint to be ready.
         phases: what it is at, if it is traced. trace: context that came with it.
         arrived: monotonic time. admitted: whether it has had a slot.
+        failed_transfers: how often its KV was computed by another engine and got lost.
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
         lookup: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
+        room: tokens that the output may have in the end, if others compute the rest; 0 if not.
         whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
         kept, kept_logprobs: those that have not been sent.
     """
@@ -76,6 +82,7 @@ class Request:
         self.admitted = False
         self.tokens = array("i", message.prompt + message.output)
         self.prompt_len = len(message.prompt) // 4
+        self.room = 0
         self.max_len = self.prompt_len + message.sampling.max_tokens
         self.page_size = page_size
         self.digests = [root_digest(message.extra_key)]
@@ -86,6 +93,7 @@ class Request:
         self.node: Node | None = None
         self.away = False
         self.held = False
+        self.failed_transfers = 0
         self.speculates = not message.sampling.one_by_one
         self.lookup: Lookup | None = None
         self.computed = 0
@@ -143,6 +151,27 @@ class Request:
         self.tokens.append(token)
         if len(self.tokens) % self.page_size == 0:
             self.extend_digests()
+
+    @property
+    def opening_bytes(self) -> int:
+        """About how large the message is that tells the ranks of the request."""
+        sampling = self.sampling
+        constraint = len(sampling.constraint.text) if sampling.constraint is not None else 0
+        history = 4 * len(self.tokens) if sampling.needs_history else 0
+        return 12 * len(sampling.logit_bias) + constraint + history
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the output's last tokens are the same run of tokens as often as ends it. As this is a function of the
+        output alone, an answer that is made again ends in the same place."""
+        count, tokens = self.sampling.max_repeats, self.tokens
+        length = len(tokens) - self.prompt_len
+        if not count or length < self.sampling.min_tokens or self.sampling.constraint is not None:
+            return False  # a constraint may want repetition, and its answers end by themselves
+        for size in range(1, min(REPEATED_TOKENS, length // count) + 1):
+            if tokens[-1] == tokens[-1 - size] and tokens[-size * count : -size] == tokens[-size * (count - 1) :]:
+                return True
+        return False
 
     def extend_digests(self) -> None:
         """Brings `digests` up to the full pages of `tokens`."""

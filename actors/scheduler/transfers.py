@@ -20,6 +20,8 @@ GRACE_S = 5.0
 """How long a prefill engine is kept that the registry no longer lists."""
 PATIENCE_S = 10.0
 """After so long without any prefill engine the decode engine computes prompts itself."""
+MAX_FAILED = 3
+"""After so many transfers whose KV got lost the decode engine computes a prompt itself."""
 REMEMBERED_PAGES = 65_536
 """Pages of prompts sent to one prefill engine that are remembered, as it may still have their KV."""
 
@@ -146,7 +148,7 @@ class Transfers:
 
     def place(self, request: Request, missing: int) -> Place:
         """Where a prompt is computed that lacks the KV of `missing` tokens."""
-        if missing <= self._config.local_prefill_tokens:
+        if missing <= self._config.local_prefill_tokens or request.failed_transfers >= MAX_FAILED:
             return "here"
         if self._choose(request) is not None:
             return "elsewhere"

@@ -23,7 +23,9 @@ def encode_step(number: int, rows: list[Row], first_page: int = 0) -> Step:
         request, lease = row.request, row.lease
         if not lease.opened:
             history = request.tokens.tobytes() if request.sampling.needs_history else b""
-            opens.append(OpenSlot(lease.slot, request.prompt_len, request.sampling, history, request.trace))
+            opens.append(
+                OpenSlot(lease.slot, request.prompt_len, request.sampling, history, request.trace, request.room)
+            )
             lease.opened, lease.pages_sent = True, 0
         if lease.pages_sent < len(lease.pages):
             for index in range(lease.pages_sent, len(lease.pages)):

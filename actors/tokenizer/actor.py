@@ -14,15 +14,19 @@ from actors.actor import Actor, StartFailure, handles
 from actors.checkpoint import CheckpointError
 from actors.messages import (
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
+    FillPrompt,
     PairPrompt,
     TextPrompt,
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
 )
 from actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
+from actors.tokenizer.fill_in import fill_in
 from actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
 
 _MAX_CHARACTERS = 4 * 2**20
@@ -48,7 +52,7 @@ class Refusal(Exception):
 
 
 class Tokenizer(Actor):
-    """Answers `Tokenize` and `Detokenize`."""
+    """Answers `Tokenize`, `Detokenize` and `DescribeTokenizer`."""
 
     def setup(self) -> None:
         """Loads vocabulary and chat template, and encodes once, so that the first request is as fast as the others."""
@@ -70,14 +74,14 @@ class Tokenizer(Actor):
         """Renders and encodes a prompt."""
         began_ns = time.time_ns()
         try:
-            tokens, types = self._encode(message.prompt)
+            tokens, more = self._encode(message.prompt)
         except (Refusal, TemplateFailure) as failure:
             self.spans.ended(message.trace, "tokenize", began_ns, error=str(failure))
             self._fail(sender, message.rid, str(failure))
             return
         self.spans.ended(message.trace, "tokenize", began_ns, {"tokens": len(tokens)})
         self.encoded_tokens += len(tokens)
-        if not self.send(sender, Tokenized(message.rid, pack_ids(tokens), types)):
+        if not self.send(sender, Tokenized(message.rid, pack_ids(tokens), more)):
             self._fail(sender, message.rid, f"The prompt of {len(tokens)} tokens is too long to be passed on.")
 
     @handles(Detokenize)
@@ -99,21 +103,29 @@ class Tokenizer(Actor):
         if not self.send(sender, Detokenized(message.rid, text, pieces)):
             self._fail(sender, message.rid, f"The text of {len(tokens)} tokens is too long to be passed on.")
 
+    @handles(DescribeTokenizer)
+    def describe(self, message: DescribeTokenizer, sender: str) -> None:
+        """Tells special tokens and chat templates."""
+        vocabulary, sources = self.vocabulary, dict(self.chat_template.sources)
+        self.send(sender, TokenizerDescribed(message.rid, dict(vocabulary.special_tokens), sources, vocabulary.size))
+
     def stats(self) -> dict[str, float]:
         """Prompt tokens encoded and prompts refused since the start."""
         return {"tokenizer_tokens": float(self.encoded_tokens), "tokenizer_failures": float(self.failures)}
 
-    def _encode(self, prompt: ChatPrompt | TextPrompt | PairPrompt) -> tuple[list[int], bytes]:
-        """Token ids, and the token type ids of a pair."""
+    def _encode(self, prompt: ChatPrompt | TextPrompt | PairPrompt | FillPrompt) -> tuple[list[int], bytes]:
+        """Token ids, and what `Tokenized` tells more."""
         pair, add_special, max_tokens = "", False, 0
         if isinstance(prompt, ChatPrompt):
             text = self._render(prompt)  # the template writes the special tokens itself
         else:
-            text, max_tokens = prompt.text, prompt.max_tokens
-            if isinstance(prompt, TextPrompt):
-                add_special = prompt.add_special_tokens
+            text = prompt.text
+            if isinstance(prompt, PairPrompt):
+                pair, max_tokens = prompt.pair, prompt.max_tokens
+            elif isinstance(prompt, FillPrompt):
+                pair, add_special = prompt.suffix, prompt.add_special_tokens
             else:
-                pair = prompt.pair
+                add_special, max_tokens = prompt.add_special_tokens, prompt.max_tokens
         if len(text) + len(pair) > self.config.max_characters:
             raise Refusal(
                 f"The prompt has {len(text) + len(pair)} characters, and the longest one allowed has "
@@ -123,7 +135,14 @@ class Tokenizer(Actor):
             if isinstance(prompt, PairPrompt):
                 tokens, types = self.vocabulary.encode_pair(text, pair, max_tokens)
                 return tokens, bytes(types)
+            if isinstance(prompt, FillPrompt):
+                filled = fill_in(self.vocabulary, text, pair, add_special)
+                if filled is None:
+                    raise Refusal("The model's vocabulary has no tokens for filling in the middle: leave out 'suffix'.")
+                return filled[0], pack_ids(filled[1])
             return self.vocabulary.encode(text, add_special, max_tokens), b""
+        except Refusal:
+            raise
         except Exception as error:  # whatever a text does to the library must not end the process again and again
             raise Refusal(f"The prompt cannot be encoded ({type(error).__name__}: {error}).") from None
 

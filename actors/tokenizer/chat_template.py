@@ -12,6 +12,8 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from actors.tokenizer.system_messages import folded, has_late_system, takes_late_system
+
 MAX_CHARACTERS = 16 * 2**20
 """Characters that a rendered prompt may have."""
 MAX_SECONDS = 10.0
@@ -42,9 +44,10 @@ class ChatTemplate:
 
     def __init__(self, templates: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
         environment = _environment()
-        self._sources = dict(templates)
+        self.sources = dict(templates)
         self._templates = {name: environment.from_string(source) for name, source in templates.items()}
         self._special_tokens = dict(special_tokens)
+        self._takes_late_system: dict[str, bool] = {}
 
     def render(
         self,
@@ -71,12 +74,14 @@ class ChatTemplate:
         if reserved:
             raise TemplateFailure(f"The chat template argument {reserved[0]!r} is set by the server; leave it out.")
         messages = [_plain(message) for message in messages]
+        if has_late_system(messages) and not self._puts_system_where_it_stands(name):
+            messages = folded(messages)
         if continue_final_message:
             if add_generation_prompt:
                 raise TemplateFailure(
                     "continue_final_message and add_generation_prompt exclude each other; set only one of them."
                 )
-            final = _mark_end(messages, self._sources[name])
+            final = _mark_end(messages, self.sources[name])
         variables = {
             "documents": None,
             **self._special_tokens,
@@ -87,6 +92,15 @@ class ChatTemplate:
         }
         text = _render(self._templates[name], variables)
         return _cut_at_mark(text, final) if continue_final_message else text
+
+    def _puts_system_where_it_stands(self, name: str) -> bool:
+        if name not in self._takes_late_system:
+            variables = {"documents": None, **self._special_tokens, "tools": None, "add_generation_prompt": True}
+            template = self._templates[name]
+            self._takes_late_system[name] = takes_late_system(
+                lambda messages: _render(template, {**variables, "messages": messages})
+            )
+        return self._takes_late_system[name]
 
 
 def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:

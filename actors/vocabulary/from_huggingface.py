@@ -7,6 +7,7 @@ spelled. What a text begins and ends with is its post-processor's business alone
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,10 +91,10 @@ def vocabulary_from_directory(path: Path) -> Vocabulary:
         raise CheckpointError(
             f"{path}: has no tokenizer.json; save the tokenizer with a version of transformers that writes one"
         )
-    source = file.read_bytes()
+    source = _read(file)
     tokenizer_file = _parse(file, source, _TokenizerFile)
     config_file = path / "tokenizer_config.json"
-    config = _parse(config_file, config_file.read_bytes(), _TokenizerConfig) if config_file.is_file() else None
+    config = _parse(config_file, _read(config_file), _TokenizerConfig) if config_file.is_file() else None
     config = config or _TokenizerConfig()
 
     spelling = _spelling(file, tokenizer_file)
@@ -194,7 +195,7 @@ def _eos_ids(path: Path, eos: int | None, size: int) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         file = path / name
         if file.is_file():
-            stated = _parse(file, file.read_bytes(), _EosConfig).eos_token_id
+            stated = _parse(file, _read(file) or b"{}", _EosConfig).eos_token_id
             found += stated if isinstance(stated, list) else [] if stated is None else [stated]
     return [token for token in dict.fromkeys(found) if 0 <= token < size]
 
@@ -218,6 +219,11 @@ def _read_text(file: Path) -> str:
         return file.read_text("utf-8")
     except UnicodeDecodeError:
         raise CheckpointError(f"{file}: is not UTF-8 text") from None
+
+
+def _read(file: Path) -> bytes:
+    """Without a byte order mark."""
+    return file.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _parse(file: Path, source: bytes, kind: type[Kind]) -> Kind:

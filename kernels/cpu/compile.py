@@ -144,7 +144,8 @@ def _cache_directory() -> Path:
     configured = os.environ.get("XDG_CACHE_HOME")
     base = Path(configured) if configured else Path(os.path.expanduser("~")) / ".cache"
     reasons = []
-    for parent in (base / "llm-runtime", Path(tempfile.gettempdir()) / f"llm-runtime-{os.getuid()}"):
+    parents = [base / "llm-runtime", Path(tempfile.gettempdir()) / f"llm-runtime-{os.getuid()}"]
+    for parent in parents if base.is_absolute() else parents[1:]:  # an account may have no home
         directory = parent / "kernels"
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)

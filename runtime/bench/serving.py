@@ -7,39 +7,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+from itertools import cycle, islice
 from typing import Any
 
 import aiohttp
 import msgspec
 
 from runtime.errors import UserError
-
-_WORDS = (
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-)
 
 Prompt = str | list[int]
 
@@ -49,10 +24,10 @@ class Load:
     """What is asked of the server.
 
     Attributes:
-        input_words: words of each prompt, drawn at random; one is about one token.
+        input_words: words of each prompt, a passage of prose; one is about 1.3 tokens.
         output_tokens: tokens of each answer, exactly (`ignore_eos`).
         rate: requests a second, arriving at random (Poisson); 0 sends as many at once as `concurrency` lets.
-        prompt: the same prompt for all requests, in place of random words.
+        prompt: the same prompt for all requests, in place of passages.
     """
 
     requests: int
@@ -99,13 +74,24 @@ class Outcome:
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
 
+def passages(count: int, words: int, draw: random.Random) -> list[str]:
+    """Passages of English prose of so many words. Each begins with a number of its own: no two share a prefix."""
+    text = (resources.files("runtime.bench") / "prose.txt").read_text(encoding="utf-8").split()
+    numbers = draw.sample(range(10**6), count)
+    starts = [draw.randrange(len(text)) for _ in range(count)]
+    return [
+        " ".join([str(number), *islice(cycle(text), start, start + words - 1)])
+        for number, start in zip(numbers, starts, strict=True)
+    ]
+
+
 async def run_load(url: str, model: str | None, api_key: str | None, load: Load) -> tuple[list[Outcome], float]:
     """Sends the load to a server whose API starts at `url` (".../v1"); outcomes, and seconds from first to last.
 
     Raises UserError when the server cannot be reached.
     """
     draw = random.Random(load.seed)
-    prompts = [load.prompt or " ".join(draw.choices(_WORDS, k=load.input_words)) for _ in range(load.requests)]
+    prompts = [load.prompt] * load.requests if load.prompt else passages(load.requests, load.input_words, draw)
     return await run_prompts(
         url, model, api_key, prompts, load.concurrency, load.output_tokens, rate=load.rate, draw=draw
     )

@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit fails no more
         return 1
     except Exception as error:
-        complain(f"runtime: {type(error).__name__}: {error} (traceback: {_save_traceback()})")
+        complain(f"runtime: {type(error).__name__}: {error} ({_save_traceback()})")
         return 1
 
 
@@ -101,6 +101,9 @@ def _save_traceback() -> str:
     from runtime.models import cache_dir
 
     path = cache_dir() / "last-error.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(traceback.format_exc())
-    return str(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+    except OSError as error:
+        return f"its traceback cannot be written to {path}: {error.strerror}"
+    return f"traceback: {path}"

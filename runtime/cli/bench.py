@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 from typing import TYPE_CHECKING
 
 from runtime.cli.options import add_topology, topology_of
@@ -48,7 +49,7 @@ def _positive(text: str) -> int:
 def _configure_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="where the API starts (%(default)s)")
     parser.add_argument("--model", help="by default the first one that the server names")
-    parser.add_argument("--api-key", help="sent as a bearer token")
+    parser.add_argument("--api-key", help="sent as a bearer token; by default $RUNTIME_API_KEY")
     parser.add_argument("--requests", type=_positive, default=64, metavar="N", help="(%(default)s)")
     parser.add_argument(
         "--concurrency", type=_positive, default=16, metavar="N", help="requests at a time (%(default)s)"
@@ -58,8 +59,8 @@ def _configure_serving(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-len", type=_positive, default=128, metavar="N", help="tokens of an answer (%(default)s)"
     )
-    parser.add_argument("--prompt", default="", help="the same prompt every time, in place of random words")
-    parser.add_argument("--seed", type=int, default=0, help="of the random prompts (%(default)s)")
+    parser.add_argument("--prompt", default="", help="the same prompt every time, in place of passages")
+    parser.add_argument("--seed", type=int, default=0, help="which passages are taken (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.epilog = "example: runtime bench serving --requests 200 --concurrency 32 --input-len 256 --output-len 128"
     parser.set_defaults(measure=_serving)
@@ -78,7 +79,8 @@ def _serving(options: argparse.Namespace) -> dict[str, float]:
         seed=options.seed,
         prompt=options.prompt,
     )
-    outcomes, duration_s = asyncio.run(run_load(options.url.rstrip("/"), options.model, options.api_key, load))
+    key = options.api_key or os.environ.get("RUNTIME_API_KEY")
+    outcomes, duration_s = asyncio.run(run_load(options.url.rstrip("/"), options.model, key, load))
     errors = [outcome.error for outcome in outcomes if outcome.error]
     if len(errors) == len(outcomes):
         raise UserError(f"every request failed; the first one with {errors[0]}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from runtime.cli.options import add_topology, topology_of
-from runtime.cli.output import say
+from runtime.cli.output import complain, say
+from runtime.http_limits import describe_http, http_warnings
 from runtime.models import NotLocal
 from runtime.needs import describe_encoders, describe_engines, describe_needs
 from runtime.plan import NodePlan, plan_node
@@ -43,6 +44,10 @@ def run(options: argparse.Namespace) -> int:
     here = [engine for engine in here if plan.placement.is_here(engine.name)]
     for line in describe_needs(here, plan.encoders if whole else []):
         say(f"  {line}")
+    if plan.url:
+        say(f"  {describe_http(plan)}")
+        for warning in http_warnings(plan):
+            complain(f"warning: {warning}")
     return 0
 
 

@@ -45,7 +45,7 @@ def _rows(status: NodeStatus, indent: str = "") -> list[tuple[str, ...]]:
         _duration(status.uptime_s) if status.pid else "-",
         str(status.restarts),
         f"{status.cpu_percent:.0f}%",
-        f"{status.rss_bytes / 2**20:.0f}M",
+        f"{status.pss_bytes / 2**20:.0f}M",
         status.last_exit.text if status.last_exit else "-",
         _now(status),
     )

@@ -24,7 +24,14 @@ from runtime.figures import Sample, quantile, rate, read_metrics
 from runtime.rundir import find_node
 from supervisors.status import NodeStatus
 
-_STYLES = {"running": "green", "starting": "yellow", "restarting": "yellow", "backoff": "red", "failed": "red"}
+_STYLES = {
+    "running": "green",
+    "starting": "yellow",
+    "restarting": "yellow",
+    "unresponsive": "red",
+    "backoff": "red",
+    "failed": "red",
+}
 _NARROWEST = 140
 
 
@@ -108,7 +115,7 @@ def _processes(tree: NodeStatus) -> Table:
             Text(node.state, style=_STYLES.get(node.state, "")),
             str(node.pid or "-"),
             f"{node.cpu_percent:.0f}%",
-            f"{node.rss_bytes / 2**20:.0f}M",
+            f"{node.pss_bytes / 2**20:.0f}M",
             str(node.restarts),
             _last_exit(node),
             f"{node.doing} {node.doing_s:.1f} s" if node.doing else "",

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from runtime.cli.options import add_topology, topology_of
+from runtime.cli.output import complain
 from runtime.control import NodeReport, Status, ask
 from runtime.display import Display
 from runtime.errors import UserError
+from runtime.http_limits import http_warnings
 from runtime.native import build_kernels
 from runtime.node import run_node
 from runtime.nodes import node_to_start
@@ -60,6 +62,8 @@ def start(loaded: LoadedTopology, node: str | None, detach: bool) -> int:
         check_ports(loaded, plan)
         if not is_running(base_directory() / plan.name):
             check_machine(loaded, plan)
+            for warning in http_warnings(plan) if plan.url else ():
+                complain(f"warning: {warning}")
             build_kernels(plan, notes_to(display.show))
     except BaseException:
         display.close()

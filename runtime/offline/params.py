@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from runtime.errors import UserError
+
 _NATIVE = {
     "max_tokens": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "seed": "sampling_seed",
     "include_stop_str_in_output": "no_stop_trim",
 }
-"""Fields that POST /generate calls otherwise."""
+"""Fields that SGLang, and so POST /generate, calls otherwise."""
+_MAX_TOKENS = 128
 _NOT_SAMPLING = ("logprobs",)
 
 
@@ -22,16 +25,20 @@ class SamplingParams:
     field to the server's default.
 
     Attributes:
-        max_tokens: most tokens of an answer.
+        max_tokens: most tokens of an answer; 128 by default.
         n: answers to each prompt.
         seed: answers with a seed are the same each time; without one, it is drawn.
         stop: strings that end an answer; it does not hold them unless `include_stop_str_in_output`.
         logprobs: give each token's log probability, and those of so many most probable tokens.
         json_schema: the answer is a JSON document that fits this schema (a text, or the schema itself). It, `regex`
             (the answer matches it), `ebnf` and `structural_tag` exclude each other.
+        max_new_tokens, min_new_tokens, sampling_seed, no_stop_trim: SGLang's names of `max_tokens`, `min_tokens`,
+            `seed` and `include_stop_str_in_output`.
+
+    Raises UserError where a value is given under both names.
     """
 
-    max_tokens: int = 128
+    max_tokens: int | None = None
     min_tokens: int | None = None
     n: int = 1
     temperature: float | None = None
@@ -53,6 +60,15 @@ class SamplingParams:
     regex: str | None = None
     ebnf: str | None = None
     structural_tag: str | Mapping[str, Any] | None = None
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    sampling_seed: int | None = None
+    no_stop_trim: bool | None = None
+
+    def __post_init__(self) -> None:
+        for ours, other in _NATIVE.items():
+            if getattr(self, ours) is not None and getattr(self, other) is not None:
+                raise UserError(f"{other} is another name of {ours}: give one of them")
 
     def native(self) -> dict[str, Any]:
         """The fields of a request to POST /generate, but for the prompt."""
@@ -61,7 +77,7 @@ class SamplingParams:
             for each in fields(self)
             if each.name not in _NOT_SAMPLING and (value := getattr(self, each.name)) is not None
         }
-        request: dict[str, Any] = {"sampling_params": given}
+        request: dict[str, Any] = {"sampling_params": {"max_new_tokens": _MAX_TOKENS, **given}}
         if self.logprobs is not None:
             request |= {"return_logprob": True, "top_logprobs_num": self.logprobs}
         return request

@@ -14,6 +14,43 @@ from runtime.topology.schema import Engine, Model
 
 _MODEL_KEYS = Model.__struct_fields__
 _ENGINE_KEYS = Engine.__struct_fields__
+_OTHER_NAMES = {
+    "tensor_parallel_size": "tp",
+    "tp_size": "tp",
+    "context_length": "max_model_len",
+    "served_model_name": "served_name",
+    "max_num_seqs": "max_running",
+    "max_running_requests": "max_running",
+    "max_queued_requests": "max_queue",
+    "max_num_batched_tokens": "chunk_tokens",
+    "chunked_prefill_size": "chunk_tokens",
+    "max_total_tokens": "kv_tokens",
+    "block_size": "page_size",
+    "kv_cache_dtype": "kv_dtype",
+    "enable_prefix_caching": "prefix_cache",
+    "enable_deterministic_inference": "deterministic",
+    "schedule_policy": "policy",
+}
+"""vLLM's and SGLang's names of keys."""
+_INSTEAD = {
+    "gpu_memory_utilization": "give kv_tokens=N, the tokens that the KV pool holds",
+    "mem_fraction_static": "give kv_tokens=N, the tokens that the KV pool holds",
+    "seed": "give SamplingParams(seed=N)",
+    "random_seed": "give SamplingParams(seed=N)",
+    "quantization": 'give dtype="int8" or dtype="int4"',
+    "disable_radix_cache": "give prefix_cache=False",
+    "disable_overlap_schedule": "give run_ahead=False",
+    "speculative_algorithm": 'give speculation="ngram" or speculation="off"',
+    "speculative_config": 'give speculation="ngram" or speculation="off"',
+    "tokenizer": "the tokenizer is the one in the model's directory",
+    "tokenizer_path": "the tokenizer is the one in the model's directory",
+    "trust_remote_code": "code of a checkpoint is never run",
+    "enforce_eager": "graphs are used where they give the same bits; there is no switch",
+    "data_parallel_size": "give topology=FILE with several engines",
+    "dp_size": "give topology=FILE with several engines",
+    "swap_space": "there is none: a request that has to wait keeps its tokens",
+}
+"""What to do in place of arguments of vLLM and SGLang that have no equal here."""
 
 
 def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path | None) -> list[str]:
@@ -21,6 +58,7 @@ def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path 
 
     Args:
         keys: by their bare names: those of [model], and those of an engine, which go to each engine of the topology.
+            Names that vLLM and SGLang have for them are understood.
         dotted: by their full names, such as "engine.main.tp".
         file: the topology file, if there is one.
 
@@ -28,11 +66,16 @@ def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path 
     """
     arguments = []
     engines = _engines(file)
-    for key, value in keys.items():
+    for given, value in keys.items():
+        key = _OTHER_NAMES.get(given, given)
+        if key != given and key in keys:
+            raise UserError(f"{given} is another name of {key}: give one of them")
         if key in _MODEL_KEYS:
             arguments.append(f"model.{key}={_toml(value)}")
         elif key in _ENGINE_KEYS:
             arguments += [f"engine.{engine}.{key}={_toml(value)}" for engine in engines]
+        elif key in _INSTEAD:
+            raise UserError(f"there is no argument {key}: {_INSTEAD[key]}")
         else:
             near = get_close_matches(key, [*_MODEL_KEYS, *_ENGINE_KEYS], 1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -47,7 +47,7 @@ class Check:
         tables = {path: self._table(path, content) for path, content in self._tables(data).items()}
         if data.get("model", {}) in ({}, []):
             self._report(("model", "path"), 'missing; add path = "smollm2-135m-instruct" under [model]')
-        models = [path for path in tables if path[0] == "model"]
+        models = [path for path in tables if path[0] == "model" and path[-1] != "sampling"]
         for path in models:
             if "path" not in tables[path] and "path" not in _content(data, path) and data["model"]:
                 self._report((*path, "path"), f'missing; add path = "smollm2-135m-instruct" under {self._header}')
@@ -59,7 +59,8 @@ class Check:
                 for family in ("engine", "node")
             )
             others = {path[0]: values for path, values in tables.items() if len(path) == 1 and path not in models}
-            written = {"models": [tables[path] for path in models], "array": self._array}
+            samplings = [tables.get((*path, "sampling"), {}) for path in models]
+            written = {"models": [tables[path] for path in models], "samplings": samplings, "array": self._array}
             topology = msgspec.convert({**others, **written, "engine": engines, "nodes": nodes}, Topology)
             topology = self._named(topology)
             self._cross_check(topology)
@@ -75,7 +76,8 @@ class Check:
             if name not in TABLES and name != "engine":
                 self._report((name,), "unknown table" + _nearest_table(name))
             elif name == "model" and isinstance(content, list) and all(isinstance(each, dict) for each in content):
-                tables |= {("model", str(index)): each for index, each in enumerate(content)}
+                for index, each in enumerate(content):
+                    tables |= _model_tables(("model", str(index)), each)
             elif not isinstance(content, dict):
                 self._report(
                     (name,), f"is {_toml(content)}; write a table [{name if name in TABLES else 'engine.main'}]"
@@ -84,6 +86,8 @@ class Check:
                 machines = _machines(content)
                 tables[(name,)] = {key: value for key, value in content.items() if key not in machines}
                 tables |= {("node", node): keys for node, keys in machines.items() if self._is_node(node)}
+            elif name == "model":
+                tables |= _model_tables((name,), content)
             elif name in TABLES:
                 tables[(name,)] = content
             else:
@@ -129,7 +133,10 @@ class Check:
 
     def _table(self, path: KeyPath, content: dict[str, Any]) -> dict[str, Any]:
         """The checked values of one table; reports the others."""
-        table = TABLES[path[0] if len(path) == 1 or path[0] == "model" else f"{path[0]}.NAME"]
+        if path[0] == "model":
+            table = TABLES["model.sampling" if path[-1] == "sampling" else "model"]
+        else:
+            table = TABLES[path[0] if len(path) == 1 else f"{path[0]}.NAME"]
         infos, hints = fields_of(table), typing.get_type_hints(table, include_extras=True)
         values: dict[str, Any] = {}
         for key, value in content.items():
@@ -223,7 +230,7 @@ class Check:
         if len(nodes) > 1 and topology.transfer.engine == "shm":
             self._report(
                 ("transfer", "engine"),
-                'is "shm", which needs prefill and decode engines on one node; give "mooncake" or "nixl"',
+                'is "shm", which needs prefill and decode engines on one node; give "tcp", or remove the key',
             )
 
     def _check_transfer(self, topology: Topology) -> None:
@@ -281,9 +288,10 @@ def known_keys(data: dict[str, Any]) -> list[KeyPath]:
         **(
             {"model": [("model", str(index)) for index, each in enumerate(models) if isinstance(each, dict)]}
             if isinstance(models, list)
-            else {}
+            else {"model": [("model",)]}
         ),
     }
+    paths["model.sampling"] = [(*path, "sampling") for path in paths["model"]]
     return [
         (*path, key)
         for header, table in TABLES.items()
@@ -296,6 +304,15 @@ def _content(data: dict[str, Any], path: KeyPath) -> dict[str, Any]:
     """What stands in a model's table."""
     content: dict[str, Any] = data[path[0]] if len(path) == 1 else data[path[0]][int(path[1])]
     return content
+
+
+def _model_tables(path: KeyPath, content: dict[str, Any]) -> dict[KeyPath, dict[str, Any]]:
+    """A model's table, and the one inside it."""
+    sampling = content.get("sampling")
+    if not isinstance(sampling, dict):
+        return {path: content}
+    own = {key: value for key, value in content.items() if key != "sampling"}
+    return {path: own, (*path, "sampling"): sampling}
 
 
 def _machines(node: dict[str, Any]) -> dict[str, dict[str, Any]]:

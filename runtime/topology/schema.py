@@ -5,10 +5,13 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
+
+from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
@@ -18,6 +21,15 @@ Text = Annotated[str, Meta(min_length=1)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    ToolCallSetting: TypeAlias = str
+    ReasoningSetting: TypeAlias = str
+else:
+    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
+    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -47,6 +59,14 @@ class Node(Struct, frozen=True, forbid_unknown_fields=True):
             description="Directory into which the requests of the last five minutes are written when an actor "
             "crashes, for `runtime replay`. They hold what clients have sent: the files are readable by their owner "
             "alone. Relative as `model.path` is."
+        ),
+    ] = None
+    profile_dir: Annotated[
+        Text | None,
+        Meta(
+            description="Directory for the profiles of `/start_profile`, on the machine of each rank; a request can "
+            "name directories below it and no other. By default `profiles` in the run directory, which is removed when "
+            "the node stops. Relative as `model.path` is."
         ),
     ] = None
 
@@ -147,12 +167,67 @@ class Model(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class Sampling(Struct, frozen=True, forbid_unknown_fields=True):
+    """How tokens are drawn for requests that do not say it themselves; each key stands above what the model recommends.
+    With several models, the table of one follows it: `[model.sampling]` under its `[[model]]`."""
+
+    defaults: Annotated[
+        Literal["model", "openai"],
+        Meta(
+            description="Where the keys below come from that are not set. `model` takes what `generation_config.json` "
+            "or a GGUF file's `general.sampling.*` recommends, and for the embedded model what its authors do. "
+            "`openai` takes nothing from the model: temperature 1, and nothing cut. Ollama's endpoints have Ollama's "
+            "defaults where a key stays open."
+        ),
+    ] = "model"
+    temperature: Annotated[
+        Annotated[float, Meta(ge=0, le=2)] | None, Meta(description="0 takes the most probable token.")
+    ] = None
+    top_p: Annotated[
+        Annotated[float, Meta(gt=0, le=1)] | None,
+        Meta(description="Draws from the most probable tokens that have this probability together."),
+    ] = None
+    top_k: Annotated[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)] | None,
+        Meta(description="Draws from so many of the most probable tokens; 0 from all."),
+    ] = None
+    min_p: Annotated[
+        Annotated[float, Meta(ge=0, le=1)] | None,
+        Meta(description="Leaves out tokens that are less probable than the most probable one times this."),
+    ] = None
+    repetition_penalty: Annotated[
+        Annotated[float, Meta(gt=0, le=2)] | None,
+        Meta(
+            description="Makes tokens less probable that have occurred; 1 leaves them. Another value costs speed, as "
+            "such requests cannot be decoded speculatively."
+        ),
+    ] = None
+    max_tokens: Annotated[
+        Count | None,
+        Meta(
+            description="Most tokens of an answer of a chat whose request sets no limit. By default all that fit into "
+            "`max_model_len`. Completions and `/generate` have limits of their own, 16 and 128."
+        ),
+    ] = None
+    max_repeats: Annotated[
+        Annotated[int, Meta(ge=2, le=2**31 - 1)] | None,
+        Meta(
+            description="Ends an answer, with finish reason `length`, whose last tokens are one run of up to 64 tokens "
+            "so many times over. By default none; 16 is a careful choice. Not with `ignore_eos`, nor before "
+            "`min_tokens`."
+        ),
+    ] = None
+
+
 class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     """The HTTP servers."""
 
     host: Annotated[
         Text,
-        Meta(description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then."),
+        Meta(
+            description="Address to listen on; `0.0.0.0` listens on every interface. Set an `api_key` then: without "
+            "one, `runtime check` and `runtime up` warn."
+        ),
     ] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1, le=65_535, description="Port to listen on; `--port` sets it too.")] = 8000
     node: Annotated[
@@ -167,6 +242,30 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
             "without either, none is asked for."
         ),
     ] = None
+    admin_api_key: Annotated[
+        Text | None,
+        Meta(
+            description="Key that administrators must send, in the same way, to take profiles, flush caches and abort "
+            "all requests; it opens everything else too. By default `$RUNTIME_ADMIN_API_KEY`; without either, these "
+            "endpoints take what clients send."
+        ),
+    ] = None
+    cors_origins: Annotated[
+        list[Text] | None,
+        Meta(
+            description="Web pages of other servers that may ask from a browser, by their origins, such as "
+            '`["https://app.example.com"]`; `["*"]` is any page.'
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        list[Text] | None,
+        Meta(
+            description="Names by which clients may ask for this server (their `Host` header), besides addresses, "
+            "names without a dot, this machine's own, and those that end in `.localhost`, `.local` or `.internal`; "
+            '`["*"]` is any. By default none where the server listens on loopback without a key, so that no web page '
+            "can lead its own name here, and any elsewhere."
+        ),
+    ] = None
     request_timeout_s: Annotated[Seconds, Meta(description="Seconds after which a request is given up.")] = 3600.0
     drain_s: Annotated[
         Seconds, Meta(description="How long running answers may go on when the node is asked to stop.")
@@ -177,6 +276,18 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent: Annotated[
         Count, Meta(description="Requests that one HTTP process holds at once; further ones are answered with 503.")
     ] = 1024
+    priority: Annotated[
+        Literal["anyone", "admin", "nobody"],
+        Meta(description="Who may send a `priority` other than 0: all, those with the `admin_api_key`, or nobody."),
+    ] = "anyone"
+    response_store_bytes: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Bytes that stored responses (of `/v1/responses` without `store` = false) may take in the run "
+            "directory. Those not used for longest go first; after a day all do. 0 stores nothing.",
+        ),
+    ] = 2**28
     access_log: Annotated[
         bool, Meta(description="One line in the log for each request that has been answered, with its `X-Request-Id`.")
     ] = False
@@ -188,29 +299,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        Literal[
-            "auto",
-            "none",
-            "deepseekv3",
-            "deepseekv31",
-            "deepseekv32",
-            "glm45",
-            "glm47",
-            "hermes",
-            "kimi_k2",
-            "llama3",
-            "mistral",
-            "pythonic",
-            "qwen25",
-            "qwen3_coder",
-        ],
+        ToolCallSetting,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
             "calls in the content, and so does `auto` where the template shows none that is known."
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        Literal["auto", "none", "deepseek-r1", "deepseek-v3", "glm45", "qwen3", "qwen3-thinking"],
+        ReasoningSetting,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
             "`none` are as with `tool_call_parser`."
@@ -336,6 +432,13 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
     prefix_cache: Annotated[
         bool, Meta(description="Reuses the KV pages of earlier requests that began with the same tokens.")
     ] = True
+    grammar_backend: Annotated[
+        Literal["auto", "llguidance", "xgrammar"],
+        Meta(
+            description="The library that compiles JSON schemas, regular expressions and grammars. `auto` is "
+            "llguidance. `xgrammar` needs `pip install xgrammar==0.2.8`; it refuses more schemas."
+        ),
+    ] = "auto"
     speculation: Annotated[
         Literal["off", "ngram"],
         Meta(
@@ -360,18 +463,20 @@ class Transfer(Struct, frozen=True, forbid_unknown_fields=True):
     """How KV pages get from prefill engines to decode engines."""
 
     engine: Annotated[
-        Literal["shm", "mooncake", "nixl", "fake"],
+        Literal["auto", "shm", "tcp", "mooncake", "nixl", "fake"],
         Meta(
-            description="`shm` is for engines on one machine: with the same `tp` they compute in the same memory and "
-            "pages are handed over without a copy, else they are copied from one memory to the other. `mooncake` "
-            "(`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1`) and `nixl` "
-            "(`pip install nixl-cu12==1.5.1`) read over the "
-            "network, on the address of each engine's `[node.NAME]`, else on the loopback interface; neither asks who "
-            "is reading, so the network has to be private. (Mooncake binds to all addresses; what comes for others is "
-            "dropped.) `fake` moves nothing: for benchmarks, its answers are "
+            description="`auto` is `shm` where all prefill and decode engines are on one machine, else `tcp`. `shm`: "
+            "with the same `tp` they compute in the same memory and pages are handed over without a copy, else they "
+            "are copied from one memory to the other. `tcp` reads over the network, on the address of each engine's "
+            "`[node.NAME]`, else on the loopback interface, encrypted, and only who has the deployment's keys may "
+            "read. "
+            "`mooncake` (`pip install mooncake-transfer-engine-non-cuda==0.3.13.post1`) and `nixl` "
+            "(`pip install nixl-cu12==1.5.1`) read there too, and are faster on fast networks, but neither asks who is reading or writing: every user of every machine "
+            "that reaches their ports can do both, so network and machines have to be private. (Mooncake binds to all "
+            "addresses; what comes for others is dropped.) `fake` moves nothing: for benchmarks, its answers are "
             "nonsense."
         ),
-    ] = "shm"
+    ] = "auto"
     protocol: Annotated[Literal["tcp", "rdma"], Meta(description="Of `mooncake`.")] = "tcp"
     device: Annotated[
         str,
@@ -426,11 +531,13 @@ class Faults(Struct, frozen=True, forbid_unknown_fields=True):
 class Topology(Struct, frozen=True, forbid_unknown_fields=True):
     """A whole topology file; `nodes` are its tables `[node.NAME]`.
 
-    `models` has what stands in `[model]`, or in the tables `[[model]]`, `array`, with the names they are served by.
+    `models` has what stands in `[model]`, or in the tables `[[model]]`, `array`, with the names they are served by;
+    `samplings` has the table inside each of these.
     """
 
     models: list[Model]
     engine: dict[str, Engine]
+    samplings: list[Sampling]
     array: bool = False
     node: Node = field(default_factory=Node)
     nodes: dict[str, Machine] = field(default_factory=dict)
@@ -446,6 +553,15 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
         table = f"model.{index}" if self.array else "model"
         return f"{table}.{key}" if key else table
 
+    @property
+    def transfer_engine(self) -> str:
+        """`transfer.engine`, and what "auto" stands for."""
+        if self.transfer.engine != "auto":
+            return self.transfer.engine
+        first = next(iter(self.nodes), None)
+        nodes = {engine.node or first for engine in self.engine.values() if engine.role != "unified"}
+        return "tcp" if len(nodes) > 1 else "shm"
+
     def engines_of(self, index: int) -> dict[str, Engine]:
         """A model's engines: all of them if it is the only one."""
         if len(self.models) == 1:
@@ -456,6 +572,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
 TABLES: dict[str, type[Struct]] = {
     "node": Node,
     "model": Model,
+    "model.sampling": Sampling,
     "ingress": Ingress,
     "engine.NAME": Engine,
     "transfer": Transfer,
@@ -487,6 +604,8 @@ def describe(info: msgspec.inspect.Type) -> str:
             return f"a number from 0 to {high:g}"
         case msgspec.inspect.FloatType(le=high):
             return f"a number above 0, at most {high:g}"
+        case msgspec.inspect.ListType(item_type=item):
+            return f"a list of {describe(item).partition(' ')[2]}s"
         case msgspec.inspect.StrType(pattern=None):
             return "a string"
         case msgspec.inspect.StrType(pattern=pattern) if pattern == URL:

@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with one_ingress(tmp_path_factory.mktemp("i"), tool_call_parser="qwen25", reasoning_parser="qwen3") as served:
+    directory = tmp_path_factory.mktemp("i")
+    store = {"response_dir": str(directory / "responses"), "response_store_bytes": 2**20}
+    with one_ingress(directory, tool_call_parser="qwen25", reasoning_parser="qwen3", **store) as served:
         served.fakes.per_step = 3
         yield served
 

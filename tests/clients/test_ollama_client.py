@@ -38,6 +38,13 @@ def test_chat(client: ollama.Client, served: Served) -> None:
     assert again.message.content == "Sunny."
 
 
+def test_generate_goes_on(client: ollama.Client) -> None:
+    first = client.generate("fake", "p", options={"num_predict": 2, "mirostat": 1}, logprobs=True, top_logprobs=2)
+    assert first.context
+    assert len(first.logprobs or ()) == 2
+    assert client.generate("fake", "q", context=list(first.context), options={"num_predict": 2}).prompt_eval_count == 36
+
+
 def test_generate(client: ollama.Client, served: Served) -> None:
     served.fakes.script = lambda generate: '{"a": 1}'
     answer = client.generate("fake", "p", format="json", system="s")
@@ -48,7 +55,15 @@ def test_generate(client: ollama.Client, served: Served) -> None:
 def test_models(client: ollama.Client) -> None:
     assert [each.model for each in client.list().models] == ["fake", "alias"]
     assert [each.model for each in client.ps().models] == ["fake", "alias"]
-    assert client.show("fake").capabilities == ["completion", "tools", "thinking"]
+    shown = client.show("fake")
+    assert shown.capabilities == ["completion", "tools", "thinking"]
+    assert shown.template
+    assert client.pull("fake").status == "success"
+    assert [each.status for each in client.pull("fake", stream=True)][-1] == "success"
+    with pytest.raises(ollama.ResponseError, match="does not exist"):
+        client.pull("other")
+    with pytest.raises(ollama.ResponseError, match="generates text"):
+        client.embed("fake", "a")
 
 
 def test_errors(client: ollama.Client) -> None:

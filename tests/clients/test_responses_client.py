@@ -49,7 +49,21 @@ def test_calls_and_results(client: openai.OpenAI, served: Served) -> None:
     assert client.responses.create(model="fake", input=items, tools=tools).output_text == "Sunny."
 
 
+def test_a_conversation_that_the_server_keeps(client: openai.OpenAI, served: Served) -> None:
+    served.fakes.script = lambda generate: "Hello."
+    first = client.responses.create(model="fake", input="hi")
+    assert client.responses.retrieve(first.id) == first
+    second = client.responses.create(model="fake", input="and?", previous_response_id=first.id)
+    items = client.responses.input_items.list(second.id, order="asc").data
+    assert [item.type for item in items] == ["message", "message", "message"]
+    client.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(first.id)
+    third = client.responses.create(model="fake", input="more", previous_response_id=second.id, store=False)
+    assert third.previous_response_id == second.id
+
+
 def test_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="whole conversation") as wrong:
+    with pytest.raises(openai.NotFoundError, match="whole conversation") as wrong:
         client.responses.create(model="fake", input="hi", previous_response_id="resp_1")
     assert wrong.value.param == "previous_response_id"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import pytest
-from faults_tools import DEADLINE_S, Node, assert_unnoticed, eventually
+from faults_tools import DEADLINE_S, Node, assert_unnoticed
 from test_faults_speculation import complete
 
 from runtime.chaos.run import Load
@@ -19,10 +17,6 @@ from runtime.chaos.run import Load
 NODE = ("ingress.reasoning_parser=qwen3",)
 LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5, "maxItems": 6}
 SAMPLING = {"temperature": 1.0, "seed": 5, "max_tokens": 80, "ignore_eos": False}
-HOPELESS = (
-    "root ::= r0\n" + "".join(f'r{n} ::= "a" r{n + 1} | r{n + 1} r{n + 1}\n' for n in range(1500)) + 'r1500 ::= "z"'
-)
-"""A grammar that the compiler never ends with."""
 BUDGET, CLOSING = 9, "\n</think>\n\n"
 THINKS: dict[str, Any] = {
     "model": "smollm2-135m-instruct",
@@ -72,31 +66,6 @@ def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: Node) -> N
     for number in range(2):
         node.kill("main.grammar")
         assert json.loads(answer(node, {}, {"enum": [f"a{number}", "b"]})) in (f"a{number}", "b")
-
-
-def test_a_hopeless_grammar_fails_alone(node: Node) -> None:
-    """Its compiler is killed again and again, as if it crashed. Left alone it would be given up after 10 seconds."""
-    answered = threading.Event()
-
-    def kill() -> None:
-        for _ in range(30):
-            pid = node.pid("main.grammar")
-            node.kill("main.grammar")
-            eventually(lambda pid=pid: node.pid("main.grammar") != pid, "a restart")
-            if answered.wait(0.05):
-                return
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        with pytest.raises(urllib.error.HTTPError) as error:
-            complete(node, "x", {"guided_grammar": HOPELESS}, {})
-    finally:
-        answered.set()
-        killer.join()
-    assert error.value.code == 400
-    assert "the compiler crashes" in error.value.read().decode()
-    assert json.loads(answer(node, {}, {"const": 1})) == 1
 
 
 def reasoned(node: Node, after: Mapping[int, Callable[[], None]], **fields: Any) -> tuple[str, str, list[str]]:

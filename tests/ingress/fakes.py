@@ -23,9 +23,11 @@ from actors.messages import (
     ActorStats,
     CacheFlushed,
     ChatPrompt,
+    DescribeTokenizer,
     Detokenize,
     Detokenized,
     EngineInfo,
+    FillPrompt,
     FlushCache,
     Generate,
     Hello,
@@ -40,6 +42,7 @@ from actors.messages import (
     Tokenize,
     Tokenized,
     TokenizeFailed,
+    TokenizerDescribed,
     Unknown,
 )
 from transport import Codec, Mailbox
@@ -221,6 +224,7 @@ class Fakes:
         registered: the bootstrap lists the engine.
         eos_at: answers end there.
         script: given a `Generate`; gives the whole text of its answer.
+        opening: with what prompts of chats end, unless the template is told `enable_thinking: false`.
     """
 
     def __init__(self, directory: Path, ingresses: list[str], scheduler: str = "main.scheduler") -> None:
@@ -238,6 +242,7 @@ class Fakes:
         self.forgetful = False
         self.eos_at: int | None = None
         self.script: Callable[[Generate], str] | None = None
+        self.opening = ""
         self.seen = Seen()
         self._names = {"bootstrap": "bootstrap", "tokenizer": "tokenizer", "scheduler": scheduler}
         self._names["detokenizer"] = "detokenizer"
@@ -362,6 +367,9 @@ class Fakes:
                 tokens = array("i", message.tokens)
                 pieces = [piece(token) for token in tokens]
                 reply(sender, Detokenized(message.rid, "".join(pieces), pieces))
+            case DescribeTokenizer():
+                special = {"bos_token": "<s>", "eos_token": "</s>"}
+                reply(sender, TokenizerDescribed(message.rid, special, {"default": "{{ messages }}"}, VOCAB_SIZE))
             case Generate():
                 self._generate(sender, message)
             case Abort():
@@ -401,6 +409,10 @@ class Fakes:
                 return TokenizeFailed(message.rid, "The chat template cannot render this.")
             text = "".join(f"{each['role']}:{each['content']}\n" for each in json.loads(prompt.messages))
             text += "assistant:" if prompt.add_generation_prompt else ""
+            if prompt.add_generation_prompt and arguments.get("enable_thinking") is not False:
+                text += self.opening
+        elif isinstance(prompt, FillPrompt):
+            return Tokenized(message.rid, packed(f"<P>{prompt.text}<S>{prompt.suffix}<M>"), array("i", [77]).tobytes())
         else:
             text = prompt.text
         return Tokenized(message.rid, packed(text))

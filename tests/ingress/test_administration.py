@@ -121,3 +121,15 @@ def test_get_load_and_infos(shared: Served) -> None:
     server = shared.client.get("/get_server_info").json()
     assert server["served_model_name"] == "fake"
     assert server["internal_states"][0]["max_total_num_tokens"] == 64 * 16
+    for former, path in (("/get_model_info", "/model_info"), ("/get_server_info", "/server_info")):
+        assert shared.client.get(path).json().keys() == shared.client.get(former).json().keys()
+    assert shared.client.get("/version").json() == shared.client.get("/api/version").json()
+    assert shared.client.get("/ping").status_code == 200
+
+
+def test_tokenizer_info(shared: Served) -> None:
+    document = shared.client.get("/tokenizer_info").json()
+    assert (document["bos_token"], document["eos_token"]) == ("<s>", "</s>")
+    assert document["chat_template"] == "{{ messages }}"
+    assert document["model_max_length"] == MAX_MODEL_LEN
+    assert shared.client.get("/tokenizer_info?model=other").status_code == 404

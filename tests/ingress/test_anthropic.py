@@ -224,6 +224,7 @@ def test_count_tokens(shared: Served) -> None:
     assert response.json() == {"input_tokens": len("user:hi\nassistant:")}
 
 
+SEARCH = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
 
 
@@ -237,7 +238,9 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "'image' is not supported"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "a"}]}]}, 400, "role"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, 400, "web_search_20250305"),
+        ({"tools": [SEARCH], "tool_choice": {"type": "tool", "name": "web_search"}}, 400, "'web_search'"),
+        ({"tools": [SEARCH], "tool_choice": {"type": "any"}}, 400, "Anthropic runs"),
+        ({"compaction": {"type": "summarize"}}, 400, "'compaction' is not supported"),
         ({"container": "c"}, 400, "'container' is not supported"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, 400, "name"),
     ],

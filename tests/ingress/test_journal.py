@@ -167,8 +167,46 @@ def test_memory_is_bounded_and_given_back(arena: int) -> None:
     assert full == [1]
     for slot in (first, second):
         slot.release()
-    assert whole.used_bytes == 0
+    assert whole.used_bytes == 4 * GRAIN_BYTES  # kept for the next request
     assert os.fstat(arena).st_blocks * 512 <= 4 * GRAIN_BYTES
+    third, fourth = whole.open(5), whole.open(6)
+    assert third is not None
+    assert fourth is not None
+    third.release()
+    fourth.sent(b"x" * (5 * GRAIN_BYTES - 1000), 0, last=False, aside=False, closes=False)
+    assert not fourth.full, "what was kept goes to who needs it"
+
+
+def test_slots_belong_to_connections(arena: int) -> None:
+    """A new incarnation finds whose they are, and gives the memory of all others back."""
+    first = journal(arena)
+    slots = [first.open(serial, 10, 20) for serial in (3, 4, 5, 6)]
+    assert first.open(7) is None
+    assert all(slots)
+    for slot in slots[:2]:
+        assert slot is not None
+        slot.piece(0, piece(0))
+        slot.release()
+        slot.piece(0, piece(1))  # too late: it may be another one's now
+        slot.sent(b"x", 0, last=False, aside=False, closes=False)
+    used = os.fstat(arena).st_blocks
+    second = journal(arena)
+    owners = second.owners({3, 5})
+    assert set(owners) == {5}
+    assert os.fstat(arena).st_blocks < used
+    recovered = second.reopen(owners[5]).recover(5, 10, 20)
+    assert (recovered.received, recovered.unsent, recovered.idle) == (b"", b"", True)
+    assert all(second.open(serial) for serial in (8, 9, 10))
+
+
+def test_a_slot_without_room_is_given_up_before_its_memory(arena: int) -> None:
+    """Else a successor would take the connection for one that has no request."""
+    slot = journal(arena, 2 * GRAIN_BYTES).open(SERIAL)
+    assert slot is not None
+    owners = []
+    slot.on_full = lambda: owners.append(journal(arena).owners({SERIAL}))
+    slot.sent(b"x" * 4 * GRAIN_BYTES, 0, last=False, aside=False, closes=False)
+    assert owners == [{SERIAL: 0}]
 
 
 def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,15 +169,18 @@ def test_tool_choices_and_formats(shared: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"previous_response_id": "resp_1"}, "previous_response_id", "whole conversation"),
-        ({"conversation": "c"}, "conversation", "whole conversation"),
-        ({"store": True}, "store", "store = false"),
+        ({"conversation": "c"}, "conversation", "send 'previous_response_id'"),
+        ({"store": True}, "store", "response_store_bytes"),
         ({"background": True}, "background", "not supported"),
-        ({"truncation": "auto"}, "truncation", "not supported"),
-        ({"include": ["file_search_call.results"]}, "include", "not supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search' is not supported"),
+        ({"truncation": "some"}, "truncation", "invalid"),
+        ({"include": ["message.output_text.logprobs"]}, "include", "not supported"),
+        ({"top_logprobs": 3}, "top_logprobs", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "name"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "'item_reference' is not supported"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice", "'web_search' is not supported"),
+        ({"tool_choice": {"type": "custom", "name": "x"}}, "tool_choice", "'custom' is not supported"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", "name"),
+        ({"tool_choice": "required", "tools": [{"type": "web_search"}]}, "tool_choice", "when tools are given"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "'web_search_call' is not supported"),
         ({"input": [{"role": "user"}]}, "input[0]", "content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "image"),
         ({"text": {"format": {"type": "xml"}}}, "response_format", "type"),
@@ -189,6 +192,76 @@ def test_errors(shared: Served, fields: dict[str, Any], param: str, message: str
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert message in response.json()["error"]["message"]
+
+
+def test_tools_that_a_server_does_not_run(shared: Served) -> None:
+    others = [{"type": kind, "name": "x", "tools": []} for kind in ("custom", "web_search", "namespace", "local_shell")]
+    shared.fakes.script = lambda generate: "Hello."
+    response = shared.client.post(URL, json=body(tools=[*others, *TOOLS], tool_choice="auto"))
+    assert response.status_code == 200, response.text
+    _, prompt = prompt_of(shared)
+    assert [tool["function"]["name"] for tool in json.loads(prompt.tools)] == ["get_weather", "now"]
+    warnings = response.headers.get_list("warning")
+    assert [f"tools[{i}]" in warning for i, warning in enumerate(warnings)] == [True] * 4
+    response = shared.client.post(URL, json=body(tools=others, tool_choice="auto", stream=True))
+    assert len(response.headers.get_list("warning")) == 4
+    assert prompt_of(shared)[1].tools == ""
+
+
+def test_allowed_tools(shared: Served) -> None:
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "now"}]}
+    assert shared.client.post(URL, json=body(max_output_tokens=2, tools=TOOLS, tool_choice=allowed)).status_code == 200
+    assert [tool["function"]["name"] for tool in json.loads(prompt_of(shared)[1].tools)] == ["now"]
+    response = shared.client.post(
+        URL, json=body(max_output_tokens=2, tools=TOOLS, tool_choice={**allowed, "mode": "required"})
+    )
+    assert response.status_code == 200
+    assert shared.fakes.seen.generates[-1].sampling.constraint is not None
+
+
+def test_items_of_other_servers(shared: Served) -> None:
+    items = [
+        {"role": "user", "content": "a", "type": None, "id": None},
+        {"type": "reasoning", "summary": [], "encrypted_content": "xyz"},
+        {"type": "custom_tool_call", "call_id": "1", "name": "patch", "input": "diff"},
+        {"type": "custom_tool_call_output", "call_id": "1", "output": "ok"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}], "status": "completed"},
+        {"role": "user", "content": [{"type": "input_text", "text": "b", "cache_control": {"type": "ephemeral"}}]},
+    ]
+    shared.client.post(URL, json=body(input=items, max_output_tokens=2, text={"verbosity": "low"}))
+    call = {"name": "patch", "arguments": {"input": "diff"}}
+    messages, prompt = prompt_of(shared)
+    assert messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": call}]},
+        {"role": "tool", "content": "ok", "tool_call_id": "1"},
+        {"role": "assistant", "content": "No."},
+        {"role": "user", "content": "b"},
+    ]
+    assert json.loads(prompt.template_arguments) == {"verbosity": "low"}
+
+
+def test_truncation(shared: Served) -> None:
+    def asked(count: int, **fields: Any) -> Any:
+        turns = [
+            [{"role": "user", "content": f"{i}" * 90}, {"role": "assistant", "content": "y"}] for i in range(count)
+        ]
+        items = [{"role": "system", "content": "s"}, *(item for turn in turns for item in turn)]
+        items.append({"role": "user", "content": "last"})
+        return shared.client.post(URL, json=body(input=items, max_output_tokens=9, **fields))
+
+    assert asked(8, truncation="disabled").json()["error"]["code"] == "context_length_exceeded"
+    response = asked(8, truncation="auto")
+    assert response.status_code == 200, response.text
+    assert response.json()["truncation"] == "auto"
+    messages, _ = prompt_of(shared)
+    prompt = len(shared.fakes.seen.generates[-1].prompt) // 4
+    assert [messages[0]["content"], messages[1]["content"][0], messages[-1]["content"]] == ["s", "4", "last"]
+    assert 512 - 9 - 110 < prompt <= 512 - 9
+    asked(2, truncation="auto")
+    assert len(prompt_of(shared)[0]) == 6
+    too_long = shared.client.post(URL, json=body(input="x" * 600, truncation="auto"))
+    assert too_long.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_an_error_in_a_stream(serve: Serve) -> None:

@@ -39,12 +39,14 @@ PROTOCOLS: dict[str, tuple[bytes, Callable[[str], dict[str, Any]]]] = {
             messages=MESSAGES,
             max_tokens=400,
             stream=True,
-            tools=[{"name": name, "input_schema": SCHEMA} for name in "fg"],
+            tools=[*({"name": name, "input_schema": SCHEMA} for name in "fg"), {"type": "web_search_20250305"}],
+            thread={"type": "create"},
+            context_management={"edits": [{"type": "clear_thinking_20251015"}]},
         ),
         lambda text: test_anthropic.added(test_anthropic.events_of(text)),
     ),
     "ollama": (
-        whole("/api/chat", model="fake", messages=MESSAGES, tools=[function(name) for name in "fg"]),
+        whole("/api/chat", model="fake", messages=MESSAGES, tools=[function(name) for name in "fg"], options={"x": 1}),
         test_ollama.added,
     ),
     "responses": (

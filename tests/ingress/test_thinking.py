@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from actors.ingress.parsers.reasoning import REASONING_FORMATS, Markers, markers_after, reasoning_markers
 from actors.messages import Thinking
+from actors.parsers.reasoning import REASONING_FORMATS, Markers, markers_after, reasoning_format, reasoning_markers
 
 from .conftest import Serve, Served, one_ingress
 from .fakes import packed
 
 CHAT, MESSAGES, NATIVE = "/v1/chat/completions", "/v1/messages", "/generate"
 CLOSING = list(b"\n</think>\n\n")  # the fake tokenizer's
-ENDS = ["</think>", "<tool_call>"]
+ENDS = ["</think>"]
 INSIDE = Thinking(ENDS, "", 5, CLOSING)
 USER = {"role": "user", "content": "hi"}
 
@@ -23,6 +23,7 @@ USER = {"role": "user", "content": "hi"}
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with one_ingress(tmp_path_factory.mktemp("i"), reasoning_parser="qwen3-thinking") as served:
+        served.fakes.opening = "<think>\n"
         yield served
 
 
@@ -104,12 +105,8 @@ def test_generate(shared: Served) -> None:
 
 def test_markers_are_those_of_the_parsers() -> None:
     for name in REASONING_FORMATS:
-        arguments = {"thinking": True}
-        markers = reasoning_markers(name, arguments)
-        assert markers is not None
-        assert markers.start == ("<think>" if name in ("glm45", "qwen3") else "")
-        assert markers.ends[0] == "</think>" == markers.closing.strip()
-        assert markers_after(name, "a<think>b") == markers._replace(start="")
-        assert markers_after(name, "<think></think>").start == "<think>"
-    assert reasoning_markers("deepseek-v3", {}) is None
-    assert reasoning_markers("deepseek-v3", {"thinking": True}) == Markers("", ["</think>"], "</think>")
+        kind = reasoning_format(name)
+        assert reasoning_markers(name, False) == Markers(kind.OPEN, [kind.CLOSE], kind.CLOSING)
+        assert kind.CLOSE in kind.CLOSING or name == "granite"
+        assert markers_after(name, f"a{kind.OPEN}b").start == ""
+        assert markers_after(name, f"{kind.OPEN}{kind.CLOSE}").start == kind.OPEN

@@ -10,8 +10,8 @@ import jsonschema
 import openai
 import pytest
 
-from actors.ingress.openai.tools import Function, NamedTool, Tool, call_id, forced_calls
-from actors.messages import ChatPrompt, Generate
+from actors.ingress.openai.tools import Function, NamedTool, Tool, call_id, calls_schema, constrained
+from actors.messages import ChatPrompt, Constraint, Generate, SamplingParams
 
 from .conftest import Serve, Served, chunks_of, one_ingress
 from .fakes import answer, unpacked
@@ -161,7 +161,7 @@ def test_what_is_no_call_is_content(shared: Served) -> None:
 
 def test_an_answer_cut_off(shared: Served) -> None:
     (choice,) = says(shared, PARIS, max_tokens=PARIS.index("rich"))
-    assert choice["message"]["tool_calls"] == [call("get_weather", '{"city": "Zü')]
+    assert choice["message"]["tool_calls"] == [call("get_weather", '{"city": "Zü"}')]
     assert choice["finish_reason"] == "length"
     (choice,) = says(shared, REASONED, max_tokens=20)
     assert choice["message"] == {
@@ -273,9 +273,9 @@ def test_what_the_template_and_the_engine_are_told(shared: Served) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tool_choice": "required", "regex": "a*"}, "cannot be combined with another constraint"),
+        ({"ebnf": 'root ::= "a"'}, "cannot be combined with tools that may be called"),
         ({"tool_choice": {"type": "function", "function": {"name": "then"}}}, "there is no tool named 'then'"),
-        ({"tool_choice": "auto", "tools": None}, "only allowed when tools are given"),
+        ({"tool_choice": "required", "tools": []}, "only allowed when tools are given"),
         ({"tools": [*TOOLS, TOOLS[1]]}, "two of them are named 'now'"),
     ],
 )
@@ -325,6 +325,24 @@ def test_deepseeks_templates(serve: Serve) -> None:
     assert choice["message"] == {"role": "assistant", "content": "Noon.", "refusal": None}
 
 
+def test_the_prompt_says_where_the_reasoning_begins(serve: Serve) -> None:
+    """Not what the client tells the template: that may do with it as it likes."""
+    served = serve(tool_call_parser="qwen25", reasoning_parser="qwen3-thinking")
+    (choice,) = says(served, "Plain.", chat_template_kwargs={"enable_thinking": True})
+    assert choice["message"] == {"role": "assistant", "content": "Plain.", "refusal": None}
+    served.fakes.opening = "<think>\n"
+    (choice,) = says(served, "I could use <tool_call> markup. Hmm.\n</think>\nAnswer")
+    message = {"role": "assistant", "content": "Answer", "refusal": None}
+    assert choice["message"] == {**message, "reasoning_content": "I could use <tool_call> markup. Hmm."}
+
+
+def test_a_forced_call_that_is_cut_off_is_no_content(shared: Served) -> None:
+    begun = '[{"name": "get_weather'
+    (choice,) = says(shared, begun, tool_choice="required", max_tokens=len(begun))
+    assert choice["message"] == {"role": "assistant", "content": "", "refusal": None}
+    assert choice["finish_reason"] == "length"
+
+
 def test_an_answer_goes_on(shared: Served) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>Well"}]
     (choice,) = says(shared, ", yes.</think>Yes.", messages=messages, continue_final_message=True)
@@ -332,10 +350,10 @@ def test_an_answer_goes_on(shared: Served) -> None:
     assert choice["message"]["content"] == "Yes."
 
 
-def test_forced_calls() -> None:
+def test_calls_schema() -> None:
     parameters = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "$defs": {"A": {"type": "string"}}}
     tools = [Tool("function", Function("f", parameters=parameters)), Tool("function", Function("g"))]
-    schema = forced_calls(tools, "required", parallel=True)
+    schema = calls_schema(tools, "required", parallel=True)
     assert schema == {
         "type": "array",
         "minItems": 1,
@@ -361,12 +379,9 @@ def test_forced_calls() -> None:
         "$defs": {"tool0": {**parameters, "properties": {"a": {"$ref": "#/$defs/tool0/$defs/A"}}}},
     }
     assert parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
-    once = forced_calls(tools, "required", parallel=False)
-    named = forced_calls(tools[1:], NamedTool("function", Function("g")), parallel=True)  # type: ignore[arg-type]
-    assert once is not None
-    assert named is not None
+    once = calls_schema(tools, "required", parallel=False)
+    named = calls_schema(tools[1:], NamedTool("function", Function("g")), parallel=True)  # type: ignore[arg-type]
     assert once["maxItems"] == named["maxItems"] == 1
-    assert forced_calls(tools, "auto", parallel=True) is forced_calls(tools, None, parallel=True) is None
 
 
 def test_parameters_of_forced_calls_refer_to_themselves() -> None:
@@ -376,8 +391,7 @@ def test_parameters_of_forced_calls_refer_to_themselves() -> None:
     other = {"definitions": {"A": {"type": "null"}}, "properties": {"enum": {"$ref": "#/definitions/A"}}}
     parameters: tuple[dict[str, Any], ...] = (tree, point, other)
     tools = [Tool("function", Function(f"f{i}", parameters=each)) for i, each in enumerate(parameters)]
-    schema = forced_calls(tools, "required", parallel=True)
-    assert schema is not None
+    schema = calls_schema(tools, "required", parallel=True)
 
     def call(name: str, arguments: Any) -> bool:
         return jsonschema.Draft202012Validator(schema).is_valid([{"name": name, "parameters": arguments}])
@@ -387,6 +401,38 @@ def test_parameters_of_forced_calls_refer_to_themselves() -> None:
     assert call("f1", {"enum": {"$ref": "#"}})
     assert not call("f1", {"enum": None})
     assert call("f2", {"enum": None})
+
+
+def test_what_tools_constrain() -> None:
+    tools = [Tool("function", Function("f", strict=True)), Tool("function", Function("g"))]
+    free, texts = SamplingParams(9, 0), SamplingParams(9, 0, constraint=Constraint("json"))
+
+    def kind(sampling: SamplingParams, tools: list[Tool], choice: Any) -> tuple[str, str]:
+        found = constrained(sampling, tools, choice, parallel=True)
+        return found.constraint.kind if found.constraint else "", found.checked.kind if found.checked else ""
+
+    assert kind(free, tools, "required") == kind(texts, tools, "required") == ("json_schema", "")
+    assert kind(texts, tools, "auto") == kind(texts, tools, None) == ("structural_tag", "")
+    assert kind(texts, [], "none") == ("json", "")
+    assert kind(free, tools, "auto") == ("", "json_schema")
+    assert kind(free, tools[1:], "auto") == ("", "")
+
+
+def test_a_call_or_the_text_that_was_asked_for(shared: Served) -> None:
+    """Both are constrained, and told apart by how the output begins."""
+    for form in ({"type": "json_object"}, {"type": "json_object", "schema": {"type": "object"}}):
+        for text in ('{"a": 1}', '{"a": [{"name": "now", "parameters": {}}]}', "[1, 2]"):
+            (choice,) = says(shared, text, response_format=form)
+            assert choice["message"]["content"] == text
+            assert choice["finish_reason"] == "stop"
+        (choice,) = says(shared, '[{"name": "now", "parameters": {}}]', response_format=form)
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["content"] is None
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"] == {"name": "now", "arguments": "{}"}
+        assert shared.fakes.seen.generates[-1].sampling.constraint.kind == "structural_tag"
+    says(shared, '[{"name": "now", "parameters": {}}]', response_format=form, tool_choice="required")
+    assert json.loads(shared.fakes.seen.generates[-1].sampling.constraint.text)["type"] == "array"
 
 
 def test_identities_of_calls() -> None:

@@ -31,7 +31,7 @@ keys = "keys"
 """
 TOPOLOGY = f"""{HOSTS}
 [transfer]
-engine = "mooncake"
+engine = "auto"
 [engine.decode]
 node = "a"
 role = "decode"
@@ -90,14 +90,16 @@ def unified(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         hosts.close()
 
 
-@pytest.fixture(scope="module", params=["mooncake", pytest.param("nixl", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module", params=["auto", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mooncake", "nixl"))]
+)
 def hosts(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, unified: Answers
 ) -> Iterator[Hosts]:
-    module = {"mooncake": "mooncake", "nixl": "nixl_cu12"}[request.param]
+    module = {"auto": "zmq", "mooncake": "mooncake", "nixl": "nixl_cu12"}[request.param]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"the package {module} is not installed")
-    hosts = Hosts(tmp_path_factory.mktemp("d"), TOPOLOGY.replace("mooncake", request.param))
+    hosts = Hosts(tmp_path_factory.mktemp("d"), TOPOLOGY.replace('"auto"', f'"{request.param}"'))
     try:
         hosts.start("a", "b")
         yield hosts

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from actors.actor import ActorArgs
-from actors.checkpoint import ModelConfig
+from actors.checkpoint import ModelConfig, SamplingDefaults
 from runtime import model_plan
 from runtime import plan as plan_module
 from runtime.cli import main
@@ -74,6 +74,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Plans a node of PAIR with a small model in place of a file's."""
     monkeypatch.setattr(model_plan, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
     monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
+    monkeypatch.setattr(model_plan, "read_sampling_defaults", lambda _: SamplingDefaults())
     write_keys(tmp_path / "k")
 
     def plan(node: str | None, *settings: str, text: str = PAIR) -> NodePlan:

@@ -38,6 +38,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iter
         "tracing.sample_rate=0",
         "node.log_format=json",
         f"node.crash_dump_dir={base / 'dumps'}",
+        f"node.profile_dir={base / 'profiles'}",
         "ingress.access_log=true",
         "supervision.heartbeat_timeout_s=60",
     )
@@ -183,17 +184,17 @@ def test_metrics_have_the_names_and_labels_of_sglang(node: Node) -> None:
     assert re.search(r'sglang:num_queue_reqs\{actor="prefill.scheduler",engine_type="prefill",', samples)
 
 
-def test_a_profile_has_the_steps_and_ends_by_itself(node: Node, tmp_path: Path) -> None:
-    tmp_path.chmod(0o700)
+def test_a_profile_has_the_steps_and_ends_by_itself(node: Node) -> None:
+    profiles = node.run_dir.parent / "profiles"
     eventually(lambda: node.ask("/get_load", method="GET")[2] != [], "the engines")
-    body = {"output_dir": str(tmp_path), "num_steps": 3, "activities": ["CPU"], "with_stack": False}
+    body = {"output_dir": "mine/first", "num_steps": 3, "activities": ["CPU"], "with_stack": False}
     status, _, answer = node.ask("/start_profile", body)
     assert status == 200, answer
     files = sorted(Path(name) for name in answer["files"])
     assert [re.sub(r"^\d{8}-\d{6}-[0-9a-f]{4}-", "", file.name) for file in files] == [
         f"{rank}.trace.json.gz" for rank in ("decode.rank0", "prefill.rank0")
     ]
-    assert {file.parent for file in files} == {tmp_path}
+    assert {file.parent for file in files} == {profiles / "mine/first"}
     assert node.ask("/start_profile")[0] == 400
     assert node.ask("/v1/completions", completion("profile", 8))[0] == 200
     decode = next(file for file in files if "decode.rank0" in file.name)
@@ -207,7 +208,12 @@ def test_a_profile_has_the_steps_and_ends_by_itself(node: Node, tmp_path: Path) 
 
 
 def test_where_profiles_may_not_go(node: Node, tmp_path: Path) -> None:
-    for directory in ("relative", "/nowhere/at/all", "/tmp", "/a\0b"):
+    profiles = node.run_dir.parent / "profiles"
+    profiles.mkdir(exist_ok=True)
+    (profiles / "away").symlink_to(tmp_path)
+    (profiles / "file").touch()
+    own = str(profiles)
+    for directory in ("/etc/cron.d", "/tmp", "..", "a/../../b", f"{own}/..", "away", "away/x", "file", "a\0b", "/"):
         status, _, answer = node.ask("/start_profile", {"output_dir": directory})
         assert status == 400, answer
         assert "output_dir" in answer["error"]["message"]

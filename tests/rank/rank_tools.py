@@ -165,7 +165,7 @@ def save_model(directory: Path, architecture: str, **overrides: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": None,
     }
-    config_type = getattr(transformers, architecture.removesuffix("ForCausalLM") + "Config")
+    config_type = getattr(transformers, architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "Config")
     torch.manual_seed(0)
     model = getattr(transformers, architecture)(config_type(**{**small, **overrides})).float().eval()
     with torch.no_grad():

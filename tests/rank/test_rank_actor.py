@@ -18,7 +18,7 @@ import pytest
 from rank_tools import Driver, generate, ints, rank_config, save_model
 
 from actors.checkpoint import read_config
-from actors.messages import Attach, Attached, Hello, Message, SamplingParams, Step, StepResult
+from actors.messages import Attach, Attached, Hello, Message, SamplingParams, Step, StepRefused, StepResult
 from actors.rank import Executor, build_executor, kv_format, weight_bytes
 from transport import Arena, Codec, Mailbox
 
@@ -261,6 +261,9 @@ def test_slots_are_closed_by_attach_and_bad_steps_are_survived(directory: Path, 
         engine.scheduler.send("main.rank0", Hello())
         assert engine.execute(msgspec.structs.replace(step, number=91)).number == 91
         assert [message.number for message in engine.received if isinstance(message, StepResult)] == [91]
+        refused = [message for message in engine.received if isinstance(message, StepRefused)]
+        assert [(each.number, each.slots) for each in refused] == [(unopened.number, [0]), (90, [])]
+        assert "not open" in refused[0].reason
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,72 @@ def test_config_of_transformers_4(tmp_path: Path) -> None:
     assert (config.head_dim, config.qkv_bias, config.tie_embeddings) == (16, False, False)
 
 
+@pytest.mark.parametrize("architectures", [["LLaMAForCausalLM"], [], None])
+def test_configurations_as_others_write_them(tmp_path: Path, architectures: list[str] | None) -> None:
+    """Nulls, a byte order mark, ends that no token is, an empty generation_config.json."""
+    plain = read_config(hf_config(tmp_path))
+    nulls = dict.fromkeys(
+        ("rope_scaling", "head_dim", "tie_word_embeddings", "attention_bias", "hidden_act", "mlp_bias")
+    )
+    hf_config(
+        tmp_path, architectures=architectures, model_type="llama", eos_token_id=[2, -1, 300], bos_token_id=-1, **nulls
+    )
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("")
+    assert read_config(tmp_path) == plain
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer", "expected"),
+    [
+        ({"eos_token": "</s>", "added_tokens_decoder": {"7": {"content": "</s>"}}}, {}, [2, 7]),
+        ({"eos_token": {"content": "</s>"}}, {"added_tokens": [{"content": "</s>", "id": 8}]}, [2, 8]),
+        ({"eos_token": "</s>"}, {"added_tokens": [], "model": {"vocab": {"a": 0, "</s>": 9}}}, [2, 9]),
+        ({"eos_token": "b"}, {"model": {"vocab": [["a", 0.5], ["b", 0.25]]}}, [2, 1]),
+        ({"eos_token": "</s>"}, {"added_tokens": [{"content": "</s>", "id": 300}]}, [2]),
+        ({"eos_token": "no"}, {"model": {"vocab": {"a": 0}}}, [2]),
+        ({"eos_token": None}, {}, [2]),
+    ],
+)
+def test_the_tokenizers_end_counts_too(
+    tmp_path: Path, config: dict[str, Any], tokenizer: dict[str, Any], expected: list[int]
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert read_config(hf_config(tmp_path)).eos_token_ids == expected
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (YARN, 2048),
+        ({"type": "yarn", "factor": 4.0}, 2560),
+        ({"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 512}, 640),
+        ({"type": "linear", "factor": 2.0}, 1280),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 80,
+            },
+            640,
+        ),
+        ({"rope_type": "default"}, 640),
+        ({"factor": 1.0}, 640),
+    ],
+)
+def test_stretched_embeddings_lengthen_the_context(tmp_path: Path, scaling: dict[str, Any], expected: int) -> None:
+    config = read_config(hf_config(tmp_path, max_position_embeddings=640, rope_scaling=scaling))
+    assert config.max_position == expected
+
+
 def test_config_of_deepseek_v3(tmp_path: Path) -> None:
     """As the published checkpoints spell it."""
     scaling = {
@@ -209,7 +275,8 @@ def test_config_of_deepseek_v3(tmp_path: Path) -> None:
         ({"hidden_size": 2**40}, "makes no sense"),
         ({"num_hidden_layers": 0}, "makes no sense"),
         ({"vocab_size": "many"}, "vocab_size"),
-        ({"eos_token_id": 300}, "token 300 is outside"),
+        ({"rope_scaling": {"factor": 4.0}}, "has a factor and no rope_type"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
         ({"rms_norm_eps": 0}, "rms_eps"),
         ({"quantization_config": {"quant_method": "fp8"}}, "weight_block_size of None is not supported"),
         ({**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; supported is 'sigmoid'"),

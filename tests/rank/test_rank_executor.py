@@ -16,6 +16,7 @@ from rank_tools import PAGE_SIZE, Driver, Sequence, generate, i32, ints, rank_co
 from actors.actor import BadMessage, StartFailure
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, OpenSlot, SamplingParams, Step
 from actors.rank import Executor, build_executor
+from actors.rank.executor import BadStep
 
 VOCABULARY = 300
 
@@ -244,15 +245,23 @@ def test_samples_follow_the_distribution(tiny: Executor) -> None:
         assert abs(drawn[token] / 1600 - share) < 5 * sigma
 
 
-def test_logit_bias(tiny: Executor) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_logit_bias(tiny: Executor, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
+    """A few values are added one by one, many as a vector that is made once for all who have the same."""
+    if dense:
+        monkeypatch.setattr("actors.rank.sampler.DENSE_BIAS", 1)
     prompt = prompts_of(9)[0]
     wanted = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logit_bias={17: 1e4})
     forbidden = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logit_bias={17: 1e4, 18: 2e4, 19: -1e4})
     plain = SamplingParams(max_tokens=5, seed=0, temperature=0.0)
     driver = Driver(tiny)
     batch = [driver.sequence(s, prompt, sampling) for s, sampling in enumerate((wanted, forbidden, plain))]
+    batch.append(driver.sequence(3, prompt, msgspec.structs.replace(wanted, seed=1, logit_bias={17: 1e4})))
     driver.run(batch)
-    assert batch[0].output == [17] * 5
+    assert batch[0].output == batch[3].output == [17] * 5
+    vectors = {slot: tiny._sampler._dense_bias.get(slot) for slot in range(4)}
+    assert vectors[0] is vectors[3]
+    assert (vectors[0] is not None) == dense
     assert batch[1].output == [18] * 5
     assert batch[2].output == generate(tiny, [prompt], plain)[0].output
 
@@ -406,13 +415,32 @@ HOSTILE = {
     "infinite penalty": changed(opens=opening(presence_penalty=float("-inf"))),
     "prompt logprobs from nowhere": changed(starts=i32([4]), flags=bytes([PROMPT_LOGPROBS])),
 }
+OF_NO_SLOT = {
+    "odd bytes",
+    "odd bytes of tokens",
+    "odd bytes of pages",
+    "more rows than flags",
+    "more flags than rows",
+    "more starts than rows",
+    "fewer tokens than lengths",
+    "more tokens than lengths",
+    "lengths that overflow",
+    "negative slot",
+    "slot out of range",
+    "slot twice",
+    "pages no triples",
+    "opened slot out of range",
+}
+"""Of these nobody can say which slot is to blame."""
 
 
-@pytest.mark.parametrize("step", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_steps(tiny: Executor, step: Step) -> None:
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_steps(tiny: Executor, name: str) -> None:
+    step = HOSTILE[name]
     before = tiny.cache.vectors.clone()
-    with pytest.raises(BadMessage):
+    with pytest.raises(BadStep) as refused:
         tiny.execute(step)
+    assert bool(refused.value.slots) == (name not in OF_NO_SLOT)
     assert torch.equal(tiny.cache.vectors, before)
     tokens = tiny.execute(GOOD).tokens
     tiny.reset()

@@ -23,6 +23,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "Phi3ForCausalLM": {"pad_token_id": 0, "hidden_size": 192},
     "MixtralForCausalLM": {"num_local_experts": 4, "sliding_window": 20},
     "GraniteForCausalLM": {"logits_scaling": 3.0, "residual_multiplier": 0.5, "tie_word_embeddings": True},
+    "GPT2LMHeadModel": {"pad_token_id": 0, "num_key_value_heads": 6},
+    "OPTForCausalLM": {"ffn_dim": 160, "word_embed_proj_dim": 96, "pad_token_id": 0, "num_key_value_heads": 6},
     "GPTNeoXForCausalLM": {"num_key_value_heads": 6},
 }
 SETTINGS: dict[str, Any] = {"max_model_len": 256, "num_pages": 64}

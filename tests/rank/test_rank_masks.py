@@ -12,7 +12,7 @@ import pytest
 from msgspec import structs
 from rank_tools import Driver, Sequence, rank_config
 
-from actors.grammar import GrammarCompiler, load_tokens, xgrammar
+from actors.grammar import Backend, closing, load_backend
 from actors.messages import Constraint, SamplingParams
 from actors.rank import Executor, build_executor
 from actors.rank.masks import allow, unpacked
@@ -41,25 +41,25 @@ def sampling(constraint: Constraint | None, **changes: Any) -> SamplingParams:
 
 
 @pytest.fixture(scope="module")
-def compiler(smollm2: Path) -> GrammarCompiler:
-    return GrammarCompiler(load_tokens(smollm2, 49152))
+def compiler(smollm2: Path) -> Backend:
+    return load_backend(smollm2, 49152)
 
 
-def check(compiler: GrammarCompiler, sequence: Sequence) -> None:
+def check(compiler: Backend, sequence: Sequence) -> None:
     """The output is allowed up to its first end, and complete there; behind it there is nothing but ends."""
     assert sequence.sampling.constraint is not None
-    matcher = xgrammar().GrammarMatcher(compiler.compile(sequence.sampling.constraint))
+    matcher = compiler.compile(sequence.sampling.constraint).matcher([EOS])
     ended = False
     for token in sequence.output:
         if ended:
             assert token == EOS
         else:
-            assert matcher.accept_token(token)
+            assert matcher.accept(token)
             ended = token == EOS
 
 
-def text(compiler: GrammarCompiler, sequence: Sequence) -> str:
-    vocabulary = compiler.tokens.info.decoded_vocab
+def text(compiler: Backend, sequence: Sequence) -> str:
+    vocabulary = compiler.tokens.texts
     return b"".join(vocabulary[token] for token in sequence.output if token != EOS).decode()
 
 
@@ -84,7 +84,7 @@ def together(deterministic: Executor) -> list[Sequence]:
     return run(deterministic, PARAMS)
 
 
-def test_every_token_is_allowed(compiler: GrammarCompiler, together: list[Sequence]) -> None:
+def test_every_token_is_allowed(compiler: Backend, together: list[Sequence]) -> None:
     constrained = [each for each in together if each.sampling.constraint is not None]
     for sequence in constrained:
         check(compiler, sequence)
@@ -140,10 +140,10 @@ def test_an_older_step_is_run_again(deterministic: Executor, together: list[Sequ
     assert sequence.output == together[0].output[:8]
 
 
-def test_bias_and_minimum_length_give_way_to_the_constraint(deterministic: Executor, compiler: GrammarCompiler) -> None:
+def test_bias_and_minimum_length_give_way_to_the_constraint(deterministic: Executor, compiler: Backend) -> None:
     digits = Constraint("regex", "[0-9]+")
     yes = Constraint("choice", '["yes"]')
-    word = {token: 100.0 for token, each in enumerate(compiler.tokens.info.decoded_vocab) if each == b"the"}
+    word = {token: 100.0 for token, each in enumerate(compiler.tokens.texts) if each == b"the"}
     params = [
         sampling(digits, min_tokens=20, max_tokens=24, logit_bias=word),  # could end at once, and may not
         sampling(yes, min_tokens=20, max_tokens=4),  # must end, and does
@@ -168,6 +168,66 @@ def test_an_output_that_breaks_its_constraint_ends(deterministic: Executor) -> N
     assert sequence.output[3:] == [EOS] * 3
 
 
+TREE = {
+    "$defs": {"node": {"type": "object", "properties": {"a": {"$ref": "#/$defs/node"}, "b": {"type": "string"}}}},
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "tree": {"$ref": "#/$defs/node"}, "n": {"type": "number"}},
+    "required": ["name", "tree", "n"],
+}
+ENDLESS = [
+    Constraint("json"),
+    Constraint("json_schema", json.dumps(TREE)),
+    Constraint("json_schema", '{"type": "array", "minItems": 2}'),
+    Constraint("json_schema", '{"type": "string", "pattern": "^(ab)*x"}'),
+    Constraint("regex", "[a-z ]*(\\.[a-z ]{3,})+"),
+    Constraint("ebnf", 'root ::= "[" (root ("," root)*)? "]"'),
+]
+"""Nothing of these has to end."""
+
+
+@pytest.fixture(scope="module")
+def cut_short(deterministic: Executor) -> list[Sequence]:
+    params = [sampling(each, max_tokens=16 + 5 * at, seed=at) for at, each in enumerate(ENDLESS)]
+    return run(deterministic, params)
+
+
+def test_an_answer_that_runs_out_of_room_is_complete(compiler: Backend, cut_short: list[Sequence]) -> None:
+    for sequence in cut_short:
+        check(compiler, sequence)
+        assert sequence.output[-1] == EOS, text(compiler, sequence)
+
+
+def test_the_same_end_when_steps_are_run_again(deterministic: Executor, cut_short: list[Sequence]) -> None:
+    params = [each.sampling for each in cut_short]
+    assert [each.output for each in run(deterministic, params, repeat=True)] == [each.output for each in cut_short]
+
+
+def test_the_same_end_in_a_rank_that_knows_nothing(smollm2: Path, cut_short: list[Sequence]) -> None:
+    driver = Driver(build_executor(rank_config(smollm2, deterministic=True)))
+    sequences = [driver.sequence(slot, each.prompt, each.sampling) for slot, each in enumerate(cut_short)]
+    for sequence, known in zip(sequences, cut_short, strict=True):
+        sequence.output = known.output[: len(known.output) * 2 // 3]
+    driver.run(sequences)
+    assert [each.output for each in sequences] == [each.output for each in cut_short]
+
+
+def test_an_answer_with_no_room_at_all_is_only_cut(deterministic: Executor, compiler: Backend) -> None:
+    (sequence,) = run(deterministic, [sampling(CONSTRAINTS[0], max_tokens=5)])
+    check(compiler, sequence)
+    assert EOS not in sequence.output
+
+
+def test_closings_complete(compiler: Backend) -> None:
+    for constraint in (*CONSTRAINTS, *ENDLESS):
+        compiled = compiler.compile(constraint)
+        matcher = compiled.matcher([EOS])
+        found = closing(matcher, compiler.tokens, compiled.endings)
+        assert found is not None
+        assert not matcher.complete or found == b""
+        assert all(matcher.accept(token) for token in compiler.tokens.spell(found))
+        assert matcher.complete
+
+
 def test_compiling_beside_the_steps(deterministic: Executor) -> None:
     constraint = Constraint("regex", "[a-z]{3}!")
     grammars = deterministic.grammars
@@ -184,18 +244,17 @@ def test_compiling_beside_the_steps(deterministic: Executor) -> None:
     assert grammars.compiled == before
 
 
-def test_masks_are_those_of_the_library(compiler: GrammarCompiler, deterministic: Executor) -> None:
+def test_masks_are_those_of_the_library(compiler: Backend, deterministic: Executor) -> None:
     masks = deterministic._sampler._masks
     assert masks is not None
     driver = Driver(deterministic)
     deterministic.execute(driver.step([(driver.sequence(3, PROMPT, PARAMS[1]), len(PROMPT))]))
-    matcher = xgrammar().GrammarMatcher(compiler.compile(CONSTRAINTS[1]))
+    matcher = compiler.compile(CONSTRAINTS[1]).matcher([EOS])
     (allowed,) = masks.allowed([3], [np.empty(0, np.int32)])
-    mask = xgrammar().allocate_token_bitmask(1, 49152)
-    matcher.fill_next_token_bitmask(mask)
-    assert np.array_equal(mask[0].numpy(), allowed)
+    words = np.zeros(49152 // 32, np.int32)
+    matcher.fill(words)
+    assert np.array_equal(words, allowed)
     added = np.array([0, 31, 32, 49151], np.int32)
     allow(allowed, added)
-    words = mask[0].numpy()
     expected = {token for token in range(49152) if words[token // 32] >> (token % 32) & 1} | set(added.tolist())
     assert np.flatnonzero(unpacked(allowed, 49152)).tolist() == sorted(expected)

@@ -130,14 +130,14 @@ def test_damaged_safetensors(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read"):
         build_executor(config)
     file.unlink()
-    with pytest.raises(CheckpointError, match="neither"):
+    with pytest.raises(CheckpointError, match=r"a \*.safetensors file is missing"):
         build_executor(config)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"model.embed_tokens.weight": "../outside.safetensors"}}')
     with pytest.raises(CheckpointError, match="not a file beside it"):
         build_executor(config)
     index.write_text('{"weight_map": {}}')
-    with pytest.raises(CheckpointError, match="no tensor"):
+    with pytest.raises(CheckpointError, match=r"a \*.safetensors file is missing"):
         build_executor(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from actors.messages import SAMPLE, Step
 from runtime.bench.executor import Batch, run_batch
 from runtime.bench.figures import percentile, summary
-from runtime.bench.serving import Outcome
+from runtime.bench.serving import Outcome, passages
 
 
 @dataclass
@@ -55,6 +56,14 @@ def test_steps_of_a_batch() -> None:
     assert [(timing.prefilled, timing.decoded) for timing in timings] == [
         (4, 0), (4, 0), (4, 1), (0, 2), (4, 1), (2, 0), (0, 1), (0, 1)
     ]  # fmt: skip
+
+
+def test_passages_are_prose_and_share_no_prefix() -> None:
+    texts = passages(200, 2000, random.Random(1))
+    assert {len(text.split()) for text in texts} == {2000}
+    assert len({text.split()[0] for text in texts}) == 200
+    assert all("the lighthouse" in text.lower() for text in texts)
+    assert texts == passages(200, 2000, random.Random(1)) != passages(200, 2000, random.Random(2))
 
 
 def test_percentiles() -> None:

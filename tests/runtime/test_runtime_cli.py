@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
     "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "uptime_s", "cpu_percent",
-    "rss_bytes", "children"
+    "rss_bytes", "pss_bytes", "children"
 }  # fmt: skip
 
 needs_model = pytest.mark.skipif(
@@ -148,6 +148,11 @@ def test_check(cli: Cli) -> None:
     assert "main: unified, 2 rank(s) on cpu; a rank maps" in answer.stdout
     assert "of int4 (auto) weights" in answer.stdout
     assert "bfloat16 KV" in answer.stdout
+    assert "connections (ulimit -n" in answer.stdout
+    assert answer.stderr == ""
+    answer = cli("check", "topology/smollm2.toml", "--set", "ingress.host=0.0.0.0")
+    assert answer.returncode == 0
+    assert "everybody who reaches 0.0.0.0 port 8000" in answer.stderr
     answer = cli("check", "topology/smollm2.toml", "--set", "engine.main.tp=4")
     assert answer.returncode == 1
     assert answer.stderr.startswith("--set engine.main.tp=4: engine.main.tp: ")
@@ -203,6 +208,13 @@ def test_status(node: Cli) -> None:
 
 
 @needs_model
+def test_the_end_of_the_terminal_is_nothing_to_a_detached_node(node: Cli) -> None:
+    root = node.status()["tree"]["pid"]
+    os.kill(root, signal.SIGHUP)
+    assert node.ask()
+    assert (node.status()["state"], node.status()["tree"]["pid"]) == ("running", root)
+
+
 def test_a_second_node_of_that_name_or_port_is_refused(node: Cli) -> None:
     same = node.up("--set", "node.name=tested")
     assert (same.returncode, same.stdout.count("ready")) == (1, 0)
@@ -264,6 +276,18 @@ def test_logs(node: Cli) -> None:
     everything = node("logs").stdout
     assert "root             | " in everything
     assert "forked the zygote from a process with 1 thread(s)" in everything  # more could deadlock its children
+    told = {
+        line.partition(" ")[0] for line in everything.splitlines() if " supervisors.supervisor: main.rank0: " in line
+    }
+    assert told == {"main.ranks"}  # and not by the supervisors above it as well
+    last = node("logs", "--tail", "2").stdout.splitlines()
+    assert last == everything.splitlines()[-2:]
+    assert node("logs", "--since", "1h").stdout.splitlines()[: len(everything.splitlines())] == everything.splitlines()
+    assert node("logs", "--since", "2999-01-01T00:00").stdout == ""
+    assert " INFO " not in node("logs", "--level", "warning").stdout
+    wrong = node("logs", "--since", "yesterday")
+    assert wrong.returncode == 2
+    assert "'yesterday' is no time: give 30s, 5m" in wrong.stderr
     following = node.start("logs", "root", "-f")
     assert following.stdout is not None
     node("restart", "bootstrap")

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_embedded_model_is_checked_once(package: Path, tmp_path: Path) -> None:
     notes: list[str] = []
     for _ in range(2):
-        assert resolve_model(EMBEDDED, tmp_path, note=notes.append) == ResolvedModel(EMBEDDED, package)
+        assert resolve_model(EMBEDDED, tmp_path, note=notes.append).path == package
     assert notes == ["checking SmolLM2-135M-Instruct.Q4_1.gguf"]
 
 
@@ -104,6 +105,7 @@ def test_the_tiny_deepseek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_tiny_deepseek_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"deepseek-v3-tiny cannot be written to .*Not a directory"):
         resolve_model("deepseek-v3-tiny", tmp_path)
 

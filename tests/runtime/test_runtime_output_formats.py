@@ -8,8 +8,8 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from actors.ingress.parsers.reasoning import REASONING_FORMATS
-from actors.ingress.parsers.tool_calls import TOOL_CALL_FORMATS
+from actors.parsers.reasoning import FORMATS as REASONING
+from actors.parsers.tool_calls import FORMATS as CALLS
 from runtime.output_formats import chat_template_source, output_formats
 from runtime.plan import plan_node
 from runtime.topology import load_topology
@@ -29,8 +29,8 @@ def formats(directory: Path, *settings: str) -> dict[str, str | None]:
 
 def test_every_format_can_be_chosen() -> None:
     types = get_type_hints(Ingress)
-    assert set(get_args(types["tool_call_parser"])) == {"auto", "none", *TOOL_CALL_FORMATS}
-    assert set(get_args(types["reasoning_parser"])) == {"auto", "none", *REASONING_FORMATS}
+    assert set(get_args(types["tool_call_parser"])) == {"auto", "none", *CALLS.names}
+    assert set(get_args(types["reasoning_parser"])) == {"auto", "none", *REASONING.names}
 
 
 def test_formats_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

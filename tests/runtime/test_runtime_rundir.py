@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import zmq
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, Question, Reply, Status, ask, command
 from runtime.errors import UserError
 from runtime.rundir import NodeInfo, RunDirectory, base_directory, find_node, is_running
+from runtime.watch import RemovalWatch
 from supervisors import NodeStatus
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +48,9 @@ def test_where_run_directories_are(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_private_and_goes_without_a_trace(base: Path) -> None:
     run_dir = node("n")
     assert {path.name for path in run_dir.path.iterdir()} == {
-        "lock",
         "node.json",
         "sockets",
         "logs",
-        "incarnations",
         "crashes",
     }
     assert {path.stat().st_mode & 0o777 for path in (base, run_dir.path, run_dir.path / "sockets")} == {0o700}
@@ -117,6 +117,58 @@ def test_a_path_too_long_for_a_socket_is_refused(base: Path, monkeypatch: pytest
     monkeypatch.setenv("RUNTIME_DIR", f"/tmp/{'x' * 90}")
     with pytest.raises(UserError, match="set RUNTIME_DIR to a shorter directory"):
         RunDirectory("n", "main.scheduler")
+
+
+def lost(base: Path, how: str) -> None:
+    if how == "files":
+        for path in (base / "n").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif how == "node":
+        shutil.rmtree(base / "n")
+    elif how == "all":
+        shutil.rmtree(base)
+    else:
+        base.rename(base.with_name("moved"))
+
+
+@pytest.mark.parametrize("how", ["files", "node", "all", "renamed"])
+def test_what_is_removed_is_made_again(base: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
+    run_dir = node("n")
+    watch = RemovalWatch([run_dir.path, base])
+    assert not select.select([watch.fd], [], [], 0)[0]
+    for _ in range(2):
+        lost(base, how)
+        assert select.select([watch.fd], [], [], 10)[0]
+        assert run_dir.restore()
+        watch.renew()
+        assert {path.name for path in run_dir.path.iterdir()} == {"node.json", "sockets", "logs", "crashes"}
+        assert {path.stat().st_mode & 0o777 for path in (base, run_dir.path)} == {0o700}
+        assert find_node("n") == run_dir.path
+        with pytest.raises(UserError, match="is running already"):
+            RunDirectory("n", "x")
+        shutil.rmtree(base.with_name("moved"), ignore_errors=True)
+    watch.close()
+    run_dir.remove(keep_logs=False)
+    assert not base.exists()
+
+
+def test_a_node_without_its_file_is_found_by_its_lock(base: Path) -> None:
+    run_dir = node("n")
+    (run_dir.path / "node.json").unlink()
+    assert find_node(None) == find_node("n") == run_dir.path
+    run_dir.remove(keep_logs=False)
+
+
+def test_a_directory_that_another_node_has_taken_is_left_alone(base: Path) -> None:
+    first = node("n")
+    shutil.rmtree(base)
+    second = node("n")
+    assert not first.restore()
+    assert is_running(second.path)
+    first.remove(keep_logs=True)
+    assert find_node("n") == second.path
+    second.remove(keep_logs=False)
 
 
 class Server:

@@ -10,7 +10,7 @@ import pytest
 
 from actors.actor import ActorArgs
 from actors.bootstrap import BootstrapConfig
-from actors.checkpoint import ModelConfig
+from actors.checkpoint import ModelConfig, SamplingDefaults
 from actors.detokenizer.actor import DetokenizerConfig
 from actors.grammar import GrammarConfig
 from actors.ingress.config import IngressConfig
@@ -19,6 +19,7 @@ from actors.scheduler.config import Config as SchedulerConfig
 from actors.tokenizer.actor import TokenizerConfig
 from runtime import model_plan, needs
 from runtime import plan as plan_module
+from runtime.http_limits import describe_http, http_warnings
 from runtime.models import ResolvedModel
 from runtime.plan import NodePlan, plan_node
 from runtime.topology import TopologyError, load_topology
@@ -47,6 +48,7 @@ def plan_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Plans a topology with a small model in place of a file's."""
     monkeypatch.setattr(model_plan, "resolve_model", lambda *_: ResolvedModel("tiny", tmp_path / "tiny.gguf"))
     monkeypatch.setattr(model_plan, "read_config", lambda _: MODEL)
+    monkeypatch.setattr(model_plan, "read_sampling_defaults", lambda _: SamplingDefaults())
     monkeypatch.delenv("RUNTIME_API_KEY", raising=False)
 
     def plan(*settings: str, head: str = '[model]\npath = "m"\n[engine.main]\n', text: str = "") -> NodePlan:
@@ -255,6 +257,35 @@ def test_names_and_addresses_of_the_node(plan_of: Any, monkeypatch: pytest.Monke
     assert plan_of("ingress.api_key=from-topology").api_key == "from-topology"
 
 
+def test_who_may_ask(plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(*settings: str) -> dict[str, Any]:
+        made: dict[str, Any] = find(build_tree(plan_of(*settings), tmp_path), "ingress0").args["config"]
+        return made
+
+    for host, is_open in (("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True), ("::", True)):
+        assert plan_of(f'ingress.host="{host}"').is_open == is_open
+        assert not plan_of(f'ingress.host="{host}"', "ingress.api_key=x").is_open
+        warnings = http_warnings(plan_of(f'ingress.host="{host}"'))
+        assert [("RUNTIME_API_KEY" in each) for each in warnings] == [True] * is_open
+        assert (config(f'ingress.host="{host}"')["allowed_hosts"] is None) == is_open
+    assert config("ingress.api_key=x")["allowed_hosts"] is None
+    given = config('ingress.allowed_hosts=["llm.example.com"]', "ingress.api_key=x", "ingress.host=0.0.0.0")
+    assert "llm.example.com" in given["allowed_hosts"]
+    assert config('ingress.cors_origins=["https://a.example"]')["cors_origins"] == ["https://a.example"]
+    assert config()["admin_api_key"] is None
+    monkeypatch.setenv("RUNTIME_ADMIN_API_KEY", "from-environment")
+    assert config()["admin_api_key"] == "from-environment"
+    assert config("ingress.admin_api_key=from-topology")["admin_api_key"] == "from-topology"
+
+
+def test_warnings_of_too_few_descriptors(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of("ingress.max_concurrent=700")
+    for limit, allowed, warned in ((4096, 3840, False), (1024, 768, False), (900, 644, True), (600, 400, True)):
+        monkeypatch.setattr("runtime.http_limits._descriptors", lambda limit=limit: limit)
+        assert f"{allowed:,} connections (ulimit -n {limit:,})" in describe_http(plan)
+        assert bool(http_warnings(plan)) == warned
+
+
 def test_the_longest_request(plan_of: Any) -> None:
     assert plan_of().models[0].max_model_len == 2048
     assert plan_of("engine.main.kv_tokens=512").models[0].max_model_len == 512
@@ -368,7 +399,11 @@ def test_prefill_and_decode_engines_share_memory(plan_of: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("setting", "kind", "sources"),
-    [("engine.p.tp=2", "shm", ["p.rank0.kv", "p.rank1.kv"]), ("transfer.engine=mooncake", "mooncake", [])],
+    [
+        ("engine.p.tp=2", "shm", ["p.rank0.kv", "p.rank1.kv"]),
+        ("transfer.engine=mooncake", "mooncake", []),
+        ("transfer.engine=tcp", "tcp", []),
+    ],
 )
 def test_pages_are_copied_where_memory_cannot_be_shared(
     plan_of: Any, tmp_path: Path, setting: str, kind: str, sources: list[str]

@@ -186,6 +186,17 @@ def test_a_lost_answer_makes_the_ranks_attach_again(stage: Stage) -> None:
     assert [step.number for step in stage.until(lambda: len(stage.steps()) >= 4 and stage.steps()[2:])] == [1, 2]
 
 
+def test_a_repeated_answer_does_not_count_for_the_next_step(stage: Stage) -> None:
+    stage.send("ingress0", generate(max_tokens=3))
+    first, second = (stage.expect("main.rank0", Step, skip=number) for number in range(2))
+    stage.answer(first, token=5)
+    stage.until(lambda: len(stage.events()) == 1)
+    stage.answer(first, token=9)  # older than the oldest step that is open
+    stage.answer(second, token=6)
+    stage.until(lambda: len(stage.events()) == 2)
+    assert [event.tokens for event in stage.events()] == [[5], [6]]
+
+
 def test_a_restarted_detokenizer_gets_every_request_from_its_beginning(stage: Stage) -> None:
     stage.send("ingress0", generate())
     stage.generate_all()
@@ -358,6 +369,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     stage.until(rank_lives)
     refused: Refused = stage.expect("ingress0", Refused)
     assert (refused.rid, refused.status) == (rids[poison], 500)
+    stage.until(lambda: sum(event.finish is not None for event in stage.events()) == len(rids) - 1)
     finished = [event.rid for event in stage.events() if event.finish == "length"]
     assert sorted(finished) == sorted(set(rids) - {rids[poison]})
     assert 3 <= deaths <= 3 + 3

@@ -341,3 +341,18 @@ def test_a_step_takes_more_of_prompts_when_more_wait_than_decode(
     rows = batch.next_rows()
     assert rows[0].request is first
     assert sum(row.length for row in rows[1:]) == taken
+
+
+def test_a_retracted_request_is_planned_again_when_its_token_has_arrived() -> None:
+    simulation = Simulation(0, "fcfs", 100)
+    simulation.arrive("a")
+    request, batch = simulation.live["a"], simulation.batch
+    (row,) = batch.next_rows()
+    assert request.pending == 1
+    batch.retract(request)
+    assert batch.next_rows() == []
+    assert batch.waiting == [request]
+    request.pending -= 1
+    request.append(next_token(request.tokens.tolist()))
+    (again,) = batch.next_rows()
+    assert (again.request, again.length) == (request, row.length + 1)

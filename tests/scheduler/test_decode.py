@@ -203,6 +203,19 @@ def test_a_transfer_that_fails_is_begun_again(stage: DecodeStage, failure: Recei
     assert stage.asked(skip=1).transfer != first.transfer
 
 
+def test_a_prompt_whose_kv_gets_lost_again_and_again_is_computed_here(stage: DecodeStage) -> None:
+    stage.send("ingress0", generate(prompt=6))
+    for number in range(transfers.MAX_FAILED):
+        stage.send(RECEIVER, ReceiveFailed(stage.asked(skip=number).transfer, "lost"))
+        for peer in ("p.scheduler", RECEIVER):
+            kind, answer = (Release, Released) if peer != RECEIVER else (CancelReceive, ReceiveCancelled)
+            for message in stage.received[peer]:
+                if isinstance(message, kind):
+                    stage.send(peer, answer(message.transfer))
+    stage.answer(stage.expect("main.rank0", Step))
+    stage.until(lambda: stage.events() and stage.events()[0].tokens == [5])
+
+
 def test_what_is_not_answered_is_asked_again(stage: DecodeStage, monkeypatch: pytest.MonkeyPatch) -> None:
     stage.send("ingress0", generate(prompt=6))
     first = stage.asked()

@@ -103,10 +103,26 @@ def test_a_refusal_is_for_all_who_wait_and_is_remembered_for_a_while(peers: Peer
     assert peers.take() == [(GRAMMAR, BAD)]
 
 
-def test_the_grammar_actor_has_one_at_a_time_and_the_one_it_dies_of_fails_alone(peers: Peers, clock: Time) -> None:
+def test_none_waits_for_another_one(peers: Peers) -> None:
+    peers.hold(BAD)
+    peers.hold(GOOD)
+    assert peers.take() == [(GRAMMAR, BAD), (GRAMMAR, GOOD)]
+    peers.answer(GRAMMAR, GOOD)
+    assert peers.take() == [("main.rank0", GOOD)]
+
+
+def test_a_constraint_that_is_only_checked_is_held_like_any_other(peers: Peers) -> None:
+    message = generate("r", sampling=structs.replace(generate().sampling, checked=BAD))
+    request = Request(message, "ingress0", 1, 4)
+    assert peers.grammars.hold(request) == ""
+    assert request.held
+    assert peers.answer(GRAMMAR, BAD, "it is bad") == [(request, "it is bad")]
+
+
+def test_what_the_grammar_actor_dies_of_fails_alone(peers: Peers, clock: Time) -> None:
     killer, _ = peers.hold(BAD)
     innocent, _ = peers.hold(GOOD)
-    assert peers.take() == [(GRAMMAR, BAD)]
+    assert peers.take() == [(GRAMMAR, BAD), (GRAMMAR, GOOD)]
     for incarnation in (2, 3):
         assert peers.grammars.grammar_started(incarnation) == []
         assert peers.take() == [(GRAMMAR, BAD)], "it may have been killed by somebody else"

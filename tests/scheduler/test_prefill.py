@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from stage import NUM_PAGES, PAGE_SIZE, Stage
@@ -62,6 +63,10 @@ def wanted(transfer: str = "t", tokens: int = 10, held: int = 0, pages: list[int
         held,
         np.array(pages or [], np.int32).tobytes(),
     )
+
+
+def foreign(message: Prefill) -> Prefill:
+    return msgspec.structs.replace(message, tokens=message.tokens[:-4] + np.int32(100).tobytes(), pages=bytes(12))
 
 
 @pytest.fixture
@@ -184,14 +189,16 @@ def test_a_sequence_that_is_too_long_is_refused(stage: PrefillStage) -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [wanted(held=3), wanted(held=12), wanted(tokens=0), wanted(pages=[1])],
-    ids=["held is no page", "nothing to compute", "no tokens", "too few pages"],
+    [wanted(held=3), wanted(held=12), wanted(tokens=0), wanted(pages=[1]), foreign(wanted())],
+    ids=["held is no page", "nothing to compute", "no tokens", "too few pages", "a token that the model has not"],
 )
 @pytest.mark.parametrize("stage", [{"shared": True}], indirect=True)
-def test_nonsense_is_counted(stage: PrefillStage, message: Prefill) -> None:
+def test_nonsense_is_refused(stage: PrefillStage, message: Prefill) -> None:
+    """Who asks would ask for ever."""
     message.prompt_len = max(1, message.prompt_len)
     stage.send(DECODE, message)
-    stage.until(lambda: stage.scheduler.bad_messages == 1)
+    refused: PrefillRefused = stage.expect(DECODE, PrefillRefused)
+    assert refused.transfer == "t"
     assert not stage.scheduler.jobs
 
 

@@ -177,6 +177,20 @@ def test_a_stop_token_among_right_guesses_ends_the_request(stage: Stage) -> None
     assert outputs(stage)["again"] == expected(LOOP * 4, 5), "what the tree has of the first is right"
 
 
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_an_answer_that_repeats_itself_ends_among_right_guesses(stage: Stage, repeats: int) -> None:
+    """At the token at which it ends in plain decoding."""
+    whole = expected(LOOP * 3, 40)
+    count = next(n for n in range(40) if whole[n - 4 * repeats : n] == whole[n - 4 : n] * repeats and n >= 4 * repeats)
+    stage.send("ingress0", ask("r", LOOP * 3, 40, max_repeats=repeats))
+    rank = FakeRank(stage)
+    run(stage, rank)
+    assert rank.verified
+    assert outputs(stage) == {"r": whole[:count]}
+    assert stage.events()[-1].finish == "length"
+    assert stage.scheduler.pool.available == NUM_PAGES
+
+
 def test_logprobs_come_for_accepted_tokens_only(stage: Stage) -> None:
     stage.send("ingress0", ask("r", LOOP * 3, 20, logprobs=0))
     rank = FakeRank(stage)

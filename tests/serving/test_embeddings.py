@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ollama
 import openai
 import pytest
 from serving_node import MODEL as GENERATING
@@ -145,6 +146,24 @@ def test_what_an_embedding_model_refuses(minilm: Node) -> None:
     assert cut.usage.prompt_tokens == 7 + 3
     assert minilm.post("/tokenize", {"prompt": "a b"})["tokens"][0] == 101
     assert minilm.post("/detokenize", {"tokens": [101, 7592, 2088, 102]})["prompt"] == "[CLS] hello world [SEP]"
+
+
+def test_ollamas_clients_get_the_same_vectors(minilm: Node) -> None:
+    client = ollama.Client(host=minilm.url, timeout=60)
+    expected = vectors(minilm, TEXTS[:3])
+    found = client.embed(MODEL, TEXTS[:3])
+    np.testing.assert_allclose(np.array(found.embeddings), expected, atol=1e-6, rtol=0)
+    assert found.prompt_eval_count == minilm.client.embeddings.create(model=MODEL, input=TEXTS[:3]).usage.prompt_tokens
+    short = client.embed(f"{MODEL}:latest", TEXTS[0], dimensions=64).embeddings[0]
+    np.testing.assert_allclose(short, vectors(minilm, TEXTS[0], dimensions=64)[0], atol=1e-6, rtol=0)
+    np.testing.assert_allclose(client.embeddings(MODEL, TEXTS[0]).embedding, expected[0], atol=1e-6, rtol=0)
+    assert client.embed(MODEL, "word " * 300).prompt_eval_count == 256
+    with pytest.raises(ollama.ResponseError, match="maximum context length"):
+        client.embed(MODEL, "word " * 300, truncate=False)
+    assert client.embed(MODEL, []).embeddings == []
+    shown = client.show(MODEL)
+    assert shown.capabilities == ["embedding"]
+    assert (shown.details.family, shown.details.parameter_size) == ("bert", "22.71M")
 
 
 def test_a_generating_model_refuses_to_embed(node: Node) -> None:

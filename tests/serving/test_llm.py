@@ -15,6 +15,7 @@ import pytest
 from llm_tools import MODEL, ROOT, private_tree, wait_until
 
 from runtime import LLM, SamplingParams, UserError
+from runtime.offline.settings import as_arguments
 
 STORIES = [f"Story {number}: once upon a time" for number in range(8)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -70,7 +71,6 @@ def test_fields_pass_through(llm: LLM) -> None:
 
 
 def test_structured_output(llm: LLM) -> None:
-    pytest.importorskip("xgrammar")
     schema = {"type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
     results = llm.generate(
         ["A castle in JSON: ", "The year: "],
@@ -115,6 +115,20 @@ def test_the_death_of_a_rank_changes_nothing(llm: LLM) -> None:
     wait_until(restarted, "the rank to run again")
 
 
+def test_names_of_vllm_and_sglang_are_understood(llm: LLM) -> None:
+    ours = SamplingParams(max_tokens=5, seed=4, temperature=1, include_stop_str_in_output=True)
+    theirs = SamplingParams(max_new_tokens=5, sampling_seed=4, temperature=1, no_stop_trim=True)
+    assert ours.native() == theirs.native()
+    assert len(llm.generate("The node", SamplingParams(max_new_tokens=3, ignore_eos=True))[0].token_ids) == 3
+    names = {"tensor_parallel_size": 2, "max_num_seqs": 4, "enable_prefix_caching": False, "context_length": 512}
+    assert as_arguments(names, {}, None) == [
+        "engine.main.tp=2",
+        "engine.main.max_running=4",
+        "engine.main.prefix_cache=false",
+        "model.max_model_len=512",
+    ]
+
+
 def test_refusals_are_one_sentence(llm: LLM, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^prompt 1: .*maximum context length"):
         llm.generate(["short", "long"], [GREEDY, SamplingParams(max_tokens=9000)])
@@ -122,6 +136,12 @@ def test_refusals_are_one_sentence(llm: LLM, tmp_path: Path) -> None:
         llm.generate(["a", "b"], [SamplingParams()])
     with pytest.raises(UserError, match=r"no key kv_token .*did you mean kv_tokens"):
         LLM(MODEL, kv_token=1)
+    with pytest.raises(UserError, match="tensor_parallel_size is another name of tp: give one of them"):
+        LLM(MODEL, tensor_parallel_size=2, tp=2)
+    with pytest.raises(UserError, match="there is no argument gpu_memory_utilization: give kv_tokens=N"):
+        LLM(MODEL, gpu_memory_utilization=0.9)
+    with pytest.raises(UserError, match="max_new_tokens is another name of max_tokens: give one of them"):
+        SamplingParams(max_tokens=1, max_new_tokens=1)
     (tmp_path / "bad.toml").write_text('[model]\npath = "m"\n[engine.main]\ntp = 99\n')
     with pytest.raises(UserError, match=r"bad.toml:4: engine.main.tp: is 99; give an integer from 1 to 64"):
         LLM(topology=tmp_path / "bad.toml")

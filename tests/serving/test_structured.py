@@ -28,14 +28,11 @@ def ask(node: Node, text: str = "Give an example.", max_tokens: int = 100, **fie
 
 
 def test_answers_are_valid_for_twenty_schemas(node: Node) -> None:
-    """All at once, at temperature 1."""
-
-    ends = [node.post("/tokenize", {"prompt": text})["tokens"] for text in ("]", " []", "[]", "]}", " []}")]
-    bias = {str(tokens[0]): 9 for tokens in ends if len(tokens) == 1}  # this model nests for ever
+    """All at once, at temperature 1; what goes on for ever is closed where its room ends."""
 
     def one(schema: Any) -> str:
         asked = {"type": "json_schema", "json_schema": {"name": "example", "schema": schema, "strict": True}}
-        choice = ask(node, response_format=asked, logit_bias=bias)
+        choice = ask(node, response_format=asked)
         assert choice.finish_reason == "stop", choice
         return str(choice.message.content)
 
@@ -73,7 +70,7 @@ def test_all_names_of_a_constraint(node: Node) -> None:
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"guided_json": {"type": "nope"}}, "Unsupported type"),
+        ({"guided_json": {"type": "nope"}}, "Invalid type: nope"),
         ({"guided_json": {"type": "array", "uniqueItems": True}}, "'uniqueItems' is not supported"),
         ({"ebnf": "root ::= root"}, "allows no text at all"),
         ({"regex": "(", "guided_choice": ["a"]}, "Only one constraint is allowed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 from supervised_tools import child, nested, steady
 
 from supervisors import Backoff, ChildSpec, SpecError, Supervisor, SupervisorSpec, validate
+from supervisors.loop import Loop
 from supervisors.restarts import Delay, Intensity
+from supervisors.spec import MAX_MS, AutoShutdown, Restart, validate_child
 from supervisors.wire import PACKET_BYTES, Channel, socket_pair
 
 
@@ -25,13 +28,42 @@ from supervisors.wire import PACKET_BYTES, Channel, socket_pair
         (SupervisorSpec(children=(ChildSpec(id="a", start="os.path"),)), 'give "module:Class"'),
         (SupervisorSpec(children=(ChildSpec(id="a"),)), 'give "module:Class"'),
         (SupervisorSpec(children=(steady("a", shutdown=-5),)), "child 'a': shutdown is -5 ms"),
+        (SupervisorSpec(children=(steady("a", shutdown=2**40),)), "shutdown is 1099511627776 ms"),
+        (SupervisorSpec(children=(steady("a", shutdown=1.5),)), "Expected `int | str | null`, got `float`"),
+        (SupervisorSpec(children=(steady("a", shutdown=True),)), "Expected `int | str | null`, got `bool`"),
+        (SupervisorSpec(children=(steady("a", shutdown="soon"),)), "Invalid enum value 'soon'"),
         (SupervisorSpec(children=(steady("a", start_timeout_ms=0),)), "start_timeout_ms is 0"),
+        (SupervisorSpec(children=(steady("a", start_timeout_ms=2**33),)), "start_timeout_ms is 8589934592"),
+        (SupervisorSpec(children=(steady("a", heartbeat_timeout_ms=True),)), "Expected `int`, got `bool`"),
+        (SupervisorSpec(children=(steady("a", significant=1),)), "Expected `bool`, got `int`"),
+        (SupervisorSpec(children=(steady("a", type="nurse"),)), "Invalid enum value 'nurse'"),
+        (SupervisorSpec(children=(steady("a", args={"x": 2**70}),)), "child 'a'"),
+        (SupervisorSpec(children=(steady(""),)), "child '': an id has"),
+        (SupervisorSpec(children=(steady(7),)), "Expected `str`, got `int`"),  # type: ignore[arg-type]
         (SupervisorSpec(children=(steady("a", heartbeat_timeout_ms=-1),)), "heartbeat_timeout_ms is -1"),
         (SupervisorSpec(children=(steady("a", restart="sometimes"),)), "Invalid enum value 'sometimes'"),
         (SupervisorSpec(children=(steady("a", args={"x": object()}),)), "unsupported"),
         (SupervisorSpec(strategy="some_for_all"), "Invalid enum value 'some_for_all'"),  # type: ignore[arg-type]
         (SupervisorSpec(intensity=-1), "Expected `int` >= 0"),
+        (SupervisorSpec(intensity=True), "Expected `int`, got `bool`"),
+        (SupervisorSpec(intensity=1.5), "Expected `int`, got `float`"),  # type: ignore[arg-type]
         (SupervisorSpec(period_s=0.0), "Expected `float` > 0"),
+        (SupervisorSpec(period_s=-1.0), "Expected `float` > 0"),
+        (SupervisorSpec(period_s=math.inf), "period_s is inf"),
+        (SupervisorSpec(period_s=math.nan), "the supervisor: "),
+        (SupervisorSpec(children=(nested("s", period_s=math.inf),)), "child 's': period_s is inf"),
+        (SupervisorSpec(backoff=Backoff(base_ms=math.inf)), "backoff.base_ms is inf"),
+        (SupervisorSpec(backoff=Backoff(factor=math.inf)), "backoff.factor is inf"),
+        (SupervisorSpec(backoff=Backoff(jitter=math.nan)), "the supervisor: "),
+        (SupervisorSpec(backoff=Backoff(give_up_after=0)), "Expected `int` >= 1"),
+        (SupervisorSpec(auto_shutdown="sometimes"), "Invalid enum value 'sometimes'"),  # type: ignore[arg-type]
+        *(
+            (
+                SupervisorSpec(strategy="simple_one_for_one", auto_shutdown=rule, children=(steady("a"),)),
+                "auto_shutdown does not go with simple_one_for_one",
+            )
+            for rule in ("any_significant", "all_significant")
+        ),
         (SupervisorSpec(backoff=Backoff(jitter=1.0)), "Expected `float` < 1"),
         (SupervisorSpec(strategy="simple_one_for_one"), "takes one child as template, not 0"),
         (
@@ -58,6 +90,42 @@ def test_faulty_specs(spec: SupervisorSpec, sentence: str):
     with pytest.raises(SpecError) as caught:
         validate(spec)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("restart", ["permanent", "transient", "temporary"])
+@pytest.mark.parametrize("rule", ["never", "any_significant", "all_significant"])
+@pytest.mark.parametrize("significant", [False, True])
+def test_significant_children_go_with_rules_as_in_otp(restart: Restart, rule: AutoShutdown, significant: bool):
+    spec = SupervisorSpec(auto_shutdown=rule, children=(steady("a", restart=restart, significant=significant),))
+    if significant and (restart == "permanent" or rule == "never"):
+        with pytest.raises(SpecError):
+            validate(spec)
+    else:
+        validate(spec)
+
+
+def test_a_child_added_at_run_time_is_checked_as_strictly():
+    for wrong in (steady("a", shutdown=True), steady("a", restart="sometimes"), steady("a", descriptors="x")):
+        with pytest.raises(SpecError):
+            validate_child(wrong)
+
+
+def test_a_child_may_not_have_the_name_of_its_supervisor(tmp_path: Path):
+    with pytest.raises(SpecError, match="child 'root' has the name of its supervisor"):
+        Supervisor(SupervisorSpec(children=(nested("s", steady("root")),)), tmp_path)
+
+
+def test_long_times_do_not_end_the_loop():
+    loop = Loop()
+    read, write = os.pipe()
+    seen: list[bytes] = []
+    loop.watch(read, lambda: seen.append(os.read(read, 1)))
+    os.write(write, b"x")
+    loop.poll(MAX_MS / 1000)
+    loop.close()
+    os.close(read)
+    os.close(write)
+    assert seen == [b"x"]
 
 
 def test_good_spec_survives_the_wire():

@@ -397,6 +397,7 @@ def test_nonsense_is_dropped(stage: Stage) -> None:
     stage.sender.send(RECEIVER, Receive("t", SENDER, 0, packed([0])))
     stage.until(lambda: stage.receiver.bad_messages == 5)
     stage.expect(P, Confirmed)
+    assert stage.expect(D, ReceiveFailed).transfer == "t"
     assert not stage.receiver.transfers
     assert not stage.sender.transfers
 

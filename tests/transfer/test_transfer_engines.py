@@ -6,24 +6,33 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+import zmq
 from transfer_peer import STUCK, Peer, Unavailable
 
 from transport import Arena
-from transport.transfer import Piece, TransferSettings, TransferUnavailable, create_engine
+from transport.transfer import Piece, Region, TransferSettings, TransferUnavailable, create_engine
 from transport.transfer.listeners import listening, restrict, restrict_new
 
 MIB = 2**20
 SIZE = 64 * MIB
-KINDS = ("shm", "mooncake", "nixl")
+KINDS = ("shm", "tcp", "mooncake", "nixl")
+PUBLIC, SECRET = (key.decode() for key in zmq.curve_keypair())
+KEYS = {"public": PUBLIC, "secret": SECRET}
 NewPeer = Callable[..., Peer]
 draw = np.random.default_rng(3)
 _names = itertools.count()
+
+
+def settings_of(kind: str) -> dict[str, Any]:
+    return {"kind": kind, **(KEYS if kind == "tcp" else {})}
 
 
 def memory(mib: int, random: bool) -> tuple[str, int]:
@@ -55,7 +64,7 @@ def new_peer(kind: str, sources: dict[str, int]) -> Iterator[NewPeer]:
         arenas = sources if sends else dict([memory(SIZE // MIB, random=False)])
         mapped = sources if kind == "shm" and not sends else None
         try:
-            made.append(Peer({"kind": kind, **settings}, arenas, mapped, environment))
+            made.append(Peer({**settings_of(kind), **settings}, arenas, mapped, environment))
         except Unavailable as reason:
             pytest.skip(str(reason))
         return made[-1]
@@ -254,7 +263,7 @@ def test_closing_ends_reads_and_the_memory_can_be_registered_again(
 ) -> None:
     descriptor = dict([memory(SIZE // MIB, random=False)])
     for _ in range(2):
-        receiver = Peer({"kind": kind}, descriptor, sources if kind == "shm" else None)
+        receiver = Peer(settings_of(kind), descriptor, sources if kind == "shm" else None)
         receiver.memory[0][:] = 0
         check_arrival(sender, receiver, everything()[:4])
         receiver.read(sender, everything())
@@ -267,10 +276,10 @@ def test_closing_ends_reads_and_the_memory_can_be_registered_again(
 def test_a_gibibyte_arrives(kind: str, sources: dict[str, int]) -> None:
     source, target = dict([memory(1024, random=True)]), dict([memory(1024, random=False)])
     try:
-        sender = Peer({"kind": kind, "timeout_s": 20.0}, source)
+        sender = Peer({**settings_of(kind), "timeout_s": 20.0}, source)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    receiver = Peer({"kind": kind, "timeout_s": 20.0}, target, source if kind == "shm" else None)
+    receiver = Peer({**settings_of(kind), "timeout_s": 20.0}, target, source if kind == "shm" else None)
     pieces = [
         Piece(0, offset, 0, 1024 * MIB - 32 * MIB - offset, 32 * MIB) for offset in range(0, 1024 * MIB, 32 * MIB)
     ]
@@ -299,6 +308,8 @@ def test_engines_that_move_nothing_end_every_read_at_once(idle: Any) -> None:
     ("settings", "words"),
     [
         ({"kind": "shm", "host": "127.0.0.2"}, "leave out host"),
+        ({"kind": "tcp"}, "need a pair of keys"),
+        ({"kind": "nixl", **KEYS}, "and no others, need a pair of keys"),
         ({"kind": "nixl", "protocol": "rdma"}, "protocol"),
         ({"kind": "mooncake", "device": "mlx5_0"}, "device"),
         ({"kind": "mooncake", "host": "localhost"}, "IP address"),
@@ -359,3 +370,75 @@ def test_what_an_engine_listens_on_is_reached_under_its_address_alone(sender: Pe
         socket.create_connection(("127.0.0.1", port), timeout=5).close()
         with pytest.raises((TimeoutError, ConnectionRefusedError)):
             socket.create_connection(("127.0.0.2", port), timeout=0.3)
+
+
+# -- who may read ------------------------------------------------------------------------------------------------------
+
+ATTACK = """
+import os, sys, msgspec, zmq
+address, public, secret, server, uid = sys.argv[1:]
+if int(uid): os.setuid(int(uid))
+socket = zmq.Context().socket(zmq.DEALER)
+socket.setsockopt(zmq.LINGER, 0)
+if public:
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, public.encode())
+    socket.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
+    socket.setsockopt(zmq.CURVE_SERVERKEY, server.encode())
+socket.connect(address)
+socket.send(msgspec.msgpack.encode([1, [[0, 0, 1 << 20]]]))
+print(sum(len(each) for each in socket.recv_multipart()) if socket.poll(3000) else "nothing")
+"""
+
+
+@pytest.mark.parametrize("who", ["nobody's uid", "same uid"])
+def test_only_those_with_the_keys_can_read_over_tcp(who: str) -> None:
+    """Another user of the machine gets nothing through the port on the loopback interface."""
+    uid = 65534 if who == "nobody's uid" else 0
+    if uid and os.getuid():
+        pytest.skip("needs root, to become another user")
+    sender = Peer(settings_of("tcp"), dict([memory(1, random=True)]))
+    address = msgspec.msgpack.decode(bytes.fromhex(sender.endpoint))[2].decode()
+    assert address.startswith("tcp://127.0.0.1:")
+    other_public, other_secret = (key.decode() for key in zmq.curve_keypair())
+    attempts = {
+        "without keys": ("", "", ""),
+        "with other keys": (other_public, other_secret, PUBLIC),
+        "with the public key alone": (PUBLIC, other_secret, PUBLIC),
+        "as one of the deployment": (PUBLIC, SECRET, PUBLIC),
+    }
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-c", ATTACK, address, *keys, str(uid)], stdout=subprocess.PIPE, text=True
+        )
+        for name, keys in attempts.items()
+    }
+    got = {name: process.communicate(timeout=30)[0].strip() for name, process in running.items()}
+    assert got == dict.fromkeys(list(attempts)[:-1], "nothing") | {"as one of the deployment": str(2**20 + 1)}
+    sender.kill()
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [b"", b"\xc1", b"[]", [1, [[9, 0, 8]]], [1, [[0, 2**20, 1]]], [1, [[0, 0, 2**40]]], [1, [[-1, 0, 1]]], [1, []]],
+)
+def test_requests_beyond_the_memory_are_refused_over_tcp(request_: Any) -> None:
+    settings = TransferSettings(**settings_of("tcp"))
+    engine = create_engine(settings)
+    engine.register([Region("a", memoryview(bytearray(2**20)))])
+    address = msgspec.msgpack.decode(engine.endpoint())[2]
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    for option, value in ((zmq.CURVE_PUBLICKEY, PUBLIC), (zmq.CURVE_SECRETKEY, SECRET), (zmq.CURVE_SERVERKEY, PUBLIC)):
+        socket.setsockopt(option, value.encode())
+    socket.connect(address)
+    socket.send(request_ if isinstance(request_, bytes) else msgspec.msgpack.encode(request_))
+    socket.send(msgspec.msgpack.encode([7, [[0, 2**20 - 3, 3]]]))
+    answers = []
+    while not answers or answers[-1][0] != b"\x07":
+        assert socket.poll(20_000)
+        answers.append(socket.recv_multipart())
+    assert answers[-1] == [b"\x07", bytes(3)]
+    assert answers[:-1] in ([], [[b"\x01"]]), "the number alone, or nothing"
+    socket.close(0)
+    context.term()
+    engine.close()

@@ -379,3 +379,27 @@ def test_addresses_that_are_refused(tmp_path: Path, address: str) -> None:
         Mailbox("test", 1, address, {}, Codec(Body))
     with pytest.raises(ValueError):
         Mailbox("test", 1, f"ipc://{tmp_path}/test", {"peer": address}, Codec(Body))
+
+
+def test_an_inbox_whose_file_was_removed_is_bound_again(tmp_path: Path):
+    def addresses(name: str) -> str:
+        return f"ipc://{tmp_path}/{name}"
+
+    inbox, known = Box(addresses, "a"), Box(addresses, "b", "a")
+    assert known.send("a", Number(1))
+    assert inbox.take(1)[0].body == Number(1)
+    inbox.keep_address()
+    before = (tmp_path / "a").stat().st_ino
+    for _ in range(2):
+        (tmp_path / "a").unlink()
+        inbox.keep_address()
+        assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+        new = Box(addresses, "c", "a", incarnation=before)
+        assert new.send("a", Number(2))
+        assert known.send("a", Number(3))
+        assert {each.body.value for each in inbox.take(2)} == {2, 3}
+        new.close()
+        before += 1
+    tmp_path.chmod(0o700)
+    inbox.close()
+    known.close()

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from actors.checkpoint import CheckpointError
+from actors.checkpoint.files import weight_files
 
 
 class Tensors:
@@ -21,7 +22,7 @@ class Tensors:
         self.nbytes = 0
         self._stack = ExitStack()
         self._files = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in weight_files(path):
             try:
                 opened = self._stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from actors.ingress.openai.turn import Output, Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
-from actors.ingress.parsers.json_text import object_of
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 
@@ -18,12 +18,23 @@ class Answer:
 
     Args:
         cut: `max_tokens` was lowered to what fits in the model's context.
+        edits: what `context_management` has left out of the conversation; None if it was not asked for.
+        show_thinking: False leaves the text of thinking out.
     """
 
-    def __init__(self, turn: Turn, rid: str, cut: bool) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        rid: str,
+        cut: bool,
+        edits: list[dict[str, Any]] | None = None,
+        show_thinking: bool = True,
+    ) -> None:
         (self._output,) = turn.outputs
         self._turn = turn
         self._cut = cut
+        self._managed = {} if edits is None else {"context_management": {"applied_edits": edits}}
+        self._show_thinking = show_thinking
         self._message: dict[str, Any] = {
             "id": f"msg_{rid}",
             "type": "message",
@@ -38,13 +49,13 @@ class Answer:
 
     def document(self) -> bytes:
         """The whole answer, once all of it has arrived."""
-        content = _blocks(self._output.events(), self._output)
-        return _encode({**self._message, "content": content, **self._stop(), "usage": self._usage()})
+        content = _blocks(self._events(), self._output)
+        return _encode({**self._message, "content": content, **self._stop(), "usage": self._usage(), **self._managed})
 
     def parts(self) -> bytes:
         """The events of a stream for what has arrived since the last call."""
         begins = "content" in self._message
-        events = self._output.events()
+        events = self._events()
         parts: list[bytes] = []
         if begins:
             usage = {**self._usage(), "output_tokens": 0}
@@ -54,14 +65,22 @@ class Answer:
             self._add(parts, event)
         if self._output.entry.finish is not None:
             self._close(parts)
-            parts += [_event("message_delta", delta=self._stop(), usage=self._usage()), _event("message_stop")]
+            end = _event("message_delta", delta=self._stop(), usage=self._usage(), **self._managed)
+            parts += [end, _event("message_stop")]
         return b"".join(parts)
+
+    def _events(self) -> list[Event]:
+        events = self._output.events()
+        if self._show_thinking:
+            return events
+        return [Reasoning("") if isinstance(event, Reasoning) else event for event in events]
 
     def _add(self, parts: list[bytes], event: Event) -> None:
         match event:
             case Reasoning(text):
                 self._begin(parts, Reasoning, {"type": "thinking", "thinking": "", "signature": ""})
-                self._delta(parts, {"type": "thinking_delta", "thinking": text})
+                if text:
+                    self._delta(parts, {"type": "thinking_delta", "thinking": text})
             case Content(text):
                 self._begin(parts, Content, {"type": "text", "text": ""})
                 self._delta(parts, {"type": "text_delta", "text": text})

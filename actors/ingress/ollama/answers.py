@@ -5,15 +5,17 @@ Durations are left out: an answer that is made anew must be the same, and they w
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import msgspec
 
-from actors.ingress.ollama.times import timestamp
+from actors.ingress.openai.logprobs import chat_logprobs
 from actors.ingress.openai.turn import Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Reasoning
-from actors.ingress.parsers.json_text import object_of
 from actors.ingress.pieces import Identity
+from actors.ingress.times import timestamp
+from actors.parsers.events import CallArguments, CallStart, Content, Reasoning
+from actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 
@@ -24,21 +26,24 @@ class Answer:
     Args:
         chat: of /api/chat, whose answers are messages; else of /api/generate.
         model: under the client's name for it.
+        gives_context: the end of the answer holds all tokens, for the next request to go on with.
     """
 
-    def __init__(self, turn: Turn, chat: bool, model: str, drawn: Identity) -> None:
+    def __init__(self, turn: Turn, chat: bool, model: str, drawn: Identity, gives_context: bool = False) -> None:
         (self._output,) = turn.outputs
         self._turn = turn
         self._chat = chat
         self._head: dict[str, Any] = {"model": model, "created_at": timestamp(drawn.created)}
         self._call: dict[str, Any] | None = None
         self._arguments = ""
+        self._gives_context = gives_context
 
     def document(self) -> bytes:
         """The whole answer, once all of it has arrived."""
         text, thinking = "", ""
         calls: list[dict[str, Any]] = []
-        for part in self._news():
+        parts, logprobs = self._news()
+        for part in parts:
             text += part.get("content", "")
             thinking += part.get("thinking", "")
             calls += part.get("tool_calls", ())
@@ -47,19 +52,26 @@ class Answer:
             whole["thinking"] = thinking
         if calls:
             whole["tool_calls"] = calls
-        return _encode({**self._part(whole), **self._end()})
+        return _encode({**self._part(whole), **logprobs, **self._end()})
 
     def lines(self) -> bytes:
         """The lines of a stream for what has arrived since the last call."""
-        lines = [_encode({**self._part(part), "done": False}) for part in self._news()]
+        parts, logprobs = self._news()
+        documents = [{**self._part(part), "done": False} for part in parts]
+        if logprobs:
+            documents[:1] = [{**(documents[0] if documents else {**self._part({}), "done": False}), **logprobs}]
+        lines = [_encode(document) for document in documents]
         if self._output.entry.finish is not None:
             lines.append(_encode({**self._part({}), **self._end()}))
         return b"".join(line + b"\n" for line in lines)
 
-    def _news(self) -> list[dict[str, Any]]:
-        """Parts of the message. Calls come whole."""
+    def _news(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Parts of the message, and the logprobs of their tokens where they were asked for. Calls come whole."""
         parts: list[dict[str, Any]] = []
-        for event in self._output.events():
+        text, events, logprobs = self._output.take()
+        if events is None:
+            events = [Content(text)] if text else []
+        for event in events:
             if not isinstance(event, CallArguments):
                 self._end_call(parts)
             match event:
@@ -73,7 +85,9 @@ class Answer:
                     self._arguments += text
         if self._output.entry.finish is not None:
             self._end_call(parts)
-        return parts
+        if self._turn.top < 0 or not logprobs:
+            return parts, {}
+        return parts, {"logprobs": chat_logprobs(logprobs, self._turn.top)["content"]}
 
     def _end_call(self, parts: list[dict[str, Any]]) -> None:
         if self._call is not None:
@@ -88,10 +102,12 @@ class Answer:
         return {**self._head, **text, **({"thinking": part["thinking"]} if "thinking" in part else {})}
 
     def _end(self) -> dict[str, Any]:
-        generation = self._turn.generation
+        generation, entry = self._turn.generation, self._output.entry
+        context = [*array("i", entry.prompt), *entry.output] if self._gives_context else None
         return {
             "done": True,
-            "done_reason": self._output.entry.finish,
+            "done_reason": entry.finish,
+            **({} if context is None else {"context": context}),
             "prompt_eval_count": generation.prompt_tokens,
             "eval_count": generation.completion_tokens,
         }

@@ -1,57 +1,39 @@
-"""Bodies of POST /api/chat, /api/generate and /api/show.
+"""Bodies of Ollama's requests.
 
-Fields of type Any are without effect by their definition, or refused when they ask for anything.
+Fields of type Any are without effect by their definition. `options` are read by `conversion`, for those that are not
+known are skipped, as Ollama does.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
+from actors.ingress.errors import invalid
+from actors.ingress.openai.protocol import TopLogprobsCount
 from actors.ingress.openai.tools import Tool
 from actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TopP
 
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
+TokenIdsOfContext = list[Annotated[int, Meta(ge=0, lt=2**31)]]
 Limit = Annotated[int, Meta(ge=-2, lt=2**31)]
 
 
 class Options(Struct, forbid_unknown_fields=True, kw_only=True):
-    """How to draw, with Ollama's defaults. A limit of 0 or less is none."""
+    """How to sample. A limit of 0 or less is none."""
 
-    temperature: Temperature = 0.8
-    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] = 40
-    top_p: TopP = 0.9
-    min_p: MinP = 0.0
+    temperature: Temperature | None = None
+    top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    top_p: TopP | None = None
+    min_p: MinP | None = None
     seed: SeedField = -1
     stop: str | list[str] | None = None
-    num_predict: Limit = -1
-    repeat_penalty: RepetitionPenalty = 1.0
+    num_predict: Limit | None = None
+    repeat_penalty: RepetitionPenalty | None = None
     repeat_last_n: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    # how to load a model, which is loaded
-    f16_kv: Any = None
-    low_vram: Any = None
-    main_gpu: Any = None
-    num_batch: Any = None
-    num_ctx: Any = None
-    num_gpu: Any = None
-    num_keep: Any = None
-    num_thread: Any = None
-    numa: Any = None
-    use_mlock: Any = None
-    use_mmap: Any = None
-    # not supported
-    embedding_only: Any = None
-    logits_all: Any = None
-    mirostat: Any = None
-    mirostat_eta: Any = None
-    mirostat_tau: Any = None
-    penalize_newline: Any = None
-    tfs_z: Any = None
-    typical_p: Any = None
-    vocab_only: Any = None
 
 
 class Called(Struct, forbid_unknown_fields=True):
@@ -86,7 +68,7 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds have in common."""
 
     model: str
-    options: Options | None = None
+    options: dict[str, Any] | None = None
     format: str | dict[str, Any] | None = None
     stream: bool | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
@@ -94,9 +76,8 @@ class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     keep_alive: Any = None
     shift: Any = None
     truncate: Any = None
-    # not supported
-    logprobs: Any = None
-    top_logprobs: Any = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobsCount | None = None
 
 
 class ChatBody(Request, forbid_unknown_fields=True, kw_only=True):
@@ -109,18 +90,58 @@ class ChatBody(Request, forbid_unknown_fields=True, kw_only=True):
 class GenerateBody(Request, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /api/generate."""
 
+    unsupported: ClassVar[tuple[str, ...]] = ("images", "template")
+
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    # not supported
-    context: Any = None
-    images: Any = None
-    suffix: Any = None
-    template: Any = None
+    context: TokenIdsOfContext | None = None
+    suffix: str | None = None
 
 
-class ShowBody(Struct, kw_only=True):
-    """Body of POST /api/show."""
+class Named(Struct, kw_only=True):
+    """What requests about a model have in common: its name, in a new and an old form."""
 
     model: str = ""
     name: str = ""
+
+    @property
+    def asked(self) -> str:
+        """The name. Raises ApiError if there is none."""
+        if not (self.model or self.name):
+            raise invalid("The request needs the name of a model.", "model")
+        return self.model or self.name
+
+
+class ShowBody(Named, kw_only=True):
+    """Body of POST /api/show."""
+
+    verbose: Any = None
+
+
+class PullBody(Named, kw_only=True):
+    """Body of POST /api/pull."""
+
+    stream: bool | None = None
+
+
+class EmbedBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /api/embed."""
+
+    model: str
+    input: str | list[str]
+    truncate: bool | None = None
+    dimensions: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    # without effect: the model stays loaded, and nothing is sampled
+    keep_alive: Any = None
+    options: Any = None
+
+
+class EmbeddingsBody(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /api/embeddings, the former form of /api/embed."""
+
+    model: str
+    prompt: str = ""
+    # without effect, as above
+    keep_alive: Any = None
+    options: Any = None

@@ -21,9 +21,10 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
     """Answers a chat request, as one document or as a stream of chunks."""
     turn = await open_turn(service, request, exchange)
     drawn = exchange.work.identity
-    with turn.generation as generation:
+    names = [(name, output.entry) for name in request.names for output in turn.outputs]
+    with turn.generation as generation, service.known_as(names):
         identity, created, model = f"chatcmpl-{drawn.rid}", drawn.created, turn.model
-        choices = [ChatChoice(output, turn.top) for output in turn.outputs]
+        choices = [ChatChoice(output, turn.top, request) for output in turn.outputs]
         if request.stream:
             frame = ChunkFrame("chat.completion.chunk", identity, created, model, request.stream_options)
 
@@ -46,4 +47,6 @@ async def chat_completions(service: Service, request: ChatRequest, exchange: Exc
             "usage": usage(generation),
             "system_fingerprint": None,
         }
+        if request.return_token_ids:
+            document["prompt_token_ids"] = turn.outputs[0].entry.prompt_ids
         await exchange.answer(_encode(document))

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
+from msgspec import structs
 
 from actors.ingress.errors import invalid, unsupported
 from actors.ingress.exchange import DONE, Exchange
 from actors.ingress.generation import Generation
 from actors.ingress.ledger import Entry
 from actors.ingress.openai.logprobs import CompletionLogprobs
-from actors.ingress.openai.protocol import UNSUPPORTED, ChunkFrame, CompletionsRequest, TopLogprobsCount, usage
+from actors.ingress.openai.protocol import (
+    NEUTRAL,
+    UNSUPPORTED,
+    ChunkFrame,
+    CompletionsRequest,
+    TopLogprobsCount,
+    usage,
+)
+from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
-from actors.messages import TextPrompt
+from actors.messages import FillPrompt, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -25,36 +35,48 @@ _encode = msgspec.json.encode
 class CompletionRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/completions."""
 
-    unsupported: ClassVar[tuple[str, ...]] = (*UNSUPPORTED, "reasoning_effort", "tools")
+    unsupported: ClassVar[tuple[str, ...]] = (
+        *UNSUPPORTED,
+        *("documents", "function_call", "functions", "reasoning_effort", "tool_choice", "tools", "verbosity"),
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        **NEUTRAL,
+        "parallel_tool_calls": (True,),
+        "tool_choice": ("none", "auto"),
+    }
 
     prompt: str | list[str | int | list[int]]
     best_of: int | None = None
+    suffix: str | None = None
     echo: bool = False
     logprobs: TopLogprobsCount | None = None
     add_special_tokens: bool = True
-
-    def check(self) -> None:
-        super().check()
-        if self.tool_choice not in (None, "none"):
-            raise unsupported("tool_choice")
 
 
 class _Choice:
     """What one choice of the answer needs beside its entry: the echoed prompt, and where its text is."""
 
-    def __init__(self, entry: Entry, echo: str | None, top: int) -> None:
+    def __init__(self, entry: Entry, echo: str | None, top: int, request: CompletionRequest) -> None:
         self.entry = entry
         self.top = top
         self._echo = echo
-        self._logprobs = CompletionLogprobs(top)
+        self._logprobs = CompletionLogprobs(top, bool(request.return_tokens_as_token_ids))
+        self._ids = bool(request.return_token_ids)
+        self._begun = False
 
-    def take(self) -> tuple[str, dict[str, Any] | None]:
-        """Text and logprobs that have arrived since the last call; first of all the prompt's if it is echoed."""
-        text, _, logprobs = self.entry.take()
+    def take(self) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
+        """Text, logprobs and token ids that have arrived since the last call; first of all the prompt's text if it is
+        echoed, and its ids if they are asked for."""
+        text, tokens, logprobs = self.entry.take()
+        ids: dict[str, Any] = {}
+        if self._ids:
+            ids = {} if self._begun else {"prompt_token_ids": self.entry.prompt_ids}
+            ids["token_ids"] = tokens.tolist()
+        self._begun = True
         if self._echo is not None:
             text, self._echo = self._echo + text, None
             logprobs = [*(self.entry.prompt_logprobs or ()), *logprobs]
-        return text, self._logprobs.next(logprobs) if self.top >= 0 else None
+        return text, self._logprobs.next(logprobs) if self.top >= 0 else None, ids
 
 
 async def completions(service: Service, request: CompletionRequest, exchange: Exchange) -> None:
@@ -68,29 +90,41 @@ async def completions(service: Service, request: CompletionRequest, exchange: Ex
     service.check_choices(len(prompts), n)
     drawn = exchange.work.identity
     top = -1 if request.logprobs is None else request.logprobs
-    sampling = request.sampling(service.model, drawn.seed, request.max_tokens, top, top if request.echo else -1)
+    limit = limit_of(request.max_tokens)
+    default = DEFAULT_MAX_TOKENS if request.max_tokens is None else None
+    sampling = request.sampling(service.model, drawn.seed, limit, top, top if request.echo else -1)
     text = request.text_params(service.config)
 
-    tokens = await service.tokenize(exchange, prompts)
-    limits = [
-        service.check_length(len(each) // 4, request.max_tokens, DEFAULT_MAX_TOKENS, "prompt", "max_tokens")
-        for each in tokens
-    ]
-    echoes = [await _text_of(service, prompt) for prompt in prompts] if request.echo else [None] * len(prompts)
+    whole, ends = await _tokenized(service, exchange, request, prompts)
+    if ends and not request.ignore_eos:
+        ids = dict.fromkeys([*sampling.stop_token_ids, *ends])
+        sampling = structs.replace(sampling, stop_token_ids=list(ids))
+    tokens = [request.cut(each, service.model.max_model_len) for each in whole]
+    limits = [service.check_length(len(each) // 4, limit, default, "prompt", "max_tokens") for each in tokens]
+    echoes: list[str | None] = [None] * len(prompts)
+    if request.echo:
+        shown = [
+            prompt if len(cut) == len(each) else array("i", cut).tolist()
+            for prompt, each, cut in zip(prompts, whole, tokens, strict=True)
+        ]
+        echoes = [await _text_of(service, each) for each in shown]
 
     eager = bool(request.stream)
-    with service.generate(
-        exchange.work,
-        list(zip(tokens, limits, strict=True)),
-        sampling,
-        text,
-        n=n,
-        priority=request.priority or 0,
-        extra_key=request.prefix_key,
-        eager=eager,
-    ) as generation:
+    with (
+        service.generate(
+            exchange.work,
+            list(zip(tokens, limits, strict=True)),
+            sampling,
+            text,
+            n=n,
+            priority=request.priority or 0,
+            extra_key=request.prefix_key,
+            eager=eager,
+        ) as generation,
+        service.known_as((name, entry) for name in request.names for entry in generation.entries),
+    ):
         identity, created = f"cmpl-{drawn.rid}", drawn.created
-        choices = [_Choice(entry, echoes[entry.index // n], top) for entry in generation.entries]
+        choices = [_Choice(entry, echoes[entry.index // n], top, request) for entry in generation.entries]
         if eager:
             frame = ChunkFrame("text_completion", identity, created, model, request.stream_options)
             await generation.stream(exchange, lambda entries: _events(entries, generation, frame, choices))
@@ -132,6 +166,22 @@ def _prompts(request: CompletionRequest) -> list[Prompt]:
     )
 
 
+async def _tokenized(
+    service: Service, exchange: Exchange, request: CompletionRequest, prompts: list[Prompt]
+) -> tuple[list[bytes], list[int]]:
+    """Token ids (i32) of the prompts, and further ids that end an answer. Raises ApiError."""
+    if not request.suffix:
+        return await service.tokenize(exchange, prompts), []
+    texts = [prompt.text for prompt in prompts if isinstance(prompt, TextPrompt)]
+    if len(texts) < len(prompts):
+        raise invalid("suffix needs prompts that are texts.", "prompt", "invalid_value")
+    if request.echo and request.logprobs is not None:
+        raise invalid("logprobs of an echoed prompt cannot be given where there is a suffix.", "echo")
+    fills = [FillPrompt(text, request.suffix, request.add_special_tokens) for text in texts]
+    encoded = await service.tokenize_pairs(exchange, fills)
+    return [tokens for tokens, _ in encoded], array("i", encoded[0][1]).tolist()
+
+
 async def _text_of(service: Service, prompt: Prompt) -> str:
     if isinstance(prompt, TextPrompt):
         return prompt.text
@@ -140,21 +190,22 @@ async def _text_of(service: Service, prompt: Prompt) -> str:
 
 
 def _document(choice: _Choice) -> dict[str, Any]:
-    text, logprobs = choice.take()
+    text, logprobs, ids = choice.take()
     return {
         "index": choice.entry.index,
         "text": text,
         "logprobs": logprobs,
         "finish_reason": choice.entry.finish,
         "matched_stop": choice.entry.stop_reason,
+        **ids,
     }
 
 
 def _events(entries: Sequence[Entry], generation: Generation, frame: ChunkFrame, choices: Sequence[_Choice]) -> bytes:
     pieces: list[bytes] = []
     for entry in entries:
-        text, logprobs = choices[entry.index].take()
-        if not text and entry.finish is None and not (logprobs and logprobs["tokens"]):
+        text, logprobs, ids = choices[entry.index].take()
+        if not text and entry.finish is None and not (logprobs and logprobs["tokens"]) and not ids:
             continue
         encoded = b"null" if logprobs is None else _encode(logprobs)
         content = b'"text":%b,"logprobs":%b,"finish_reason":' % (_encode(text), encoded)
@@ -162,5 +213,7 @@ def _events(entries: Sequence[Entry], generation: Generation, frame: ChunkFrame,
             content += b"null"
         else:
             content += b'"%b","matched_stop":%b' % (entry.finish.encode(), _encode(entry.stop_reason))
+        if ids:
+            content += b"," + _encode(ids)[1:-1]
         pieces.append(frame.chunk(entry.index, content, generation))
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

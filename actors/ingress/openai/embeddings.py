@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -32,16 +31,11 @@ class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 async def embeddings(service: Service, request: EmbeddingsRequest, exchange: Exchange) -> None:
     """Answers with a vector for each input."""
     model = service.check_model(request.model)
-    size = service.model.vector_size
-    if request.dimensions is not None and request.dimensions > size:
-        raise invalid(
-            f"'dimensions' is {request.dimensions}, and the model's vectors have {size}.", "dimensions", "invalid_value"
-        )
+    check_dimensions(service, request.dimensions)
     prompts = _prompts(request)
     vectors, tokens = await vectors_of_texts(service, exchange, prompts, "input", request.truncate_prompt_tokens)
-    if request.dimensions is not None and request.dimensions < size:
-        vectors = [_shortened(vector, request.dimensions) for vector in vectors]
-    encode = _base64 if request.encoding_format == "base64" else _floats
+    vectors = [shortened(vector, request.dimensions) for vector in vectors]
+    encode = _base64 if request.encoding_format == "base64" else floats
     document = {
         "object": "list",
         "data": [
@@ -69,14 +63,26 @@ def _prompts(request: EmbeddingsRequest) -> list[Prompt]:
     raise invalid("'input' must hold only texts, only token ids, or only lists of token ids.", "input", "invalid_value")
 
 
-def _shortened(vector: bytes, dimensions: int) -> bytes:
-    """The first numbers of a vector, made a vector of length 1 again."""
+def check_dimensions(service: Service, dimensions: int | None) -> None:
+    """Raises ApiError for more numbers than the model's vectors have."""
+    size = service.model.vector_size
+    if dimensions is not None and dimensions > size:
+        raise invalid(
+            f"'dimensions' is {dimensions}, and the model's vectors have {size}.", "dimensions", "invalid_value"
+        )
+
+
+def shortened(vector: bytes, dimensions: int | None) -> bytes:
+    """The first numbers of a vector, made a vector of length 1 again; the vector itself if all are wanted."""
+    if dimensions is None or 4 * dimensions >= len(vector):
+        return vector
     short = np.frombuffer(vector, "<f4")[:dimensions]
     return (short / max(float(np.linalg.norm(short)), 1e-12)).astype("<f4").tobytes()
 
 
-def _floats(vector: bytes) -> Any:
-    numbers: Sequence[float] = np.frombuffer(vector, "<f4").tolist()
+def floats(vector: bytes) -> list[float]:
+    """A vector's numbers."""
+    numbers: list[float] = np.frombuffer(vector, "<f4").tolist()
     return numbers
 
 

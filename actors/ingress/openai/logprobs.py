@@ -17,13 +17,21 @@ def finite(logprob: float) -> float:
     return logprob if logprob > LOWEST else LOWEST
 
 
-def chat_logprobs(logprobs: Iterable[TextLogprob], top: int) -> dict[str, Any]:
-    """The `logprobs` of a chat choice, with the `top` most probable tokens beside each."""
+def chat_logprobs(logprobs: Iterable[TextLogprob], top: int, ids: bool = False) -> dict[str, Any]:
+    """The `logprobs` of a chat choice, with the `top` most probable tokens beside each.
+
+    Args:
+        ids: tokens are written as `token_id:7`.
+    """
+
+    def told(token: int, token_bytes: bytes, logprob: float | None) -> dict[str, Any]:
+        return _chat_token(token_name(token) if ids else token_bytes.decode(errors="replace"), token_bytes, logprob)
+
     return {
         "content": [
             {
-                **_chat_token(each.token_bytes, each.logprob),
-                "top_logprobs": [_chat_token(token_bytes, value) for _, token_bytes, value in each.top[:top]],
+                **told(each.token, each.token_bytes, each.logprob),
+                "top_logprobs": [told(*other) for other in each.top[:top]],
             }
             for each in logprobs
         ],
@@ -31,9 +39,9 @@ def chat_logprobs(logprobs: Iterable[TextLogprob], top: int) -> dict[str, Any]:
     }
 
 
-def _chat_token(token_bytes: bytes, logprob: float | None) -> dict[str, Any]:
+def _chat_token(token: str, token_bytes: bytes, logprob: float | None) -> dict[str, Any]:
     return {
-        "token": token_bytes.decode(errors="replace"),
+        "token": token,
         "logprob": LOWEST if logprob is None else finite(logprob),
         "bytes": list(token_bytes),
     }
@@ -44,10 +52,12 @@ class CompletionLogprobs:
 
     Args:
         top: how many of the most probable tokens are reported, besides the drawn one.
+        ids: tokens are written as `token_id:7`.
     """
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, ids: bool = False) -> None:
         self._top = top
+        self._ids = ids
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -58,7 +68,7 @@ class CompletionLogprobs:
         tops: list[dict[str, float] | None] = []
         offsets: list[int] = []
         for each in logprobs:
-            token = token_text(each.token_bytes)
+            token = self._name(each.token, each.token_bytes)
             tokens.append(token)
             values.append(None if each.logprob is None else finite(each.logprob))
             offsets.append(self._offset)
@@ -66,10 +76,18 @@ class CompletionLogprobs:
             if each.logprob is None:
                 tops.append(None)
                 continue
-            top = {token_text(token_bytes): finite(value) for _, token_bytes, value in each.top[: self._top]}
+            top = {self._name(other, bytes_): finite(value) for other, bytes_, value in each.top[: self._top]}
             top.setdefault(token, finite(each.logprob))
             tops.append(top)
         return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _name(self, token: int, token_bytes: bytes) -> str:
+        return token_name(token) if self._ids else token_text(token_bytes)
+
+
+def token_name(token: int) -> str:
+    """A token as its id, in vLLM's way."""
+    return f"token_id:{token}"
 
 
 def token_text(token_bytes: bytes) -> str:

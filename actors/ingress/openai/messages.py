@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Struct
 
+from actors.ingress.decoding import asks_for_nothing, unknown
 from actors.ingress.errors import invalid, unsupported
 from actors.messages import ChatPrompt
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+    "function": "tool",
+}
 """Roles of messages, and what chat templates call them."""
+_OWNERS = {
+    "tool_calls": "assistant",
+    "function_call": "assistant",
+    "thought": "assistant",
+    "tool_call_id": "tool",
+}
+"""Fields that only messages of one role have."""
+_PARTS = {"text": "text", "refusal": "refusal"}
+"""Types of content parts, and where their text is."""
 
 _encode = msgspec.json.encode
 
 
 class CalledFunction(Struct, forbid_unknown_fields=True):
-    """What a call in a message calls. `parsed_arguments` is what OpenAI's client adds to an answer."""
+    """What a call in a message calls. Fields of type Any are what clients add to an answer."""
 
     name: str
     arguments: str | dict[str, Any] = ""
     parsed_arguments: Any = None
+    provider_specific_fields: Any = None
 
 
 class ToolCall(Struct, forbid_unknown_fields=True):
-    """A call in a message that is sent back."""
+    """A call in a message that is sent back. Fields of type Any are what clients add to an answer."""
 
     function: CalledFunction
     id: str | None = None
     type: Literal["function"] = "function"
     index: Any = None
+    cache_control: Any = None
+    extra_content: Any = None
+    provider_specific_fields: Any = None
+
+
+class Thought(Struct):
+    """A part of `reasoning_details` (OpenRouter's) or `thinking_blocks` (litellm's), of which only text is shown to the
+    model."""
+
+    text: str = ""
+    thinking: str = ""
+    summary: str = ""
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
-    """One message. Fields of type Any are what clients send back of an answer, and are empty then, but for `parsed`,
-    which OpenAI's client adds to an answer."""
+    """One message. Fields of type Any are what clients send back of an answer, or add to it; they are without effect.
+
+    `reasoning` and `reasoning_content` are two names of one thing.
+    """
+
+    unsupported: ClassVar[tuple[str, ...]] = ("audio",)
 
     role: str
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
-    annotations: Any = None
-    audio: Any = None
-    function_call: Any = None
-    parsed: Any = None
+    function_call: CalledFunction | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
-    refusal: Any = None
+    reasoning_details: list[Thought] | None = None
+    thinking_blocks: list[Thought] | None = None
+    refusal: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
+    annotations: Any = None
+    cache_control: Any = None
+    parsed: Any = None
+    provider_specific_fields: Any = None
 
     @property
     def text(self) -> str:
         """The content, whose parts are joined by a space, as SGLang does. Only after `chat_prompt` has checked it."""
         if isinstance(self.content, list):
-            return " ".join(part["text"] for part in self.content)
-        return self.content or ""
+            return " ".join(part[_PARTS[part["type"]]] for part in self.content)
+        return self.content or self.refusal or ""
+
+    @property
+    def thought(self) -> str:
+        """The reasoning, by whichever of its names."""
+        parts = self.reasoning_details or self.thinking_blocks or ()
+        whole = self.reasoning_content or self.reasoning
+        return whole or "".join(part.text or part.thinking or part.summary for part in parts)
 
 
 def chat_prompt(
@@ -96,8 +141,6 @@ def chat_prompt(
 
 def _plain(message: ChatMessage, param: str, arguments_as_text: bool) -> dict[str, Any]:
     """A message as chat templates know it."""
-    if message.role == "function":
-        raise unsupported(f"{param}.role", f"A message with role '{message.role}'")
     role = _ROLES.get(message.role)
     if role is None:
         raise invalid(
@@ -105,19 +148,17 @@ def _plain(message: ChatMessage, param: str, arguments_as_text: bool) -> dict[st
             f"{param}.role",
             "invalid_value",
         )
-    for field in ("audio", "function_call", "refusal"):
-        if getattr(message, field) not in (None, [], ""):
-            raise unsupported(f"{param}.{field}", f"'{field}' in a message")
-    if message.annotations not in (None, []):
-        raise unsupported(f"{param}.annotations", "'annotations' in a message")
-    for field, owner in (("tool_calls", "assistant"), ("reasoning_content", "assistant"), ("tool_call_id", "tool")):
+    calls = list(message.tool_calls or ())
+    if message.function_call is not None:
+        calls.append(ToolCall(message.function_call))
+    for field, owner in _OWNERS.items():
         if getattr(message, field) and role != owner:
             raise invalid(
                 f"Invalid value for '{param}.{field}': only a message with role '{owner}' has it.",
                 f"{param}.{field}",
                 "invalid_value",
             )
-    if message.content is None and not (message.tool_calls or message.reasoning_content):
+    if message.content is None and role not in ("assistant", "tool"):
         raise invalid(
             f"Invalid value for '{param}.content': it must be a string or a list of text parts.",
             f"{param}.content",
@@ -129,10 +170,10 @@ def _plain(message: ChatMessage, param: str, arguments_as_text: bool) -> dict[st
     plain: dict[str, Any] = {"role": role, "content": message.text}
     if message.name is not None:
         plain["name"] = message.name
-    if message.reasoning_content:
-        plain["reasoning_content"] = message.reasoning_content
-    if message.tool_calls:
-        plain["tool_calls"] = [_plain_call(call, arguments_as_text) for call in message.tool_calls]
+    if message.thought:
+        plain["reasoning_content"] = message.thought
+    if calls:
+        plain["tool_calls"] = [_plain_call(call, arguments_as_text) for call in calls]
     if message.tool_call_id:
         plain["tool_call_id"] = message.tool_call_id
     return plain
@@ -156,14 +197,13 @@ def _plain_call(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:
 def _check_part(part: dict[str, Any], param: str) -> None:
     """Raises ApiError for a part of a message that is not text."""
     kind = part.get("type")
-    if kind != "text":
+    if kind not in _PARTS:
         if isinstance(kind, str):
             raise unsupported(f"{param}.type", f"A content part of type '{kind}'")
         raise invalid(f"Invalid value for '{param}': a content part has a 'type'.", param, "invalid_value")
-    for key in part:
-        if key not in ("type", "text"):
-            raise invalid(
-                f"Unrecognized request argument supplied: {param}.{key}", f"{param}.{key}", "unknown_parameter"
-            )
-    if not isinstance(part.get("text"), str):
-        raise invalid(f"Invalid value for '{param}.text': expected a string.", f"{param}.text", "invalid_value")
+    field = _PARTS[kind]
+    for key, value in part.items():
+        if key not in ("type", field, "cache_control", "annotations") and not asks_for_nothing(value):
+            raise unknown(f"{param}.{key}", key, ["type", field])
+    if not isinstance(part.get(field), str):
+        raise invalid(f"Invalid value for '{param}.{field}': expected a string.", f"{param}.{field}", "invalid_value")

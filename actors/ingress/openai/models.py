@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}, for the clients of OpenAI and of Anthropic."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import msgspec
 from actors.ingress.config import ServedModel
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
+from actors.ingress.times import timestamp
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:
     """All names of all models."""
     cards = [_card(service, model, name) for model in service.models for name in model.served_model_names]
-    await exchange.answer(msgspec.json.encode({"object": "list", "data": cards}))
+    names = [card["id"] for card in cards]
+    pages = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    await exchange.answer(msgspec.json.encode({"object": "list", "data": cards, **pages}))
 
 
 async def get_model(service: Service, exchange: Exchange) -> None:
@@ -33,4 +36,10 @@ def _card(service: Service, model: ServedModel, name: str) -> dict[str, Any]:
         "owned_by": "runtime",
         "root": model.root,
         "max_model_len": model.max_model_len,
+        # Anthropic's
+        "type": "model",
+        "display_name": name,
+        "created_at": timestamp(service.created),
+        "max_input_tokens": model.max_model_len,
+        "max_tokens": model.max_model_len,
     }

@@ -20,6 +20,7 @@ from actors.ingress.sampling import (
     RepetitionPenalty,
     SeedField,
     TokenIds,
+    TokenLimit,
     Tokens,
     TopK,
     TopP,
@@ -32,19 +33,19 @@ Choices = Annotated[int, Meta(ge=1, lt=2**31)]
 TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]
 
 UNSUPPORTED = (
-    "audio",
-    "function_call",
-    "functions",
-    "lora_path",
-    "prediction",
-    "suffix",
-    "verbosity",
-    "web_search_options",
+    *("audio", "lora_path", "prediction", "web_search_options", "chat_template", "custom_logit_processor"),
+    *("logits_processors", "allowed_token_ids", "bad_words", "prompt_logprobs", "use_beam_search", "early_stopping"),
+    *("length_penalty", "mm_processor_kwargs", "kv_transfer_params", "return_hidden_states"),
+    *("session_params", "stop_regex"),
 )
+"""Names of OpenAI, vLLM and SGLang that are known, and refused when they ask for anything."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {"length_penalty": (1,), "include_reasoning": (True,), "best_of": (1,)}
+"""Values of fields that are not known, with which they ask for nothing."""
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    """OpenAI's `stream_options`, and vLLM's and SGLang's `continuous_usage_stats`."""
+    """OpenAI's `stream_options`, and vLLM's and SGLang's `continuous_usage_stats`. `include_obfuscation` is without
+    effect: events are not padded."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
@@ -54,12 +55,11 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
 class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Fields of both kinds of completions. OpenAI's, and under the names of vLLM and SGLang what OpenAI has not.
 
-    Fields of type Any are those of a constraint, without effect by their definition, or refused when they ask for
-    anything.
+    Fields of type Any are those of a constraint, or without effect by their definition.
     """
 
     unsupported: ClassVar[tuple[str, ...]] = UNSUPPORTED
-    """Fields that are refused when they ask for anything."""
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     model: str | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -69,7 +69,7 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     seed: SeedField | None = None
     stop: str | list[str] | None = None
     stop_token_ids: TokenIds | None = None
-    max_tokens: Tokens | None = None
+    max_tokens: TokenLimit | None = None
     min_tokens: Tokens | None = None
     n: Choices | None = None
     frequency_penalty: Penalty | None = None
@@ -86,6 +86,11 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     cache_salt: ExtraKey | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    rid: ExtraKey | None = None
+    request_id: ExtraKey | None = None
     # the form of the answer; see `constraints`
     response_format: Any = None
     structured_outputs: Any = None
@@ -105,31 +110,17 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    # not supported
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    lora_path: Any = None
     modalities: Any = None
-    parallel_tool_calls: bool | None = None
-    prediction: Any = None
-    reasoning_effort: Any = None
-    suffix: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
 
     def check(self) -> None:
         """Raises ApiError for what is not supported and for fields that contradict each other."""
-        for name in self.unsupported:
-            if getattr(self, name) not in (None, [], ""):
-                raise unsupported(name)
-        if self.modalities not in (None, ["text"]):
+        if self.truncate_prompt_tokens == 0:
+            raise invalid("truncate_prompt_tokens = 0 leaves no prompt.", "truncate_prompt_tokens", "invalid_value")
+        if self.modalities not in (None, [], ["text"]):
             raise unsupported("modalities", "A modality other than text")
         if self.spaces_between_special_tokens is False:
             raise unsupported("spaces_between_special_tokens", "spaces_between_special_tokens = false")
-        if self.stream_options is not None and not self.stream:
+        if self.stream_options not in (None, StreamOptions()) and not self.stream:
             raise invalid("stream_options is only allowed when stream is true.", "stream_options")
         if self.extra_key and self.cache_salt and self.extra_key != self.cache_salt:
             raise invalid("extra_key and cache_salt are two names for one thing: send one of them.", "cache_salt")
@@ -168,6 +159,18 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
         keep_stop = self.no_stop_trim or self.include_stop_str_in_output
         return text_params(config, self.stop, self.skip_special_tokens, keep_stop, self.min_tokens)
 
+    def cut(self, prompt: bytes, max_model_len: int) -> bytes:
+        """The end of a prompt's tokens (i32) that `truncate_prompt_tokens` leaves; -1 leaves what the model takes."""
+        limit = self.truncate_prompt_tokens
+        if limit is None:
+            return prompt
+        return prompt[-4 * (max_model_len - 1 if limit == -1 else limit) or len(prompt) :]
+
+    @property
+    def names(self) -> list[str]:
+        """The client's own names for the request, by which it can be ended: SGLang's `rid`, vLLM's `request_id`."""
+        return [name for name in (self.rid, self.request_id) if name]
+
     @property
     def prefix_key(self) -> str:
         """Only requests with the same key share cached prefixes."""
@@ -203,9 +206,10 @@ class ChunkFrame:
         self._no_usage = b',"usage":null}\n\n' if self._include_usage else b"}\n\n"
         self._choices_head = self._head + b',"choices":[{"index":'
 
-    def chunk(self, index: int, content: bytes, generation: Generation) -> bytes:
-        """An event with one choice; `content` is the rest of its object after the index, without the last brace."""
-        return b"%s%d,%s}]%s" % (self._choices_head, index, content, self._usage(generation))
+    def chunk(self, index: int, content: bytes, generation: Generation, more: bytes = b"") -> bytes:
+        """An event with one choice; `content` is the rest of its object after the index, without the last brace, and
+        `more` further fields of the event."""
+        return b"%s%d,%s}]%s%s" % (self._choices_head, index, content, more, self._usage(generation))
 
     def last(self, generation: Generation) -> bytes:
         """The event with the final usage, empty if it was not asked for."""

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from actors.ingress.constraints import schema_constraint
+from actors.ingress.constraints import either, schema_constraint
 from actors.ingress.errors import invalid
-from actors.ingress.parsers.tool_calls.base import Tools
 from actors.messages import SamplingParams
+from actors.parsers.tool_calls.base import Tools
 
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 
@@ -33,14 +33,17 @@ class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
     strict: bool | None = None
 
 
-class Tool(Struct, forbid_unknown_fields=True):
-    """A tool; all are functions."""
+class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """A tool; all are functions. `cache_control` is what Anthropic's clients add, without effect."""
 
     type: Literal["function"]
     function: Function
+    cache_control: Any = None
 
 
-class _Name(Struct, forbid_unknown_fields=True):
+class FunctionName(Struct, forbid_unknown_fields=True):
+    """Which function is to be called."""
+
     name: str
 
 
@@ -48,7 +51,7 @@ class NamedTool(Struct, forbid_unknown_fields=True):
     """A `tool_choice` that asks for a call of one function."""
 
     type: Literal["function"]
-    function: _Name
+    function: FunctionName
 
 
 ToolChoice = Literal["auto", "none", "required"] | NamedTool
@@ -56,7 +59,7 @@ ToolChoice = Literal["auto", "none", "required"] | NamedTool
 
 def named_tool(name: str) -> NamedTool:
     """A `tool_choice` that asks for a call of this function."""
-    return NamedTool("function", _Name(name))
+    return NamedTool("function", FunctionName(name))
 
 
 def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
@@ -68,7 +71,7 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise invalid(f"Invalid value for 'tools': two of them are named '{twice}'.", "tools", "invalid_value")
-    if choice is not None and choice != "none" and not tools:
+    if choice not in (None, "none", "auto") and not tools:
         raise invalid("tool_choice is only allowed when tools are given.", "tool_choice")
     if isinstance(choice, NamedTool):
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -84,7 +87,7 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
 
 def rendered(tools: Sequence[Tool]) -> str:
     """The tools for the chat template, empty if there are none."""
-    return msgspec.json.encode(tools).decode() if tools else ""
+    return msgspec.json.encode([Tool(tool.type, tool.function) for tool in tools]).decode() if tools else ""
 
 
 def parameters_of(tools: Sequence[Tool]) -> Tools:
@@ -92,15 +95,17 @@ def parameters_of(tools: Sequence[Tool]) -> Tools:
     return {tool.function.name: tool.function.parameters for tool in tools}
 
 
-def forced_calls(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> dict[str, Any] | None:
-    """JSON Schema of the whole output where `tool_choice` leaves the model no choice: a list of calls, which
-    `JSONListCalls` reads. None where it may do without.
+def is_forced(choice: ToolChoice | None) -> bool:
+    """Whether `tool_choice` leaves the model no choice but to call a tool."""
+    return choice is not None and choice not in ("auto", "none")
+
+
+def calls_schema(tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool) -> dict[str, Any]:
+    """JSON Schema of a whole output of calls: a list, which `JSONListCalls` reads.
 
     It is the same for all models, as SGLang's and vLLM's is. A tool's parameters that refer to places in themselves
     become a definition, and their references are made relative to it.
     """
-    if choice is None or choice in ("auto", "none"):
-        return None
     calls: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
     for place, tool in enumerate(tools):
@@ -146,14 +151,22 @@ def _moved(schema: Any, place: str, by_name: bool = False, depth: int = 0) -> An
     return moved
 
 
-def constrained(sampling: SamplingParams, schema: dict[str, Any] | None) -> SamplingParams:
-    """Sampling that keeps to the schema of the output, if there is one. Raises ApiError where something else
-    constrains the output already."""
-    if schema is None:
-        return sampling
-    if sampling.constraint is not None:
-        raise invalid("A tool_choice that forces a call cannot be combined with another constraint.", "tool_choice")
-    return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
+def constrained(
+    sampling: SamplingParams, tools: Sequence[Tool], choice: ToolChoice | None, parallel: bool
+) -> SamplingParams:
+    """Sampling that keeps to what the tools ask for. A forced call is constrained in place of the text; where a call is
+    possible, the output is a call or what the text is constrained to. Raises ApiError."""
+    if is_forced(choice):
+        schema = calls_schema(tools, choice, parallel)
+        return structs.replace(sampling, constraint=schema_constraint(schema, "tools"))
+    if tools and sampling.constraint is not None:
+        schema = calls_schema(tools, choice, parallel)
+        return structs.replace(sampling, constraint=either(sampling.constraint, schema, "tools"))
+    strict = [tool for tool in tools if tool.function.strict]
+    if strict:
+        schema = calls_schema(strict, choice, parallel)
+        return structs.replace(sampling, checked=schema_constraint(schema, "tools"))
+    return sampling
 
 
 def call_id(rid: str, choice: int, index: int, short: bool = False) -> str:

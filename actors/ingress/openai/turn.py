@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from msgspec import structs
 
@@ -19,22 +20,23 @@ from actors.ingress.openai.tools import (
     call_id,
     callable_tools,
     constrained,
-    forced_calls,
+    is_forced,
     parameters_of,
     rendered,
 )
-from actors.ingress.parsers.events import CallStart, Content, Event
-from actors.ingress.parsers.output import OutputParser
-from actors.ingress.parsers.reasoning import Markers, reasoning_markers, reasoning_parser
-from actors.ingress.parsers.tool_calls import tool_call_parser
-from actors.ingress.parsers.tool_calls.json_list import JSONListCalls
+from actors.ingress.sampling import limit_of
 from actors.ingress.service import Prompt, Service
 from actors.ingress.thinking import thinking_budget, thinking_of
 from actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
+from actors.parsers.events import CallStart, Content, Event, Parser
+from actors.parsers.output import OutputParser
+from actors.parsers.reasoning import reasoning_format, reasoning_markers, reasoning_parser
+from actors.parsers.tool_calls import tool_call_format, tool_call_parser
+from actors.parsers.tool_calls.json_list import ForcedCalls, JSONListCalls
+from actors.parsers.whole import WholeOutput
 
-_ONE_TURN = ("deepseekv3", "deepseekv31")
-"""Formats of DeepSeek's whose templates take the arguments of calls as text, and let the model go on with its turn
-after the tools' results, without a new beginning."""
+_TAIL_TOKENS = 32
+"""Tokens at the end of a prompt that tell whether it has begun the reasoning."""
 
 
 class Output:
@@ -102,6 +104,7 @@ async def open_turn(
     limit_name: str | None = None,
     cut_limit: bool = False,
     prompt: Prompt | None = None,
+    context: bytes = b"",
 ) -> Turn:
     """Checks a request and renders its prompt. Raises ApiError.
 
@@ -109,6 +112,7 @@ async def open_turn(
         limit_name: the protocol's name for `max_tokens`.
         cut_limit: a limit beyond the model's context is lowered to what fits, not refused.
         prompt: in place of the conversation.
+        context: token ids (i32) of what was said before the prompt.
     """
     request.check()
     model = service.check_model(request.model)
@@ -117,23 +121,31 @@ async def open_turn(
     asked, asked_param = request.max_completion_tokens, "max_completion_tokens"
     if asked is None:
         asked, asked_param = request.max_tokens, limit_name or "max_tokens"
+    unlimited, asked = asked == -1, limit_of(asked)
     if asked == 0:
         raise invalid(f"Invalid value for '{asked_param}': it must be at least 1.", asked_param, "invalid_value")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise invalid("top_logprobs is only allowed when logprobs is true.", "top_logprobs")
     top = (request.top_logprobs or 0) if request.logprobs else -1
     sampling = request.sampling(service.model, exchange.work.identity.seed, asked, logprobs=top)
     text = request.text_params(service.config)
     tools = callable_tools(request.tools, request.tool_choice)
-    forced = forced_calls(tools, request.tool_choice, request.parallel_tool_calls is not False)
-    sampling = constrained(sampling, forced)
+    as_list = is_forced(request.tool_choice) or (bool(tools) and sampling.constraint is not None)
+    sampling = constrained(sampling, tools, request.tool_choice, request.parallel_tool_calls is not False)
     if tools and service.model.tool_call_parser is not None and request.skip_special_tokens is None:
         text = structs.replace(text, skip_special_tokens=False)  # markers of calls are special tokens of many models
+    reasoning = service.model.reasoning_parser if prompt is None else None
+    if reasoning is not None and reasoning_format(reasoning).SPECIAL_TOKENS and request.skip_special_tokens is None:
+        text = structs.replace(text, skip_special_tokens=False)
 
     shown = prompt or conversation(service.model, request, tools)
-    markers = None if prompt is not None else _markers(service.model, request)
-    tokens, sampling = await _tokenized(service, request, exchange, shown, markers, sampling)
-    limit, default = (None, asked) if cut_limit else (asked, None)
+    tokens, inside, sampling = await _tokenized(service, request, exchange, shown, reasoning, sampling)
+    tokens = context + tokens
+    tokens = request.cut(tokens, service.model.max_model_len)
+    usual = None if unlimited else service.model.sampling.max_tokens
+    if usual is not None:
+        usual = max(usual, request.min_tokens or 0)
+    limit, default = (None, usual if asked is None else asked) if cut_limit else (asked, usual)
     max_tokens = service.check_length(len(tokens) // 4, limit, default, "messages", asked_param)
     generation = service.generate(
         exchange.work,
@@ -145,12 +157,12 @@ async def open_turn(
         extra_key=request.prefix_key,
         eager=bool(request.stream),
     )
-    rid, short_ids = exchange.work.identity.rid, service.model.tool_call_parser == "mistral"
+    rid, short_ids = exchange.work.identity.rid, _calls_format(service.model, "SHORT_IDS")
 
     def named(choice: int) -> Callable[[int], str]:
         return lambda call: call_id(rid, choice, call, short_ids)
 
-    parser = _parsers(service.model, request, tools, forced is not None, prompt is not None)
+    parser = _parsers(service.model, request, tools, as_list, inside, prompt is not None)
     outputs = [Output(entry, parser(), named(entry.index)) for entry in generation.entries]
     return Turn(model, max_tokens, top, generation, outputs)
 
@@ -160,25 +172,41 @@ async def _tokenized(
     request: ChatRequest,
     exchange: Exchange,
     prompt: Prompt,
-    markers: Markers | None,
+    reasoning: str | None,
     sampling: SamplingParams,
-) -> tuple[bytes, SamplingParams]:
-    """The prompt's tokens (i32), and the sampling with what engines are told of the reasoning. Raises ApiError.
+) -> tuple[bytes, bool, SamplingParams]:
+    """The prompt's tokens (i32), whether the output begins inside its reasoning, and the sampling with what engines are
+    told of that. Raises ApiError.
 
     Args:
-        markers: of the reasoning, if the output may have one.
+        reasoning: its format, if the output may have one.
     """
     prompts, budget = [prompt], thinking_budget(service.model, request.thinking_budgets)
-    if markers is not None and budget is not None:
-        prompts.append(TextPrompt(markers.closing, add_special_tokens=False))
+    if reasoning is not None and budget is not None:
+        prompts.append(TextPrompt(reasoning_markers(reasoning, False).closing, add_special_tokens=False))
     tokens, *closing = await service.tokenize(exchange, prompts)
+    if reasoning is None:
+        return tokens, False, sampling
+    inside = await _begins_inside(service, request, reasoning, tokens)
     if not closing:
         budget = None  # also of an answer that a former version, which knew no budgets, has begun
     # Where an output begins inside the reasoning, its form is that of the answer.
-    inside = markers is not None and not markers.start and request.separate_reasoning
-    if markers is not None and (budget is not None or (inside and sampling.constraint is not None)):
+    if budget is not None or (inside and request.separate_reasoning and sampling.constraint is not None):
+        markers = reasoning_markers(reasoning, inside)
         sampling = structs.replace(sampling, thinking=thinking_of(markers, budget, b"".join(closing)))
-    return tokens, sampling
+    return tokens, inside, sampling
+
+
+async def _begins_inside(service: Service, request: ChatRequest, reasoning: str, tokens: bytes) -> bool:
+    """Whether an output begins inside its reasoning: by the end of the prompt, which follows from the tokens, so that
+    it is known again when an answer is made anew."""
+    kind, last = reasoning_format(reasoning), request.messages[-1]
+    if request.continue_final_message:
+        return kind.goes_on_inside(last.text)
+    tail = (await service.detokenize(array("i", tokens[-4 * _TAIL_TOKENS :]).tolist())).text
+    if last.role == "tool" and _calls_format(service.model, "ONE_TURN"):
+        return kind.goes_on_inside(tail)
+    return kind.begins_inside(tail)
 
 
 def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]) -> ChatPrompt:
@@ -189,24 +217,29 @@ def conversation(model: ServedModel, request: ChatRequest, tools: Sequence[Tool]
         request.add_generation_prompt,
         request.continue_final_message,
         rendered(tools),
-        model.tool_call_parser in _ONE_TURN,
+        _calls_format(model, "ONE_TURN"),
     )
 
 
 def _parsers(
-    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], forced: bool, plain: bool
+    model: ServedModel, request: ChatRequest, tools: Sequence[Tool], as_list: bool, inside: bool, plain: bool
 ) -> Callable[[], OutputParser | None]:
-    """Makes the parser of a choice, None if its output is the content. `forced` is for calls that a grammar forces,
-    `plain` for prompts that no template has made."""
+    """Makes the parser of a choice, None if its output is the content. `as_list` is for calls that a constraint
+    allows as a list, `inside` for outputs that begin inside their reasoning, `plain` for prompts that no template has
+    made."""
     if plain:
         return lambda: None
-    reasoning_format = model.reasoning_parser if request.separate_reasoning else None
-    calls_format = model.tool_call_parser if tools else None
-    parameters, continued = parameters_of(tools), _continued(model, request)
+    reasoning_name = model.reasoning_parser if request.separate_reasoning else None
+    calls_name = model.tool_call_parser if tools else None
+    parameters = parameters_of(tools)
 
     def make() -> OutputParser | None:
-        reasoning = reasoning_format and reasoning_parser(reasoning_format, request.template_arguments, continued)
-        calls = JSONListCalls(parameters) if forced else calls_format and tool_call_parser(calls_format, parameters)
+        reasoning = None if reasoning_name is None else reasoning_parser(reasoning_name, inside)
+        calls: Parser | None = None
+        if as_list:
+            calls = WholeOutput((ForcedCalls if is_forced(request.tool_choice) else JSONListCalls)(parameters))
+        elif calls_name is not None:
+            calls = tool_call_parser(calls_name, parameters)
         if reasoning is None and calls is None:
             return None
         return OutputParser(
@@ -219,16 +252,7 @@ def _parsers(
     return make
 
 
-def _markers(model: ServedModel, request: ChatRequest) -> Markers | None:
-    """The texts around the reasoning of an output; None if it holds none that is known."""
-    if model.reasoning_parser is None:
-        return None
-    return reasoning_markers(model.reasoning_parser, request.template_arguments, _continued(model, request))
-
-
-def _continued(model: ServedModel, request: ChatRequest) -> str | None:
-    """The text that the output goes on with, if the prompt ends with an unfinished answer."""
-    last = request.messages[-1]
-    if last.role == "tool" and model.tool_call_parser in _ONE_TURN:
-        return ""
-    return last.text if request.continue_final_message else None
+def _calls_format(model: ServedModel, trait: Literal["ONE_TURN", "SHORT_IDS"]) -> bool:
+    """Whether the format of a model's calls has a trait."""
+    name = model.tool_call_parser
+    return name is not None and bool(getattr(tool_call_format(name), trait))

@@ -167,9 +167,16 @@ class _Given(nn.Module):
 
     states: Tensor
 
+    @property
+    def decoder(self) -> _Given:
+        """Some models ask the decoder in their base model."""
+        return self
+
     def forward(self, *_: Any, **__: Any) -> Any:
         outputs = importlib.import_module("transformers.modeling_outputs")
-        return outputs.MoeModelOutputWithPast(last_hidden_state=self.states)
+        output = outputs.MoeModelOutputWithPast(last_hidden_state=self.states)
+        output.cross_attentions = None  # which some pass on
+        return output
 
 
 def load_foreign(

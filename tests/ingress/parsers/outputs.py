@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
 
 TOOLS: dict[str, Any] = {
     "get_weather": {
@@ -111,6 +111,92 @@ def pythonic(calls: list[Call]) -> str:
     return "[" + ", ".join(each) + "]"
 
 
+def seed(calls: list[Call]) -> str:
+    return qwen3_coder(calls).replace("tool_call>", "seed:tool_call>")
+
+
+def dsml4(calls: list[Call]) -> str:
+    return dsml(calls).replace("function_calls", "tool_calls")
+
+
+def invoke(calls: list[Call], prefix: str = "") -> str:
+    pair = f'<{prefix}parameter name="{{}}">{{}}</{prefix}parameter>\n'
+    each = (
+        f'<{prefix}invoke name="{n}">\n' + "".join(pair.format(k, bare(v)) for k, v in a.items()) + f"</{prefix}invoke>"
+        for n, a in calls
+    )
+    return "\n".join(each)
+
+
+def minimax(calls: list[Call]) -> str:
+    return f"<minimax:tool_call>\n{invoke(calls)}\n</minimax:tool_call>"
+
+
+def step3(calls: list[Call]) -> str:
+    each = (
+        f"<｜tool_call_begin｜>function<｜tool_sep｜>{invoke([call], 'steptml:')}<｜tool_call_end｜>" for call in calls
+    )
+    return "<｜tool_calls_begin｜>\n" + "\n".join(each) + "\n<｜tool_calls_end｜>"
+
+
+def hunyuan(calls: list[Call]) -> str:
+    pairs = "<arg_key>{}</arg_key>\n<arg_value>{}</arg_value>\n"
+    each = (f"<tool_call>{n}<tool_sep>\n" + "".join(pairs.format(k, bare(v)) for k, v in a.items()) for n, a in calls)
+    return "<tool_calls>\n" + "\n".join(f"{body}</tool_call>" for body in each) + "\n</tool_calls>"
+
+
+def listed(
+    before: str, after: str = "", name: str = "name", arguments: str = "arguments"
+) -> Callable[[list[Call]], str]:
+    return lambda calls: before + js([{name: n, arguments: a} for n, a in calls]) + after
+
+
+def internlm(calls: list[Call]) -> str:
+    each = (js({"name": n, "parameters": a}) for n, a in calls)
+    return "\n".join(f"<|action_start|> <|plugin|>\n{call}<|action_end|>" for call in each)
+
+
+def granite_20b(calls: list[Call]) -> str:
+    return "\n".join(f"<function_call> {js({'name': n, 'arguments': a})}" for n, a in calls)
+
+
+def phi4(calls: list[Call]) -> str:
+    return "functools" + js([{"name": n, "arguments": a} for n, a in calls])
+
+
+def olmo3(calls: list[Call]) -> str:
+    return "<function_calls>\n" + "\n".join(pythonic([call])[1:-1] for call in calls) + "\n</function_calls>"
+
+
+def gemma3(calls: list[Call]) -> str:
+    return "```tool_code\n" + "\n".join(pythonic([call])[1:-1] for call in calls) + "\n```"
+
+
+def gemma4_value(value: Any) -> str:
+    match value:
+        case str():
+            return f'<|"|>{value}<|"|>'
+        case dict():
+            return "{" + ",".join(f"{k}:{gemma4_value(v)}" for k, v in value.items()) + "}"
+        case list():
+            return "[" + ",".join(map(gemma4_value, value)) + "]"
+    return js(value)
+
+
+def gemma4(calls: list[Call]) -> str:
+    return "".join(f"<|tool_call>call:{n}{gemma4_value(a)}<tool_call|>" for n, a in calls)
+
+
+def functiongemma(calls: list[Call]) -> str:
+    each = (f"call:{n}{{" + ",".join(f"{k}:<escape>{bare(v)}<escape>" for k, v in a.items()) + "}" for n, a in calls)
+    return "".join(f"<start_function_call>{call}<end_function_call>" for call in each)
+
+
+def harmony(calls: list[Call]) -> str:
+    each = (f"commentary to=functions.{n} <|constrain|>json<|message|>{js(a)}<|call|>" for n, a in calls)
+    return "<|start|>assistant".join(f"<|channel|>{call}" for call in each)
+
+
 WRITERS: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
     "hermes": ("hermes", hermes),
     "qwen25": ("qwen25", hermes),
@@ -126,6 +212,28 @@ WRITERS: dict[str, tuple[str, Callable[[list[Call]], str]]] = {
     "glm47": ("glm47", glm47),
     "qwen3_coder": ("qwen3_coder", qwen3_coder),
     "pythonic": ("pythonic", pythonic),
+    "deepseekv4": ("deepseekv32", dsml4),
+    "seed_oss": ("seed_oss", seed),
+    "minimax-m2": ("minimax-m2", minimax),
+    "step3": ("step3", step3),
+    "hunyuan": ("hunyuan", hunyuan),
+    "hunyuan_a13b": ("hunyuan_a13b", listed("<tool_calls>", "</tool_calls>")),
+    "jamba": ("jamba", listed("<tool_calls>", "</tool_calls>")),
+    "nemotron_json": ("nemotron_json", listed("<TOOLCALL>", "</TOOLCALL>")),
+    "granite": ("granite", listed("<|tool_call|>")),
+    "granite-20b-fc": ("granite-20b-fc", granite_20b),
+    "phi4_mini_json": ("phi4_mini_json", phi4),
+    "xlam": ("xlam", listed("")),
+    "xlam in Markdown": ("xlam", listed("```json\n", "\n```")),
+    "interns1": ("interns1", internlm),
+    "cohere_command4": ("cohere_command4", listed("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters")),
+    "hermes list": ("qwen25", listed("<tool_call>", "</tool_call>")),
+    "lfm2": ("lfm2", lambda calls: f"<|tool_call_start|>{pythonic(calls)}<|tool_call_end|>"),
+    "olmo3": ("olmo3", olmo3),
+    "gemma3": ("gemma3", gemma3),
+    "gemma4": ("gemma4", gemma4),
+    "functiongemma": ("functiongemma", functiongemma),
+    "gpt-oss": ("gpt-oss", harmony),
 }
 """Formats, the name of each, and how models write a list of calls in it."""
 

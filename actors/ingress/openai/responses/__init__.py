@@ -1,1 +1,1 @@
-"""OpenAI's responses, without a memory: nothing is kept after an answer."""
+"""OpenAI's responses, which are stored for a while."""

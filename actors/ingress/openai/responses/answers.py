@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
 from actors.ingress.openai.responses.protocol import ResponsesRequest
 from actors.ingress.openai.turn import Turn
-from actors.ingress.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 from actors.ingress.pieces import Identity
+from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 
@@ -21,9 +22,21 @@ class Answer:
 
     An answer that is made anew may be cut into other deltas. So that its events go on with the numbers that the client
     expects, a delta counts as many as it has characters.
+
+    Args:
+        stored: the response is kept.
+        on_complete: told the whole response, before it is sent.
     """
 
-    def __init__(self, turn: Turn, request: ResponsesRequest, drawn: Identity) -> None:
+    def __init__(
+        self,
+        turn: Turn,
+        request: ResponsesRequest,
+        drawn: Identity,
+        stored: bool = False,
+        on_complete: Callable[[dict[str, Any]], None] = lambda response: None,
+    ) -> None:
+        self._on_complete = on_complete
         (self._output,) = turn.outputs
         self._turn = turn
         self._rid = drawn.rid
@@ -33,6 +46,7 @@ class Answer:
         self._parts: list[bytes] = []
         self._begun = False
         text, reasoning = request.text, request.reasoning
+        summary = None if reasoning is None else reasoning.summary or reasoning.generate_summary
         self._fixed: dict[str, Any] = {
             "id": f"resp_{drawn.rid}",
             "object": "response",
@@ -44,15 +58,18 @@ class Answer:
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
             "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": None,
-            "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": None},
-            "store": False,
+            "previous_response_id": request.previous_response_id,
+            "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": summary},
+            "store": stored,
             "temperature": 1.0 if request.temperature is None else request.temperature,
-            "text": {"format": (text and text.format) or {"type": "text"}},
+            "text": {
+                "format": (text and text.format) or {"type": "text"},
+                **({"verbosity": text.verbosity} if text and text.verbosity else {}),
+            },
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
             "top_p": 1.0 if request.top_p is None else request.top_p,
-            "truncation": "disabled",
+            "truncation": request.truncation or "disabled",
         }
 
     def document(self) -> bytes:
@@ -72,7 +89,9 @@ class Answer:
         if self._output.entry.finish is not None:
             status = self._status
             self._end_item(status)
-            self._event(f"response.{status}", response=self._response(status))
+            response = self._response(status)
+            self._on_complete(response)
+            self._event(f"response.{status}", response=response)
         return b"".join(self._parts)
 
     @property

@@ -3,53 +3,95 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from actors.ingress.errors import converted, invalid, unsupported
+from actors.ingress.decoding import converted
+from actors.ingress.errors import ApiError, unsupported
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.protocol import (
+    AllowedTools,
+    CustomCall,
     FunctionCall,
     FunctionCallOutput,
     FunctionTool,
+    ItemReference,
     Message,
     NamedFunction,
     ReasoningItem,
+    Refusal,
     ResponsesRequest,
     Text,
 )
-from actors.ingress.openai.tools import Function, Tool, named_tool
+from actors.ingress.openai.responses.store import ResponseStore
+from actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
 
-T = TypeVar("T")
+_LOGPROBS = "message.output_text.logprobs"
+"""The one thing in `include` that is not built. The others belong to tools that this server does not run, or are given
+without being asked for."""
 
-_UNSUPPORTED = ("context_management", "max_tool_calls", "moderation", "prompt", "top_logprobs")
-_MEMORY = "This server keeps nothing of an answer: send the whole conversation as 'input'"
+_TEXTS = ("input_text", "output_text", "text", "summary_text")
+"""Types of content parts whose text is in `text`."""
+
+Warn = Callable[[str], None]
 
 
-def chat_request(request: ResponsesRequest) -> ChatRequest:
-    """The same as a chat request. Raises ApiError for what is not supported."""
-    for name in ("previous_response_id", "conversation"):
-        if getattr(request, name) is not None:
-            raise invalid(f"{_MEMORY}, without '{name}'.", name, "unsupported_parameter")
-    if request.store:
-        raise invalid(f"{_MEMORY}, with store = false.", "store", "unsupported_parameter")
-    if request.background:
-        raise unsupported("background", "An answer in the background")
-    if request.truncation == "auto":
-        raise unsupported("truncation", "truncation = 'auto'")
-    for name in _UNSUPPORTED:
-        if getattr(request, name) not in (None, 0, [], {}):
-            raise unsupported(name)
-    for name in request.include or ():
-        if name != "reasoning.encrypted_content":  # reasoning is given in plain text, which can be sent back as well
-            raise unsupported("include", f"'{name}' in 'include'")
-    messages = [ChatMessage("system", request.instructions)] if request.instructions else []
+def items_of(request: ResponsesRequest, store: ResponseStore, reader: str) -> list[dict[str, Any]]:
+    """The conversation that a request goes on with: of the response before, if it names one, and its own input. Raises
+    ApiError.
+
+    Args:
+        reader: see `ResponseStore.load`.
+    """
+    before: list[dict[str, Any]] = []
+    if request.previous_response_id is not None:
+        stored = store.load(request.previous_response_id, reader)
+        if stored is None:
+            raise _not_stored("response", request.previous_response_id, "previous_response_id")
+        before = stored.conversation
     if isinstance(request.input, str):
-        messages.append(ChatMessage("user", request.input))
-    else:
-        for i, item in enumerate(request.input):
-            _add(messages, item, f"input[{i}]")
-    choice = request.tool_choice
+        text = {"type": "input_text", "text": request.input}
+        return [*before, {"type": "message", "role": "user", "content": [text]}]
+    return [*before, *(_found(item, f"input[{i}]", store, reader) for i, item in enumerate(request.input))]
+
+
+def _found(item: dict[str, Any], param: str, store: ResponseStore, reader: str) -> dict[str, Any]:
+    """An item, in place of a reference to it. OpenAI's clients may leave the type of a reference out."""
+    if item.get("type") != "item_reference" and item.keys() != {"id"}:
+        return item
+    reference = converted(item, ItemReference, param)
+    found = store.item(reference.id, reader)
+    if found is None:
+        raise _not_stored("item", reference.id, f"{param}.id")
+    return found
+
+
+def _not_stored(what: str, identity: str, param: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The {what} '{identity}' is not stored here (any more): send the whole conversation as 'input' instead.",
+        param,
+        "previous_response_not_found" if what == "response" else "item_not_found",
+    )
+
+
+def chat_request(request: ResponsesRequest, items: list[dict[str, Any]], warn: Warn) -> ChatRequest:
+    """The same as a chat request. Raises ApiError for what is not supported.
+
+    Args:
+        items: the conversation.
+        warn: told of what is left out.
+    """
+    if request.conversation is not None:
+        raise unsupported(
+            "conversation", "'conversation' (send 'previous_response_id', or the whole conversation as 'input')"
+        )
+    if _LOGPROBS in (request.include or ()):
+        raise unsupported("include", f"'{_LOGPROBS}' in 'include'")
+    messages = [ChatMessage("system", request.instructions)] if request.instructions else []
+    for i, item in enumerate(items, len(request.input) - len(items) if isinstance(request.input, list) else 0):
+        _add(messages, item, f"input[{i}]" if i >= 0 else "previous_response_id")
+    tools, choice = _tools(request, warn)
     return ChatRequest(
         model=request.model,
         messages=messages,
@@ -57,22 +99,22 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         temperature=request.temperature,
         top_p=request.top_p,
         stream=request.stream,
-        tools=[_tool(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())] or None,
-        tool_choice=named_tool(choice.name) if isinstance(choice, NamedFunction) else choice,
+        tools=tools or None,
+        tool_choice=choice,
         parallel_tool_calls=request.parallel_tool_calls,
         reasoning_effort=None if request.reasoning is None else request.reasoning.effort,
+        verbosity=None if request.text is None else request.text.verbosity,
         response_format=_format(request),
     )
 
 
 def _add(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
     """Adds an item. What an assistant has reasoned, said and called in one turn is one message."""
-    kind = item.get("type", "message")
+    kind = item.get("type") or "message"
     add = _ITEMS.get(kind) if isinstance(kind, str) else None
     if add is None:
         raise unsupported(f"{param}.type", f"An item of type '{kind}'")
-    # Clients send an answer's items back with fields that the server has not set.
-    add(messages, {key: value for key, value in item.items() if value is not None}, param)
+    add(messages, {**item, "type": kind}, param)
 
 
 def _add_message(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
@@ -88,14 +130,25 @@ def _add_message(messages: list[ChatMessage], item: dict[str, Any], param: str) 
 
 def _add_reasoning(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
     reasoning = converted(item, ReasoningItem, param)
-    turn = _turn(messages)
-    turn.reasoning_content = (turn.reasoning_content or "") + "".join(part.text for part in reasoning.content or ())
+    text = "".join(part.text for part in reasoning.content or ())
+    if text:
+        turn = _turn(messages)
+        turn.reasoning_content = (turn.reasoning_content or "") + text
 
 
 def _add_call(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
     call = converted(item, FunctionCall, param)
+    _call(messages, call.call_id, call.name, call.arguments)
+
+
+def _add_custom_call(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
+    call = converted(item, CustomCall, param)
+    _call(messages, call.call_id, call.name, {"input": call.input})
+
+
+def _call(messages: list[ChatMessage], identity: str, name: str, arguments: str | dict[str, Any]) -> None:
     turn = _turn(messages)
-    turn.tool_calls = [*(turn.tool_calls or ()), ToolCall(CalledFunction(call.name, call.arguments), call.call_id)]
+    turn.tool_calls = [*(turn.tool_calls or ()), ToolCall(CalledFunction(name, arguments), identity)]
 
 
 def _add_output(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
@@ -108,6 +161,8 @@ _ITEMS: dict[str, Callable[[list[ChatMessage], dict[str, Any], str], None]] = {
     "reasoning": _add_reasoning,
     "function_call": _add_call,
     "function_call_output": _add_output,
+    "custom_tool_call": _add_custom_call,
+    "custom_tool_call_output": _add_output,
 }
 
 
@@ -125,17 +180,39 @@ def _texts(content: str | list[dict[str, Any]], param: str) -> list[dict[str, An
     parts: list[dict[str, Any]] = []
     for i, part in enumerate(content):
         where, kind = f"{param}[{i}]", part.get("type")
-        if isinstance(kind, str) and kind not in ("input_text", "output_text"):
+        if kind == "refusal":
+            parts.append({"type": "text", "text": converted(part, Refusal, where).refusal})
+            continue
+        if isinstance(kind, str) and kind not in _TEXTS:
             raise unsupported(f"{where}.type", f"A content part of type '{kind}'")
         parts.append({"type": "text", "text": converted(part, Text, where).text})
     return parts
 
 
-def _tool(tool: dict[str, Any], param: str) -> Tool:
-    if isinstance(tool.get("type"), str) and tool["type"] != "function":
-        raise unsupported(f"{param}.type", f"A tool of type '{tool['type']}'")
-    function = converted(tool, FunctionTool, param)
-    return Tool("function", Function(function.name, function.description, function.parameters, function.strict))
+def _tools(request: ResponsesRequest, warn: Warn) -> tuple[list[Tool], ToolChoice | None]:
+    """The tools that may be called here, and which of them are to be. Those that OpenAI or the client's machine runs
+    under a type of their own are left out, unless a call of one is forced."""
+    tools: list[Tool] = []
+    for i, tool in enumerate(request.tools or ()):
+        kind = tool.get("type")
+        if isinstance(kind, str) and kind != "function":
+            warn(f"tools[{i}] is left out: this server runs no tools of type '{kind}'")
+            continue
+        function = converted(tool, FunctionTool, f"tools[{i}]")
+        own = Function(function.name, function.description, function.parameters, function.strict)
+        tools.append(Tool("function", own))
+    choice = request.tool_choice
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = converted(choice, AllowedTools, "tool_choice")
+        names = {tool.get("name") for tool in allowed.tools}
+        tools = [tool for tool in tools if tool.function.name in names]
+        choice = allowed.mode
+    if isinstance(choice, dict):
+        kind = choice.get("type")
+        if isinstance(kind, str) and kind != "function":
+            raise unsupported("tool_choice", f"A call of a tool of type '{kind}'")
+        return tools, named_tool(converted(choice, NamedFunction, "tool_choice").name)
+    return tools, choice
 
 
 def _format(request: ResponsesRequest) -> dict[str, Any] | None:

@@ -1,24 +1,25 @@
 """Body of POST /v1/responses.
 
-Fields of type Any are without effect by their definition, or refused when they ask for anything.
+Fields of type Any are without effect by their definition.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
 from actors.ingress.openai.requests import ReasoningEffort
 from actors.ingress.openai.tools import ToolName
-from actors.ingress.sampling import TopP
+from actors.ingress.sampling import TokenLimit, TopP
 
 
 class Text(Struct, forbid_unknown_fields=True):
-    """A part of a message. All but the text is what an answer brings along."""
+    """A part of a message. All but the text is what an answer brings along, or clients add."""
 
-    type: Literal["input_text", "output_text"]
+    type: Literal["input_text", "output_text", "text", "summary_text"]
     text: str
+    cache_control: Any = None
     annotations: Any = None
     logprobs: Any = None
     parsed: Any = None
@@ -35,6 +36,13 @@ class Message(Struct, forbid_unknown_fields=True, kw_only=True):
     status: Any = None
 
 
+class Refusal(Struct, forbid_unknown_fields=True):
+    """A part of a message: that the model does not answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
 class FunctionCall(Struct, forbid_unknown_fields=True, kw_only=True):
     """An item: a call of a former turn."""
 
@@ -44,7 +52,7 @@ class FunctionCall(Struct, forbid_unknown_fields=True, kw_only=True):
     arguments: str
     id: Any = None
     caller: Any = None
-    namespace: None = None
+    namespace: Any = None
     parsed_arguments: Any = None
     status: Any = None
 
@@ -52,12 +60,32 @@ class FunctionCall(Struct, forbid_unknown_fields=True, kw_only=True):
 class FunctionCallOutput(Struct, forbid_unknown_fields=True, kw_only=True):
     """An item: what a call has given."""
 
-    type: Literal["function_call_output"]
+    type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
     output: str | list[dict[str, Any]]
     id: Any = None
     caller: Any = None
     status: Any = None
+
+
+class CustomCall(Struct, forbid_unknown_fields=True, kw_only=True):
+    """An item: a call of a former turn whose argument is a text."""
+
+    type: Literal["custom_tool_call"]
+    call_id: str
+    name: str
+    input: str
+    id: Any = None
+    caller: Any = None
+    namespace: Any = None
+    status: Any = None
+
+
+class ItemReference(Struct, forbid_unknown_fields=True):
+    """An item: one of an answer that is kept."""
+
+    id: str
+    type: Literal["item_reference"] = "item_reference"
 
 
 class ReasoningText(Struct, forbid_unknown_fields=True):
@@ -68,12 +96,13 @@ class ReasoningText(Struct, forbid_unknown_fields=True):
 
 
 class ReasoningItem(Struct, forbid_unknown_fields=True, kw_only=True):
-    """An item: the reasoning of a former turn. The summary is not shown to the model."""
+    """An item: the reasoning of a former turn. A summary, and what another server has encrypted, are not shown to the
+    model."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
     summary: Any = None
-    encrypted_content: None = None
+    encrypted_content: Any = None
     id: Any = None
     status: Any = None
 
@@ -86,6 +115,7 @@ class FunctionTool(Struct, forbid_unknown_fields=True, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    cache_control: Any = None
 
 
 class NamedFunction(Struct, forbid_unknown_fields=True):
@@ -95,40 +125,64 @@ class NamedFunction(Struct, forbid_unknown_fields=True):
     name: str
 
 
+class AllowedTools(Struct, forbid_unknown_fields=True):
+    """A `tool_choice` that leaves some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+Summary = Literal["auto", "concise", "detailed"]
+
+
 class TextConfig(Struct, forbid_unknown_fields=True):
     """The answer's form."""
 
     format: dict[str, Any] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ReasoningConfig(Struct, forbid_unknown_fields=True):
-    """How much to reason. Reasoning is given as it is, never as a summary."""
+    """How much to reason. Reasoning is given as it is, whichever summary is asked for."""
 
     effort: ReasoningEffort | None = None
-    generate_summary: None = None
-    summary: Literal["auto"] | None = None
+    generate_summary: Summary | None = None
+    summary: Summary | None = None
 
 
 class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     """Body of POST /v1/responses."""
 
+    unsupported: ClassVar[tuple[str, ...]] = (
+        "background",
+        "context_management",
+        "moderation",
+        "prompt",
+        "top_logprobs",
+    )
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,)}
+
     input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
     model: str | None = None
     instructions: str | None = None
-    max_output_tokens: Annotated[int, Meta(ge=1, lt=2**31)] | None = None
+    max_output_tokens: TokenLimit | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: TopP | None = None
     stream: bool | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedFunction | None = None
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
+    previous_response_id: str | None = None
+    include: list[str] | None = None
+    truncation: Literal["disabled", "auto"] | None = None
     # without effect on the answer
     client_metadata: Any = None
+    max_tool_calls: Any = None
     prompt_cache_key: Any = None
     prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
@@ -137,13 +191,4 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     stream_options: Any = None
     user: Any = None
     # not supported
-    background: Any = None
-    context_management: Any = None
     conversation: Any = None
-    include: list[str] | None = None
-    max_tool_calls: Any = None
-    moderation: Any = None
-    previous_response_id: Any = None
-    prompt: Any = None
-    top_logprobs: Any = None
-    truncation: Literal["disabled", "auto"] | None = None

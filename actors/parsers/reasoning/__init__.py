@@ -1,0 +1,57 @@
+"""Formats of reasoning, each declared once, by the names that SGLang and vLLM give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from actors.parsers.events import Parser
+from actors.parsers.reasoning.base import ReasoningParser
+from actors.parsers.reasoning.registry import FORMATS as FORMATS
+
+FORMATS.load(__name__, __path__)
+
+REASONING_FORMATS = FORMATS.formats
+
+if TYPE_CHECKING:
+    ReasoningFormat = str
+else:
+    ReasoningFormat = Literal[FORMATS.names]
+
+
+class Markers(NamedTuple):
+    """The texts around the reasoning of an output.
+
+    Attributes:
+        start: with which it begins; empty if the output begins inside. ends: any of which ends it.
+        closing: what a model writes to end it.
+    """
+
+    start: str
+    ends: list[str]
+    closing: str
+
+
+def reasoning_format(name: str) -> type[ReasoningParser]:
+    """The class of a format."""
+    return FORMATS.parser(name)
+
+
+def reasoning_parser(name: str, inside: bool) -> Parser:
+    """A parser for one output. `inside` says whether this begins inside the reasoning."""
+    return FORMATS.parser(name)(inside)
+
+
+def reasoning_markers(name: str, inside: bool) -> Markers:
+    """What the parser of an output goes by."""
+    kind = FORMATS.parser(name)
+    return Markers("" if inside else kind.OPEN, [kind.CLOSE], kind.CLOSING)
+
+
+def markers_after(name: str, prompt: str) -> Markers:
+    """The same for an output that goes on with any text."""
+    return reasoning_markers(name, FORMATS.parser(name).goes_on_inside(prompt))
+
+
+def detect_reasoning(template: str) -> str | None:
+    """The format of the reasoning that a chat template has in mind; None if it has none that is known."""
+    return FORMATS.detect(template)

@@ -1,0 +1,8 @@
+"""All formats of reasoning."""
+
+from __future__ import annotations
+
+from actors.parsers.reasoning.base import ReasoningParser
+from actors.parsers.registry import Formats
+
+FORMATS: Formats[ReasoningParser] = Formats()

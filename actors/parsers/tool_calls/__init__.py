@@ -1,0 +1,33 @@
+"""Formats of tool calls, each in a file of its own, by the names that SGLang and vLLM give them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from actors.parsers.events import Parser
+from actors.parsers.tool_calls.base import ToolCallParser, Tools
+from actors.parsers.tool_calls.registry import FORMATS as FORMATS
+
+FORMATS.load(__name__, __path__)
+
+TOOL_CALL_FORMATS = FORMATS.formats
+
+if TYPE_CHECKING:
+    ToolCallFormat = str
+else:
+    ToolCallFormat = Literal[FORMATS.names]
+
+
+def tool_call_format(name: str) -> type[ToolCallParser]:
+    """The class of a format."""
+    return FORMATS.parser(name)
+
+
+def tool_call_parser(name: str, tools: Tools) -> Parser:
+    """A parser for one output of a model that may call tools."""
+    return FORMATS.parser(name)(tools)
+
+
+def detect_tool_calls(template: str) -> str | None:
+    """The format in which a chat template shows tool calls to the model; None if it shows none that is known."""
+    return FORMATS.detect(template)

@@ -1,0 +1,8 @@
+"""All formats of tool calls."""
+
+from __future__ import annotations
+
+from actors.parsers.registry import Formats
+from actors.parsers.tool_calls.base import ToolCallParser
+
+FORMATS: Formats[ToolCallParser] = Formats()
