@@ -29,7 +29,7 @@ TEST_PROGRAMS = iproute2 $(MOONCAKE_LIBRARIES) chromium
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check
-LOCKED = $(PIP) -q --no-deps --require-hashes -r
+LOCKED = $(PIP) --no-deps --require-hashes -r
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
