@@ -23,6 +23,7 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange, request_id
 from actors.ingress.health import HealthGenerate, health, metrics
 from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.node_status import NodeStatus, RestartBody, actor_log, history, requests, restart
 from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama import models as ollama_models
@@ -42,7 +43,7 @@ from actors.ingress.pooling.classify import ClassifyRequest, classify
 from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
-from actors.ingress.status_page import NodeStatus, page
+from actors.ingress.status_page import page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
@@ -72,6 +73,7 @@ _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _START_PROFILE = msgspec.json.Decoder(StartProfileBody)
 _STOP_PROFILE = msgspec.json.Decoder(StopProfileBody)
+_RESTART = msgspec.json.Decoder(RestartBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
@@ -162,6 +164,10 @@ def create_app(service: Service) -> Starlette:
         routes=[
             Route("/", Get(service, page, public=True), methods=["GET"]),
             Route("/status", Get(service, NodeStatus()), methods=["GET"]),
+            Route("/status/history", Get(service, history), methods=["GET"]),
+            Route("/status/requests", Get(service, requests, admin=True), methods=["GET"]),
+            Route("/status/logs", Get(service, actor_log, admin=True), methods=["GET"]),
+            Route("/status/restart", Post(service, _RESTART, restart, tasks=TASKS, admin=True), methods=["POST"]),
             Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),

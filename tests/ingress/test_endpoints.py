@@ -124,6 +124,7 @@ class StatusSocket:
     def _tell(self) -> None:
         reader, _ = self._listener.accept()
         with reader:
+            assert reader.recv(100) == b"status\n"
             self.asked += 1
             reader.sendall(self._text)
 
