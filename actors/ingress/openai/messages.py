@@ -107,7 +107,9 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
         parts = self.reasoning_details or self.thinking_blocks or ()
         whole = self.reasoning_content or self.reasoning
         whole = whole or "".join(part.text or part.thinking or part.summary for part in parts)
-        return whole or "".join(_thought(part) for part in self.content or ())
+        if whole or self.role != "assistant":
+            return whole
+        return "".join(_thought(part) for part in self.content or ())
 
 
 def _is_thought(part: Any) -> bool:

@@ -47,10 +47,9 @@ class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
     @staticmethod
     def reshaped(value: dict[str, Any]) -> dict[str, Any]:
         """A tool without its type, or in the flat shape that /v1/responses has."""
-        tool = {"type": "function", **value} if value.get("type") is None else dict(value)
+        tool = {**value, "type": value.get("type") or "function"}
         if tool["type"] != "function":
             return tool
-        tool["type"] = "function"
         if "function" not in tool and "name" in tool:
             tool["function"] = {}
         if isinstance(tool.get("function"), dict):
