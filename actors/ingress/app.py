@@ -216,8 +216,14 @@ def create_app(service: Service) -> Starlette:
                 for what, method in (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
             ),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
-            Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
+            *(
+                Route(path, Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/tokenize", "/v1/tokenize")
+            ),
+            *(
+                Route(path, Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/detokenize", "/v1/detokenize")
+            ),
             *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
             Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
@@ -264,7 +270,7 @@ def _cors(service: Service) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=[each.rstrip("/") for each in origins],
-            allow_methods=["GET", "POST", "PUT"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
             allow_private_network=True,
