@@ -24,7 +24,7 @@ def test_the_page_shows_the_node_live(llm: LLM, tmp_path: Path) -> None:
 async def _look(llm: LLM, profile: Path) -> None:
     async with browser(profile) as page:
         await page.open(llm.node.url)
-        await page.wait_for("!document.getElementById('login')?.hidden")
+        await page.wait_for("document.getElementById('login')?.hidden === false")
         assert not await page.value("document.querySelector('tr[data-name]')")
         await page.value(
             f"document.getElementById('key').value = '{llm.node.api_key}';"
