@@ -13,6 +13,7 @@ from llm_tools import private_tree
 
 from runtime import LLM
 
+BUTTON = "document.querySelector('[data-action=\"{}\"]')"
 HEALTH = "document.querySelector('tr[data-name=\"main.scheduler\"]')?.dataset.health"
 
 
@@ -37,7 +38,7 @@ async def _look(llm: LLM, profile: Path) -> None:
 
         os.kill(private_tree(llm)["main.scheduler"]["pid"], signal.SIGKILL)
         await page.wait_for(f"{HEALTH} === 'bad'")
-        row = await page.value("document.querySelector('tr[data-name=\"main.scheduler\"]').innerText")
+        row = await page.value("document.querySelector('tr[data-name=\"main.scheduler\"]').textContent")
         assert "killed by SIGKILL" in row
         await page.wait_for(f"{HEALTH} === 'good'")
 
@@ -48,6 +49,39 @@ async def _look(llm: LLM, profile: Path) -> None:
         await page.wait_for("document.getElementById('answer').textContent.trim().length > 0")  # drawn at random
         await page.wait_for(
             "[...document.querySelectorAll('.figure')].every((each) => each.querySelector('b')"
-            ".textContent !== '–' && each.querySelector('polyline').getAttribute('points'))"
+            ".textContent !== '–' && each.querySelector('path').getAttribute('d'))"
         )
+        event = "[...document.querySelectorAll('#events tbody tr')].find((row) => row.textContent.includes('SIGKILL'))"
+        assert "main.scheduler" in await page.value(f"{event}.textContent")
+        assert await page.wait_for(f"{event}.cells[3].textContent.trim()")  # how long it was away
+
+        await page.wait_for(f"!!{BUTTON.format('log root')}")
+        await page.value(f"{BUTTON.format('log root')}.click()")
+        await page.wait_for("document.getElementById('log-text').textContent.includes('main.scheduler')")
+
+        await page.value(
+            "document.getElementById('prompt').value = 'Count to one thousand. 1, 2, 3, 4';"
+            "document.getElementById('ask').requestSubmit()"
+        )
+        for _ in range(2):  # an end is asked for twice
+            await page.wait_for("!!document.querySelector('#requests td button')")
+            await page.value("document.querySelector('#requests td button').click()")
+        await page.wait_for("document.getElementById('send').textContent === 'Ask'")
+
+        before = private_tree(llm)["detokenizer"]["pid"]
+        for _ in range(2):
+            await page.value(f"{BUTTON.format('restart detokenizer')}.click()")
+        await page.wait_for("document.getElementById('ordered').textContent === 'restart of detokenizer: done'")
+        assert private_tree(llm)["detokenizer"]["pid"] != before
+
+        points = "document.querySelector('.figure path').getAttribute('d').length"
+        drawn = await page.value(points)
+        await page.call("Page.reload")
+        await page.wait_for(f"document.querySelector('.figure path') && {points} >= {drawn - 60}")
+        for width in (390, 820, 1440):
+            await page.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+            )
+            await page.wait_for(f"innerWidth === {width}")
+            assert await page.value("document.documentElement.scrollWidth") <= width
         assert not [each for each in page.complaints if "Security Policy" in each or "exception" in each]
