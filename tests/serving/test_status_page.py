@@ -42,11 +42,7 @@ async def _look(llm: LLM, profile: Path) -> None:
         assert "killed by SIGKILL" in row
         await page.wait_for(f"{HEALTH} === 'good'")
 
-        await page.value(
-            "document.getElementById('prompt').value = 'Name the capital of France.';"
-            "document.getElementById('ask').requestSubmit()"
-        )
-        await page.wait_for("document.getElementById('answer').textContent.trim().length > 0")  # drawn at random
+        await page.value("post('v1/completions', {prompt: 'Once upon a time', max_tokens: 4, ignore_eos: true}) && 0")
         await page.wait_for(
             "[...document.querySelectorAll('.figure')].every((each) => each.querySelector('b')"
             ".textContent !== '–' && each.querySelector('path').getAttribute('d'))"
@@ -55,14 +51,15 @@ async def _look(llm: LLM, profile: Path) -> None:
         assert "main.scheduler" in await page.value(f"{event}.textContent")
         assert await page.wait_for(f"{event}.cells[3].textContent.trim()")  # how long it was away
 
-        await page.wait_for(f"!!{BUTTON.format('log root')}")
-        await page.value(f"{BUTTON.format('log root')}.click()")
+        await page.wait_for(f"!!{BUTTON.format('log main')}")
+        await page.value(f"{BUTTON.format('log main')}.click()")
         await page.wait_for("document.getElementById('log-text').textContent.includes('main.scheduler')")
 
         await page.value(
-            "document.getElementById('prompt').value = 'Count to one thousand. 1, 2, 3, 4';"
+            "document.getElementById('prompt').value = 'Tell a long story of a king and his three sons.';"
             "document.getElementById('ask').requestSubmit()"
         )
+        await page.wait_for("document.getElementById('answer').textContent.trim().length > 0")  # drawn at random
         for _ in range(2):  # an end is asked for twice
             await page.wait_for("!!document.querySelector('#requests td button')")
             await page.value("document.querySelector('#requests td button').click()")
