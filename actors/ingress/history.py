@@ -33,6 +33,8 @@ HELD = {
     "kv_used": "num_used_tokens",
     "kv_total": "max_total_num_tokens",
 }
+_OF_INTEREST = frozenset(("connections_lost", QUEUE_TIME + ":sum", *HELD.values()))
+"""Actors with any of these are ingress workers and schedulers."""
 NAMES = ("seconds", *COUNTED, "errors", *HELD, *(f"{name}_{part}" for name in TIMES for part in PARTS))
 """What a point holds after its time: how long it lasted, counts, what was held at its end, and times in seconds."""
 
@@ -62,6 +64,8 @@ class History:
         grown: dict[str, float] = {}
         held = dict.fromkeys(HELD, 0.0)
         for actor, each in figures.items():
+            if _OF_INTEREST.isdisjoint(each):
+                continue
             now = figures_of_models(each) | responses_of(each)
             now |= {name: value for name, value in each.items() if name.startswith(QUEUE_TIME)}
             before = self._before.get(actor)
