@@ -39,7 +39,7 @@ def eos_of_tokenizer(path: Path) -> int | None:
     file = path / "tokenizer_config.json"
     if not file.is_file():
         return None
-    config = read_json(file, _TokenizerConfig, empty=_TokenizerConfig())
+    config: _TokenizerConfig = read_json(file, _TokenizerConfig, empty=_TokenizerConfig())
     eos = config.eos_token.content if isinstance(config.eos_token, _Token) else config.eos_token
     if not eos:
         return None
@@ -49,8 +49,9 @@ def eos_of_tokenizer(path: Path) -> int | None:
     file = path / "tokenizer.json"
     if not file.is_file():
         return None
-    for token in read_json(file, _TokenizerFile).added_tokens or ():
-        if token.content == eos:
+    added: _TokenizerFile = read_json(file, _TokenizerFile)
+    for token in added.added_tokens or ():
+        if token.content == eos and token.id >= 0:
             return token.id
     whole: _WholeFile = read_json(file, _WholeFile)
     vocab = whole.model.vocab

@@ -146,7 +146,7 @@ class _Fit:
 
 @cache
 def _fields(struct: type[Any]) -> dict[str, inspect.Field]:
-    kind = _type_info(struct)
+    kind = inspect.type_info(struct)
     assert isinstance(kind, inspect.StructType)
     return {field.encode_name: field for field in kind.fields}
 

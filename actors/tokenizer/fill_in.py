@@ -52,8 +52,9 @@ def fill_in(vocabulary: Vocabulary, before: str, behind: str, add_special: bool)
     None if the vocabulary has no tokens for it."""
     id_of = vocabulary.tokenizer.token_to_id
     for form in FORMATS:
-        markers = [id_of(name) for name in (form.prefix, form.suffix, form.middle) if name]
-        if None in markers:
+        names = [name for name in (form.prefix, form.suffix, form.middle) if name]
+        markers = [token for name in names if (token := id_of(name)) is not None]
+        if len(markers) < len(names):
             continue
         prefix, suffix, *middle = markers
         first = [prefix, *vocabulary.encode(before, add_special=False)]

@@ -82,6 +82,7 @@ def test_a_refused_step_ends_the_request_that_it_is_about(
     refused: Refused = stage.expect("ingress0", Refused)
     assert (refused.rid, refused.status) == (guilty, 500)
     assert "cannot compute this request" in refused.message
+    stage.until(lambda: sum(event.finish is not None for event in stage.events()) == len(RIDS) - 1)
     finished = [event.rid for event in stage.events() if event.finish == "length"]
     assert sorted(finished) == sorted(set(RIDS) - {guilty})
     assert refusals <= (2 if named else 5)

@@ -218,8 +218,7 @@ def _inwards(schema: dict[str, Any], name: str, towards: float) -> None:
 def _strings(schema: dict[str, Any]) -> None:
     names = schema.get("patternProperties")
     pattern = schema.get("pattern")
-    begun = _NOT_ONLY.match(pattern) if isinstance(pattern, str) else None
-    if begun is not None:
+    if isinstance(pattern, str) and (begun := _NOT_ONLY.match(pattern)):
         schema["pattern"] = "^" + pattern[begun.end() :]
         _also(schema, {"pattern": f"[^{begun[1]}]"})
     for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):

@@ -120,13 +120,13 @@ class _Rules:
     def _rest(self, tag: dict[str, Any]) -> str:
         """A tag behind its beginning."""
         end = tag.get("end")
-        ends = end if isinstance(end, list) else [end]
-        if not ends or not all(isinstance(each, str) for each in ends):
+        given = end if isinstance(end, list) else [end]
+        ends = [each for each in given if isinstance(each, str)]
+        if not ends or len(ends) < len(given):
             raise BadGrammar("The structural tag's 'end' must be a string, or a list of strings.")
         self.endings += [each.encode() for each in ends if each]
         content = tag.get("content")
-        free = isinstance(content, dict) and content.get("type") == "any_text"
-        if free and all(ends):
+        if isinstance(content, dict) and content.get("type") == "any_text" and all(ends):
             _plain(content, "excludes", "max_tokens", "max_chars")
             return self._until(ends)
         return f"{self.format(content)} {self._either([_literal(each, or_empty=True) for each in ends])}"
