@@ -104,7 +104,7 @@ def test_what_is_wrong_stays_wrong(shared: Served) -> None:
 def test_shapes_of_a_tool(shared: Served, tool: dict[str, Any]) -> None:
     for path in (CHAT, OLLAMA):
         assert json.loads(asked(shared, path, tools=[tool]).tools) == [TOOL]
-    if "type" in tool and tool["type"]:
+    if tool.get("type"):
         assert json.loads(asked(shared, RESPONSES, tools=[tool]).tools) == [TOOL]
 
 
@@ -241,7 +241,8 @@ def test_items_of_tools_that_are_not_run_here(shared: Served) -> None:
     ]
     response = shared.client.post(RESPONSES, json={"input": items, "max_output_tokens": 2})
     assert response.status_code == 200, response.text
-    assert "web_search_call" in response.headers["warning"] and "mcp_list_tools" in response.headers["warning"]
+    assert "web_search_call" in response.headers["warning"]
+    assert "mcp_list_tools" in response.headers["warning"]
     prompt = shared.fakes.seen.tokenizes[-1].prompt
     assert isinstance(prompt, ChatPrompt)
     calls = [
@@ -266,7 +267,8 @@ def test_fields_of_responses(shared: Served) -> None:
     assert generate.text.stop == ["x"]
     compaction = [{"type": "compaction", "compact_threshold": 200_000}]
     response = shared.client.post(RESPONSES, json={"input": "hi", "context_management": compaction})
-    assert response.status_code == 200 and "context_management" in response.headers["warning"]
+    assert response.status_code == 200
+    assert "context_management" in response.headers["warning"]
     for nothing in ({}, {"input": []}):
         assert "input" in refused(shared, RESPONSES, nothing)
 
