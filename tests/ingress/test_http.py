@@ -292,7 +292,7 @@ def test_cors(strict: Served) -> None:
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
     assert "authorization" in preflight.headers["access-control-allow-headers"]
-    assert "POST" in preflight.headers["access-control-allow-methods"]
+    assert {"POST", "DELETE"} <= set(preflight.headers["access-control-allow-methods"].split(", "))
     for status, response in (
         (200, strict.client.post("/v1/completions", json=json.loads(STREAM), headers=page)),
         (400, strict.client.post("/v1/completions", json={}, headers=page)),
