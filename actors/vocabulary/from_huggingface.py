@@ -192,12 +192,11 @@ def _ids(model: _Model) -> dict[str, int]:
 def _add(ids: dict[str, int], tokens: list[_AddedToken]) -> None:
     """The ids of added tokens are those that the tokenizers library gives them, not the stated ones: a token of the
     model keeps its id, and another has the next one behind the model's tokens."""
-    size = following = len(ids)
+    following = len(ids)
     for token in tokens:
-        number = ids.get(token.content)
-        if number is None:
-            ids[token.content] = number = following
-        following = max(following, number + 1) if number >= size else following
+        if token.content not in ids:
+            ids[token.content] = following
+            following += 1
 
 
 def _eos_ids(path: Path, eos: int | None, size: int) -> list[int]:

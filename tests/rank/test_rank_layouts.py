@@ -242,6 +242,23 @@ def split(saved: tuple[Path, Any], tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_without_a_kind_stretches_as_in_llama_cpp(tmp_path: Path, key: str) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    model = save_model(tmp_path / "theirs", "LlamaForCausalLM", num_hidden_layers=2, rope_parameters=scaling)
+    path = tmp_path / "small.gguf"
+    write_gguf(path, model, **{key: 2, "llama.attention.sliding_window": 0})
+    (ours,) = generate(build_executor(rank_config(path, max_model_len=128, num_pages=16)), [PROMPT], SAMPLING)
+    assert_same(ours, model)
+
+
+def test_a_factor_of_attention_is_refused(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_gguf(path, saved[1], **{"llama.rope.scaling.attn_factor": 2})
+    with pytest.raises(CheckpointError, match="rope.scaling.attn_factor is not supported"):
+        read_config(path)
+
+
 def test_all_parts_of_a_gguf_file_are_read(saved: tuple[Path, Any], split: list[Path]) -> None:
     config = rank_config(split[0], max_model_len=128, num_pages=16)
     (ours,) = generate(build_executor(config), [PROMPT], SAMPLING)
