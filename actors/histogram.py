@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-# Bucket bounds in seconds: those of SGLang, and some below its first one.
+# Bucket bounds in seconds: those of SGLang, and some between them.
 QUEUE_TIME_BOUNDS: tuple[float, ...] = (
-    *(0.000, 0.001, 0.005, 0.01, 0.05, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90),
+    *(0.000, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5),
+    *(1, 2, 3, 4, 5, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90),
     *(100, 200, 300, 400, 500, 600, 700, 800, 900, 1000),
 )
 

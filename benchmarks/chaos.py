@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nodes import running
 from rich.console import Console
@@ -51,17 +52,17 @@ def disturb(
     options: argparse.Namespace,
     plan: Plan,
     long_words: int = 0,
-    structured: bool = False,
+    **load: Any,
 ) -> bool:
     """One chaos run with its tables; whether nothing was lost.
 
     long_words: length of one request in eight; its prefill alone makes all streams pause, whoever is killed.
-    structured: answers are JSON of a schema, and calls of tools.
+    load: more fields of `Load`.
     """
     console.rule(title)
     plan = dataclasses.replace(plan, controls=max(1, int(20 / plan.every_s)))
-    load = Load(options.streams, options.tokens, long_words, seed=options.seed, structured=structured)
-    outcome = asyncio.run(run_chaos(run_dir, load, plan))
+    clients = Load(options.streams, options.tokens, long_words, seed=options.seed, **load)
+    outcome = asyncio.run(run_chaos(run_dir, clients, plan))
     show(outcome, console)
     return outcome.ok
 
@@ -110,7 +111,7 @@ def apart(options: argparse.Namespace) -> bool:
     killed. Prompts are computed by the prefill engine however short they are."""
     plan = Plan(duration_s=0.0, kills=options.kills // 3, signals=FATAL, seed=options.seed)
     ok = True
-    for transfer in ("shm", "mooncake", "nixl"):
+    for transfer in ("shm", "tcp", "mooncake", "nixl"):
         settings = (DETERMINISTIC, f"transfer.engine={transfer}", "engine.decode.local_prefill_tokens=0")
         with node(options, *settings, topology="pd-smollm2.toml") as run_dir:
             ok &= disturb(f"prefill and decode apart, {transfer}", run_dir, options, plan)
@@ -132,6 +133,27 @@ def structured(options: argparse.Namespace) -> bool:
     plan = Plan(duration_s=0.0, kills=options.kills // 3, signals=FATAL, actors=["*"], seed=options.seed)
     with node(options, DETERMINISTIC, "ingress.workers=2") as run_dir:
         return disturb(f"{options.kills // 3} kills, structured", run_dir, options, plan, structured=True)
+
+
+def storm(options: argparse.Namespace) -> bool:
+    """Prefill and decode apart with hardly any memory; one to four processes at once, any of them, while others break
+    off their requests, and text, JSON, calls and several answers to a prompt are asked for."""
+    signals = (*FATAL, signal.SIGSTOP, signal.SIGTERM)
+    plan = Plan(
+        every_s=1.5, duration_s=0.0, kills=options.kills, signals=signals, actors=["*"], most=4, seed=options.seed
+    )
+    settings = (
+        DETERMINISTIC,
+        "engine.decode.kv_tokens=768",
+        "engine.prefill.kv_tokens=768",
+        "engine.decode.local_prefill_tokens=0",
+        "ingress.workers=2",
+        "supervision.heartbeat_timeout_s=2",
+        "supervision.intensity=1000",
+    )
+    with node(options, *settings, topology="pd-smollm2.toml") as run_dir:
+        options = argparse.Namespace(**{**vars(options), "tokens": min(options.tokens, 64)})
+        return disturb("storm", run_dir, options, plan, 200, structured="too", aborts=4)
 
 
 def rolling(options: argparse.Namespace) -> bool:
@@ -189,7 +211,8 @@ def _show_footprints(restarts: int, before: NodeFootprint, after: NodeFootprint)
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], bool]] = {
-    each.__name__: each for each in (kills, plain, doubles, stops, tp2, apart, ingress, structured, rolling, leaks)
+    each.__name__: each
+    for each in (kills, plain, doubles, stops, tp2, apart, ingress, structured, storm, rolling, leaks)
 }
 
 

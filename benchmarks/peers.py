@@ -143,12 +143,12 @@ class Server:
                 pass
 
 
-def ours(port: int, settings: list[str], log: Path) -> Server:
-    """This runtime with the embedded model, from this directory."""
-    command = [sys.executable, "-m", "runtime", "up", str(ROOT / "topology" / "smollm2.toml"), "--port", str(port)]
-    for setting in [f"node.name=serving-{os.getpid()}", *settings]:
+def ours(port: int, settings: list[str], log: Path, root: Path = ROOT, name: str = "runtime") -> Server:
+    """This runtime with the embedded model, from this working tree or another one."""
+    command = [sys.executable, "-m", "runtime", "up", str(root / "topology" / "smollm2.toml"), "--port", str(port)]
+    for setting in [f"node.name=serving-{name}-{os.getpid()}", *settings]:
         command += ["--set", setting]
-    return Server("runtime", command, port, {"PYTHONPATH": str(ROOT)}, pausable=False, log=log)
+    return Server(name, command, port, {"PYTHONPATH": str(root)}, pausable=False, log=log)
 
 
 def vllm(binary: str, model: Path, port: int, log: Path) -> Server:

@@ -1,12 +1,12 @@
 """This runtime beside vLLM and llama.cpp: one machine, one run, one client, rounds in turn.
 
-    python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--quick] [--set KEY=VALUE]
+    python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--base DIR] [--quick]
 
 Peers are left out where they are not found (also looked for in $VLLM, $VLLM_MODEL and $LLAMA_SERVER; `peers.py` makes
 the directory for vLLM). All serve SmolLM2-135M-Instruct: vLLM in bfloat16, llama.cpp the GGUF file as it is, this
 runtime as the topology says. In each round every server gets the same prompts, which no server has seen before, as
 token ids; peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the
-targets.
+targets. `--base` is another working tree of this runtime, such as the one before a change: nothing is to be slower.
 """
 
 from __future__ import annotations
@@ -118,6 +118,9 @@ def show(figures: dict[str, Figures]) -> None:
     for name, own in figures.items():
         cells = (own.get(key, float("nan")) * factor for key, (_, factor) in COLUMNS.items())
         print(f"{name:12}" + "".join(f"{cell:17.2f}" for cell in cells))
+    if "base" in figures:
+        ratios = (figures["runtime"].get(key, float("nan")) / (figures["base"][key] or float("nan")) for key in COLUMNS)
+        print(f"{'over base':12}" + "".join(f"{ratio:17.3f}" for ratio in ratios))
     print(f"\n{'':40}{'measured':>10}{'target':>10}{'stretch':>10}")
     for what, key, peer, target, stretch in TARGETS:
         if peer and peer not in figures:
@@ -144,6 +147,8 @@ def servers_of(options: argparse.Namespace, logs: Path) -> list[Server]:
         servers.append(llama_server(options.llama_server, embedded_gguf(), options.port + 2, logs / "llama.log", more))
     else:
         print("llama.cpp is left out: give --llama-server BIN")
+    if options.base:
+        servers.append(ours(options.port + 3, options.set, logs / "base.log", options.base.resolve(), "base"))
     return servers
 
 
@@ -195,8 +200,9 @@ def main() -> None:
         metavar="TEXT",
         help="more options for it, such as --no-repack where it dies of an illegal instruction for want of AMX",
     )
+    parser.add_argument("--base", type=Path, metavar="DIR", help="another working tree of this runtime")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
-    parser.add_argument("--port", type=int, default=8970, help="and the two above it")
+    parser.add_argument("--port", type=int, default=8970, help="and the three above it")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short round: about two minutes once all have started")
     options = parser.parse_args()

@@ -13,6 +13,7 @@ import zmq
 from msgspec import Meta, Struct
 
 from runtime.errors import UserError
+from runtime.happenings import Happening
 from supervisors.status import NodeStatus
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class NodeReport(Struct, tag=True, frozen=True):
 
     `url` is where its ingress is reached, empty if that is on another node.
     `deterministic` says whether a repeated request must get the same answer (`model.deterministic`).
+    `events` is what has happened lately, oldest first.
     """
 
     node: str
@@ -65,6 +67,7 @@ class NodeReport(Struct, tag=True, frozen=True):
     url: str
     tree: NodeStatus
     deterministic: bool = False
+    events: list[Happening] = []
 
 
 class Done(Struct, tag=True, frozen=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.cpu import BuildError, build, choice
+from actors.rank.native import compile_kernels
 from runtime.plan import NodePlan
 from runtime.progress import TellNote
 
@@ -13,13 +13,6 @@ def build_kernels(plan: NodePlan, note: TellNote) -> None:
     devices |= {each.name: each.settings.device for each in plan.encoders}
     if not any(device == "cpu" and plan.placement.is_here(name) for name, device in devices.items()):
         return
-    try:
-        backend = choice()
-    except ValueError:
-        return  # the rank says what is wrong with the variable
-    if backend == "torch":
-        return
-    try:
-        build(backend, lambda done, total: note("compiling the CPU kernels, once", done, total, "files"))
-    except BuildError as error:
-        note(f"the CPU kernels cannot be compiled ({error}); plain torch is used, which is slower")
+    problem = compile_kernels(lambda done, total: note("compiling the CPU kernels, once", done, total, "files"))
+    if problem:
+        note(f"the CPU kernels cannot be compiled ({problem}); plain torch is used, which is slower")

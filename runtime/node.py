@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import urllib.parse
@@ -25,12 +26,15 @@ from actors.grammar import BackendName, load_backend, missing
 from actors.vocabulary import load_vocabulary
 from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
 from runtime.errors import UserError
+from runtime.happenings import Happenings
 from runtime.model_plan import ModelPlan
 from runtime.plan import NodePlan
 from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
 from runtime.report import as_json
+from runtime.rolling import restart_all
 from runtime.rundir import NodeInfo, RunDirectory, read_info, running_nodes
 from runtime.status_socket import NAME as STATUS_SOCKET
+from runtime.status_socket import Reply as TellStatus
 from runtime.status_socket import StatusSocket
 from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
 from runtime.watch import RemovalWatch
@@ -125,6 +129,8 @@ class _Root:
         self.ingresses = {name for name, role in self.roles.items() if role == "ingress"}
         self.waiting_for = {child.id for child in spec.descendants()}
         """Processes that have not been ready yet."""
+        self.happenings = Happenings()
+        self.rolling: threading.Thread | None = None
         tell(Begin(list(_with_depths(spec))))
         tell(Note("loading libraries"))
         gc.disable()
@@ -177,12 +183,14 @@ class _Root:
             if not self.ingresses and self.listener is not None:
                 with contextlib.suppress(OSError):
                     self.listener.shutdown(socket.SHUT_RDWR)  # nobody accepts any more: refuse who connects now
+        self.happenings.add(event)
         self.tell(Happened(event))
         if event.kind == "ready" and event.id in self.waiting_for:
             self.waiting_for.discard(event.id)
             if not self.waiting_for:
                 plan = self.plan
                 model = plan.models[0]
+                self.happenings.note("the node is ready")
                 self.tell(Ready(plan.name, plan.url, model.served_name, model.task))
 
     def owner_ended(self) -> None:
@@ -191,7 +199,41 @@ class _Root:
         self.supervisor.shutdown()
 
     def status_socket(self) -> StatusSocket:
-        return StatusSocket(self.run_dir.path, lambda: as_json(self.report()))
+        return StatusSocket(self.run_dir.path, self.supervisor, self.answer_page)
+
+    def answer_page(self, line: str, reply: TellStatus) -> None:
+        """What an ingress worker asks for the status page."""
+        word, _, name = line.partition(" ")
+        if line == "status":
+            reply(as_json(self.report()))
+        elif line == "rolling":
+            reply({"error": self.begin_rolling()})
+        elif word == "restart" and name not in self.roles:
+            reply({"error": f"There is no process {name!r} below the root."})
+        elif word == "restart":
+            self.happenings.note(f"a restart of {name} was asked for on the status page")
+            self.restart(name, lambda error: reply({"error": error}))
+        else:
+            reply({"error": "unknown question"})
+
+    def begin_rolling(self) -> str:
+        """Begins a rolling restart; why it does not, else nothing."""
+        if self.rolling is not None and self.rolling.is_alive():
+            return "A rolling restart is under way already."
+
+        def restart() -> None:
+            began = time.monotonic()
+            try:
+                replaced = restart_all(self.run_dir.path)
+                took_s = time.monotonic() - began
+                self.happenings.note(f"rolling restart: {replaced} processes replaced in {took_s:.1f} s")
+            except UserError as error:
+                self.happenings.note(f"rolling restart: {error}")
+
+        self.happenings.note("a rolling restart was asked for on the status page")
+        self.rolling = threading.Thread(target=restart, name="rolling restart", daemon=True)
+        self.rolling.start()
+        return ""
 
     def watch_run_dir(self) -> RemovalWatch | None:
         """Somebody may clean the directories of temporary files while the node runs for months."""
@@ -227,9 +269,7 @@ class _Root:
 
         match question:
             case Restart(actor=actor):
-                # A stop would let an ingress finish or break off its answers. Its end without one hands the open
-                # connections over to its next incarnation.
-                self.supervisor.restart_child(actor, graceful=self.roles.get(actor) != "ingress", done=done)
+                self.restart(actor, done)
             case Renew():
                 self.supervisor.renew_zygote(done)
             case Kill(actor=actor, signal=number):
@@ -240,10 +280,16 @@ class _Root:
             case _:
                 reply(self.report())
 
+    def restart(self, actor: str, done: Callable[[str], None]) -> None:
+        # A stop would let an ingress finish or break off its answers. Its end without one hands the open connections
+        # over to its next incarnation.
+        self.supervisor.restart_child(actor, graceful=self.roles.get(actor) != "ingress", done=done)
+
     def report(self) -> NodeReport:
         tree = self.supervisor.tree()
         deterministic = all(model.settings.deterministic for model in self.plan.models if model.engines)
-        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree, deterministic)
+        happenings = self.happenings.latest()
+        return NodeReport(self.plan.name, self.state(tree), self.plan.url, tree, deterministic, happenings)
 
     def state(self, tree: NodeStatus) -> NodeState:
         if tree.state == "stopping":

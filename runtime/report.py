@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from runtime.control import NodeReport
 from supervisors.status import NodeStatus
 
 
 def as_json(report: NodeReport) -> dict[str, Any]:
     """What `runtime status --json` prints."""
-    return {"node": report.node, "state": report.state, "url": report.url, "tree": _tree(report.tree)}
+    return {
+        "node": report.node,
+        "state": report.state,
+        "url": report.url,
+        "tree": _tree(report.tree),
+        "events": msgspec.to_builtins(report.events),
+    }
 
 
 def _tree(status: NodeStatus) -> dict[str, Any]:
@@ -26,6 +34,7 @@ def _tree(status: NodeStatus) -> dict[str, Any]:
         "restarts": status.restarts,
         "last_exit": status.last_exit.text if status.last_exit else None,
         "doing": status.doing,
+        "doing_s": round(status.doing_s, 1),
         "uptime_s": round(status.uptime_s, 3),
         "cpu_percent": round(status.cpu_percent, 1),
         "rss_bytes": status.rss_bytes,

@@ -47,7 +47,7 @@ class Loop:
 
     def unwatch(self, fd: int) -> None:
         """Forgets a descriptor, which must still be open; does nothing for one not watched."""
-        if fd >= 0 and fd in self._selector.get_map():
+        if fd in (self._selector.get_map() or ()):  # None once closed
             self._selector.unregister(fd).data.active = False
 
     def poll(self, timeout_s: float | None) -> None:

@@ -22,9 +22,11 @@ from actors.ingress.encoders import Encoders
 from actors.ingress.engines import Engines
 from actors.ingress.errors import ApiError
 from actors.ingress.exchange import SHUTTING_DOWN
+from actors.ingress.history import FORGET_AFTER_S
 from actors.ingress.journal import Journal, slot_bytes
 from actors.ingress.ledger import Ledger
 from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
+from actors.ingress.node_status import requests_of
 from actors.ingress.recent import RecentRequests
 from actors.ingress.server import Server
 from actors.ingress.service import Served, Service
@@ -37,9 +39,11 @@ from actors.messages import (
     Embedded,
     EmbedRefused,
     EndRequests,
+    ListRequests,
     Profiled,
     Refused,
     Registry,
+    RequestsListed,
     SpanEnded,
     Texts,
     Tokenized,
@@ -89,6 +93,7 @@ class Ingress(Actor):
             self._recent(),
         )
         self.crash_dumps = None if self.service.recent is None else CrashDumps(self.service.recent)
+        self.every(1.0, self._remember)
         self._server: Server
         self._crash: asyncio.Future[None]
 
@@ -228,6 +233,11 @@ class Ingress(Actor):
         figures["embeddings_pending"] = float(sum(len(each.encoders) for each in self.models))
         return figures
 
+    def _remember(self) -> None:
+        now = time.monotonic()
+        self.actors.update(self.name, self.all_stats(), now)
+        self.service.history.add(time.time(), self.actors.since(now - FORGET_AFTER_S))
+
     @handles(ActorStats)
     def actor_stats(self, message: ActorStats, sender: str) -> None:
         self.actors.update(sender, {**message.figures, INCARNATION: message.incarnation}, time.monotonic())
@@ -288,6 +298,14 @@ class Ingress(Actor):
     @handles(EndRequests)
     def end_requests(self, message: EndRequests, sender: str) -> None:
         self.service.end(message.name)
+
+    @handles(ListRequests)
+    def list_requests(self, message: ListRequests, sender: str) -> None:
+        self.send(sender, requests_of(self.service, message.rid))
+
+    @handles(RequestsListed)
+    def requests_listed(self, message: RequestsListed, sender: str) -> None:
+        self.control.answered(message, sender)
 
     @handles(Tokenized)
     def tokenized(self, message: Tokenized, sender: str) -> None:

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from actors.ingress.config import ServedModel
-from actors.ingress.errors import ApiError, invalid
+from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.service import Service
 from actors.messages import EngineInfo
@@ -42,9 +42,9 @@ async def abort_request(service: Service, body: AbortBody, exchange: Exchange) -
 
 async def flush_cache(service: Service, exchange: Exchange) -> None:
     """Answers when all engines have forgotten what they had cached. Raises ApiError where requests are running."""
-    schedulers = [info.scheduler for info in service.ledger.engines.infos]
-    if not schedulers and any(model.task == "generate" for model in service.models):
-        raise ApiError(503, "No engine is known.", retry_after_s=1.0)
+    schedulers = []
+    if any(model.task == "generate" for model in service.models):
+        schedulers = [info.scheduler for info in await service.known_engines()]
     refusals = await service.control.flush(schedulers)
     if refusals:
         raise invalid(f"The cache is not flushed: {' '.join(refusals)}")

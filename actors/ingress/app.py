@@ -23,6 +23,7 @@ from actors.ingress.errors import ApiError
 from actors.ingress.exchange import Exchange, request_id
 from actors.ingress.health import HealthGenerate, health, metrics
 from actors.ingress.native import GenerateRequest, generate
+from actors.ingress.node_status import NodeStatus, RestartBody, actor_log, history, requests, restart
 from actors.ingress.observation import observed
 from actors.ingress.ollama import endpoints as ollama
 from actors.ingress.ollama import models as ollama_models
@@ -42,7 +43,7 @@ from actors.ingress.pooling.classify import ClassifyRequest, classify
 from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
 from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
 from actors.ingress.service import Service
-from actors.ingress.status_page import NodeStatus, page
+from actors.ingress.status_page import page
 from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
@@ -72,6 +73,7 @@ _GENERATE = msgspec.json.Decoder(GenerateRequest)
 _TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
 _START_PROFILE = msgspec.json.Decoder(StartProfileBody)
 _STOP_PROFILE = msgspec.json.Decoder(StopProfileBody)
+_RESTART = msgspec.json.Decoder(RestartBody)
 _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
@@ -120,7 +122,8 @@ class Post(Generic[T]):
 
 
 class Get:
-    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone."""
+    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone.
+    `of_page`: the status page asks it again and again."""
 
     body = None
     default = b""
@@ -132,16 +135,18 @@ class Get:
         public: bool = False,
         admin: bool = False,
         wire: Wire = OPENAI,
+        of_page: bool = False,
     ) -> None:
         self._service = service
         self.handle = handle
         self.public = public
+        self._of_page = of_page
         self.wire = wire
         self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self.wire)
-        with observed(self._service, exchange, self.public):
+        with observed(self._service, exchange, self.public or self._of_page, not self._of_page):
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
@@ -161,7 +166,11 @@ def create_app(service: Service) -> Starlette:
     app = Starlette(
         routes=[
             Route("/", Get(service, page, public=True), methods=["GET"]),
-            Route("/status", Get(service, NodeStatus()), methods=["GET"]),
+            Route("/status", Get(service, NodeStatus(), of_page=True), methods=["GET"]),
+            Route("/status/history", Get(service, history, of_page=True), methods=["GET"]),
+            Route("/status/requests", Get(service, requests, admin=True, of_page=True), methods=["GET"]),
+            Route("/status/logs", Get(service, actor_log, admin=True, of_page=True), methods=["GET"]),
+            Route("/status/restart", Post(service, _RESTART, restart, tasks=TASKS, admin=True), methods=["POST"]),
             Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
             Route("/v1/models", Get(service, list_models), methods=["GET"]),
@@ -210,8 +219,14 @@ def create_app(service: Service) -> Starlette:
                 for what, method in (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
             ),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
-            Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
+            *(
+                Route(path, Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/tokenize", "/v1/tokenize")
+            ),
+            *(
+                Route(path, Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/detokenize", "/v1/detokenize")
+            ),
             *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
             Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
@@ -258,7 +273,7 @@ def _cors(service: Service) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=[each.rstrip("/") for each in origins],
-            allow_methods=["GET", "POST", "PUT"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
             allow_private_network=True,

@@ -7,11 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 from actors.ingress.errors import ApiError
 from actors.ingress.pieces import new_rid
-from actors.messages import CacheFlushed, EndRequests, FlushCache, Message, Profile, Profiled
+from actors.messages import (
+    CacheFlushed,
+    EndRequests,
+    FlushCache,
+    ListRequests,
+    Message,
+    Profile,
+    Profiled,
+    RequestsListed,
+)
 
 FLUSH_TIMEOUT_S = 10.0
 PROFILE_TIMEOUT_S = 300.0
+LIST_TIMEOUT_S = 1.0
 ASK_AGAIN_S = 1.0
+
+Answer = CacheFlushed | Profiled | RequestsListed
 
 
 class Control:
@@ -25,13 +37,25 @@ class Control:
     def __init__(self, send: Callable[[str, Message], bool], others: Sequence[str]) -> None:
         self._send = send
         self._others = others
-        self._answers: dict[str, dict[str, CacheFlushed | Profiled]] = {}
+        self._answers: dict[str, dict[str, Answer]] = {}
         self._news = asyncio.Event()
 
     def end_elsewhere(self, name: str) -> None:
         """Has the other workers end requests; see `Service.end`."""
         for other in self._others:
             self._send(other, EndRequests(name))
+
+    async def list_elsewhere(self) -> tuple[list[RequestsListed], list[str]]:
+        """The requests of the other workers, and the names of those that do not answer, since they hang or restart."""
+        rid = new_rid()
+
+        def ask(missing: list[str]) -> None:
+            for worker in missing:
+                self._send(worker, ListRequests(rid))
+
+        answers = await self._gather(rid, self._others, ask, LIST_TIMEOUT_S)
+        silent = [worker for worker in self._others if worker not in answers]
+        return [each for each in answers.values() if isinstance(each, RequestsListed)], silent
 
     async def flush(self, schedulers: Sequence[str]) -> list[str]:
         """Has schedulers forget what they have cached; the refusals of those that have not. Raises ApiError when one
@@ -61,7 +85,7 @@ class Control:
         answers = await self._ask(message.rid, every, ask, PROFILE_TIMEOUT_S)
         return [each for each in answers if isinstance(each, Profiled)]
 
-    def answered(self, message: CacheFlushed | Profiled, sender: str) -> None:
+    def answered(self, message: Answer, sender: str) -> None:
         """Somebody has answered; what nobody waits for any more is dropped."""
         answers = self._answers.get(message.rid)
         if answers is not None:
@@ -70,19 +94,27 @@ class Control:
 
     async def _ask(
         self, rid: str, actors: Sequence[str], ask: Callable[[list[str]], None], limit_s: float
-    ) -> list[CacheFlushed | Profiled]:
-        """Asks until all have answered, in the order of `actors`. `ask` is given those that have not."""
+    ) -> list[Answer]:
+        """The answers of all, in the order of `actors`. Raises ApiError when one does not answer."""
+        answers = await self._gather(rid, actors, ask, limit_s)
+        if missing := [each for each in actors if each not in answers]:
+            raise ApiError(503, f"No answer of {', '.join(missing)} within {limit_s:g} seconds.")
+        return [answers[each] for each in actors]
+
+    async def _gather(
+        self, rid: str, actors: Sequence[str], ask: Callable[[list[str]], None], limit_s: float
+    ) -> dict[str, Answer]:
+        """Asks until all have answered, or time is up. `ask` is given those that have not."""
         answers = self._answers[rid] = {}
-        deadline = asyncio.get_running_loop().time() + limit_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + limit_s
         try:
-            while missing := [each for each in actors if each not in answers]:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise ApiError(503, f"No answer of {', '.join(missing)} within {limit_s:g} seconds.")
+            while (missing := [each for each in actors if each not in answers]) and loop.time() < deadline:
                 ask(missing)
                 await self._wait(lambda: all(each in answers for each in actors))
         finally:
             del self._answers[rid]
-        return [answers[each] for each in actors]
+        return answers
 
     async def _wait(self, done: Callable[[], bool]) -> None:
         """Until it is done, or time to ask again."""

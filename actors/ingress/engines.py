@@ -52,6 +52,11 @@ class Engines:
         """Whether some engine that takes requests serves a model; any, if its name is empty."""
         return any(not model or engine.info.model == model for engine in self._engines.values())
 
+    def complete(self, model: str) -> bool:
+        """Whether a model is served, and if only by engines that need others to fill KV pages, those are there too."""
+        roles = {info.role for info in self.infos if not model or info.model == model}
+        return "unified" in roles or {"prefill", "decode"} <= roles
+
     def __contains__(self, scheduler: str) -> bool:
         return scheduler in self._engines
 

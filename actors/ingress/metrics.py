@@ -7,7 +7,7 @@ whichever worker a scrape reaches can answer for all of them; each series carrie
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,22 +18,25 @@ from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 FORGET_AFTER_S = 30.0
 """Figures of an actor that has not reported for so long are no longer shown."""
 
-# Bucket bounds are SGLang's defaults.
+# Bucket bounds in seconds: SGLang's defaults, and more below them, since a small model answers in milliseconds.
+_SHORT_TIMES = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.06, 0.08)
+_LONG_TIMES = (0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 1.5, 2, 3, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": (
         "Time from a request's arrival to its first token.",
-        (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400),
+        (*_SHORT_TIMES, *_LONG_TIMES),
     ),
     "inter_token_latency_seconds": (
         "Time between two tokens of a request.",
         (
-            *(0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.06, 0.08),
-            *(0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
+            *(0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008),
+            *(0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06, 0.08),
+            *(0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8),
         ),
     ),
     "e2e_request_latency_seconds": (
         "Time from a request's arrival to its last token.",
-        (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400, 600, 1200, 1800, 2400),
+        (*_SHORT_TIMES, *_LONG_TIMES, 600, 1200, 1800, 2400),
     ),
 }
 COUNTERS: dict[str, tuple[str, str]] = {
@@ -136,6 +139,10 @@ class ActorFigures:
     def of(self, actor: str) -> dict[str, float]:
         """The last figures of one actor, empty if it has not reported."""
         return self._figures.get(actor, (0.0, {}))[1]
+
+    def since(self, moment: float) -> dict[str, dict[str, float]]:
+        """The last figures of all actors that have reported since a moment, by name."""
+        return {actor: figures for actor, (at, figures) in self._figures.items() if at >= moment}
 
     def render(self, model_of: Callable[[str], str], now: float) -> bytes:
         """All figures in Prometheus' text format.
@@ -248,6 +255,21 @@ class _Exposition(Collector):
                 )
                 family.add_metric([self._model_of(actor), actor], value)
         yield from families.values()
+
+
+def figures_of_models(figures: Mapping[str, float]) -> dict[str, float]:
+    """What an ingress worker counts of requests, summed over the models."""
+    total: dict[str, float] = {}
+    for name, value in figures.items():
+        name, of_model, _ = name.partition(_OF_MODEL)
+        if of_model:
+            total[name] = total.get(name, 0.0) + value
+    return total
+
+
+def responses_of(figures: Mapping[str, float]) -> dict[str, float]:
+    """An ingress worker's counts of HTTP answers, as `http_responses:STATUS`."""
+    return {name: value for name, value in figures.items() if name.startswith(_RESPONSES)}
 
 
 def _engine_type(figures: dict[str, float]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import ApiError, invalid
+from actors.ingress.errors import invalid
 from actors.ingress.exchange import Exchange
 from actors.ingress.pieces import new_rid
 from actors.ingress.service import Service
@@ -58,9 +58,7 @@ async def stop_profile(service: Service, body: StopProfileBody, exchange: Exchan
 
 
 async def _ask(service: Service, message: Profile, exchange: Exchange, done: str) -> None:
-    infos = service.ledger.engines.infos
-    if not infos:
-        raise ApiError(503, "No engine is known.", retry_after_s=1.0)
+    infos = await service.known_engines()
     ranks = {info.scheduler: [f"{info.engine}.rank{rank}" for rank in range(info.tp)] for info in infos}
     answers = await service.control.profile(ranks, message)
     problems = [answer.error for answer in answers if answer.error]

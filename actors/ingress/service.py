@@ -20,6 +20,7 @@ from actors.ingress.encoders import Encoders
 from actors.ingress.errors import ApiError, invalid
 from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
 from actors.ingress.generation import Generation
+from actors.ingress.history import History
 from actors.ingress.ledger import Entry, Ledger
 from actors.ingress.metrics import ActorFigures, IngressMetrics
 from actors.ingress.openai.responses.store import ResponseStore
@@ -33,6 +34,7 @@ from actors.messages import (
     ChatPrompt,
     Detokenize,
     Detokenized,
+    EngineInfo,
     FillPrompt,
     PairPrompt,
     SamplingParams,
@@ -43,6 +45,10 @@ from actors.messages import (
 
 MAX_CHOICES = 1024
 """Prompts × answers to each of one HTTP request."""
+
+ENGINES_TIMEOUT_S = 10.0
+ENGINES_LOOK_S = 0.05
+"""How often to look whether engines have registered."""
 
 _WHAT_IT_DOES = {
     "generate": 'generates text. To embed with it, serve it with task = "embed" under [model].',
@@ -78,6 +84,7 @@ class Service:
         recent: None if no requests are kept for the case of a crash.
         encoders: what it is asked that embeds or classifies.
         actors: the figures of the others.
+        history: those figures, over the last minutes.
         responses: those that are kept for later requests.
         created: when this worker was started, seconds since 1970.
         in_progress: admitted HTTP requests.
@@ -109,6 +116,7 @@ class Service:
         self.control = control
         self.tracing = tracing
         self.recent = recent
+        self.history = History()
         self.responses = ResponseStore(Path(config.response_dir), config.response_store_bytes)
         self.created = int(time.time())
         self.in_progress: set[Exchange] = set()
@@ -206,6 +214,19 @@ class Service:
         task = self.model.task
         if task not in tasks:
             raise invalid(f"The model '{self.model.name}' {_WHAT_IT_DOES[task]}", "model", "unsupported_model")
+
+    async def known_engines(self) -> list[EngineInfo]:
+        """All engines. Just after a start they register within a second or two: waits until each model that generates
+        has those it needs. Raises ApiError when there is none in time."""
+        engines = self.ledger.engines
+        deadline = time.monotonic() + ENGINES_TIMEOUT_S
+        while not all(engines.complete(each.model) for each in self.models if each.task == "generate"):
+            if time.monotonic() > deadline:
+                if engines.infos:
+                    break
+                raise ApiError(503, f"No engine has registered within {ENGINES_TIMEOUT_S:g} s.", retry_after_s=1.0)
+            await asyncio.sleep(ENGINES_LOOK_S)
+        return engines.infos
 
     # -- prompts --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from actors.messages.requests import (
     Activity,
     CacheFlushed,
     Constraint,
-    EndRequests,
     FlushCache,
     Generate,
     Marker,
@@ -78,6 +77,7 @@ from actors.messages.transfers import (
     Withdraw,
     Withdrawn,
 )
+from actors.messages.workers import MAX_LISTED, EndRequests, ListRequests, RequestInfo, RequestsListed
 
 Message = (
     Hello
@@ -101,6 +101,8 @@ Message = (
     | Profile
     | Profiled
     | EndRequests
+    | ListRequests
+    | RequestsListed
     | Embed
     | Embedded
     | EmbedRefused
@@ -138,6 +140,7 @@ Message = (
 
 __all__ = [
     "MAX_CONSTRAINT",
+    "MAX_LISTED",
     "NO_EPOCH",
     "PROMPT_LOGPROBS",
     "SAMPLE",
@@ -171,6 +174,7 @@ __all__ = [
     "Generate",
     "Hello",
     "Index",
+    "ListRequests",
     "Marker",
     "Message",
     "Offer",
@@ -193,6 +197,8 @@ __all__ = [
     "Registry",
     "Release",
     "Released",
+    "RequestInfo",
+    "RequestsListed",
     "Resend",
     "Rid",
     "SamplingParams",

@@ -224,10 +224,3 @@ class Profiled(Tagged):
     rid: Rid
     path: str = ""
     error: str = ""
-
-
-class EndRequests(Tagged):
-    """Ingress → ingress: a client of one worker wants requests to end that another may have; all of them if `name` is
-    empty. No answer."""
-
-    name: Annotated[str, Meta(max_length=4096)] = ""

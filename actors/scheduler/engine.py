@@ -109,7 +109,8 @@ class EngineScheduler(Actor):
         self.bisection = Bisection(config.poison_limit)
         self.depth = 2 if config.run_ahead else 1
         self.attached: Attached | None = None
-        self.vocab_size = 0
+        self.vocab_size: int | None = None
+        """Known once the ranks have told."""
         self.refusal: str | None = None
         self.leader_incarnation: int | None = None
         self.leader_restarts = 0
@@ -278,8 +279,11 @@ class EngineScheduler(Actor):
                 self.refuse(request, 400, reason)
 
     def unknown_token(self, tokens: bytes, sampling: SamplingParams) -> str:
-        """Why a sequence cannot be computed: it holds a token that the model, unlike its tokenizer, does not have."""
+        """Why a sequence cannot be computed: it holds a token that the model, unlike its tokenizer, does not have. What
+        comes before the ranks have told how many there are is looked at when they have."""
         size, named = self.vocab_size, [*sampling.logit_bias]
+        if size is None:
+            return ""
         if sampling.thinking is not None:
             named += sampling.thinking.closing
         ids = np.frombuffer(tokens, "<i4")
@@ -382,7 +386,11 @@ class EngineScheduler(Actor):
         if got != wanted:
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
-        self.vocab_size = message.vocab_size
+        if self.vocab_size is None:
+            self.vocab_size = message.vocab_size
+            for request in list(self.batch.waiting):
+                if reason := self.unknown_token(request.tokens.tobytes(), request.sampling):
+                    self.refuse(request, 400, reason)
         self.heard_of_ranks = time.monotonic()
         if not self.ledger.match_epoch(message.kv_epoch):
             self.start_over()

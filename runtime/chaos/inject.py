@@ -51,6 +51,7 @@ class Plan:
         kills: how many at most; 0 for no limit.
         actors: patterns of names and roles; empty for all but the root and the ingress.
         double: each fault hits twice within 50 ms: another actor, or now and then the same one while it starts.
+        most: each fault hits 1 to so many actors at once.
         schedule: in place of chance.
         rolling: a rolling restart in place of signals.
         controls: so many faults that are none come first: the gaps after them are those of the load itself.
@@ -62,6 +63,7 @@ class Plan:
     signals: Sequence[signal.Signals] = (signal.SIGKILL,)
     actors: Sequence[str] = ()
     double: bool = False
+    most: int = 1
     seed: int = 0
     schedule: Sequence[Planned] = field(default_factory=list)
     rolling: bool = False
@@ -105,6 +107,8 @@ class Injector:
             await asyncio.sleep(pause)
             rounds += 1
             first = await self._hit(None)
+            for _ in range(self._draw.randrange(plan.most)):
+                await self._hit(None, at_once=True)
             if plan.double:
                 await self._hit_again(first)
 
@@ -120,13 +124,13 @@ class Injector:
 
         await asyncio.to_thread(restart_all, self._run_dir, replaced)
 
-    async def _hit(self, actor: str | None) -> NodeStatus:
+    async def _hit(self, actor: str | None, at_once: bool = False) -> NodeStatus:
         """Sends a signal to one actor, drawn among all that match."""
         victims = [each for each in await self._candidates() if actor is None or each.name == actor]
         if not victims:
             raise UserError(f"no running actor matches {', '.join(self._plan.actors) or actor}; see `runtime status`")
         victim = self._draw.choice(victims)
-        self._send(victim, self._draw.choice(list(self._plan.signals)), False)
+        self._send(victim, self._draw.choice(list(self._plan.signals)), at_once)
         return victim
 
     async def _hit_again(self, first: NodeStatus) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import aiohttp
 
@@ -36,7 +38,9 @@ class Load:
         long_words: words of the longest prompts.
         fill: so many requests more at once, every few seconds, so that the KV pool runs out of pages.
         timeout_s: after which a request has failed.
-        structured: answers of a form that is asked for, in place of text; they have a length of their own.
+        structured: answers of a form that is asked for, in place of text; they have a length of their own. "too":
+            both, in turn.
+        aborts: so many clients more that break off their requests somewhere and begin others.
     """
 
     streams: int = 8
@@ -45,7 +49,8 @@ class Load:
     fill: int = 0
     timeout_s: float = 300.0
     seed: int = 0
-    structured: bool = False
+    structured: bool | Literal["too"] = False
+    aborts: int = 0
 
 
 @dataclass
@@ -123,6 +128,15 @@ class _Clients:
                 return
             await self._one(number % len(self.corpus))
 
+    async def abort(self, seed: int, over: asyncio.Event) -> None:
+        """One client that never waits for an end."""
+        draw = random.Random(seed)
+        while not over.is_set():
+            request = draw.choice(self.corpus)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(draw.uniform(0.05, 3.0)):
+                    await send(self.session, self.url, request, self.load.timeout_s)
+
     async def fill(self, over: asyncio.Event) -> None:
         """Bursts of requests."""
         while self.load.fill and not over.is_set():
@@ -189,10 +203,11 @@ async def run_chaos(
             f"the node {before.node} has no ingress to send requests to; choose the one that has with --node"
         )
     out = Outcome(before.deterministic)
+    corpus = []
+    if load.structured is not True:
+        corpus += build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
     if load.structured:
-        corpus = build_structured_corpus(load.streams, load.seed)
-    else:
-        corpus = build_corpus(load.streams, load.tokens, load.long_words, load.seed, not before.deterministic)
+        corpus += build_structured_corpus(load.streams, load.seed)
     async with _session(api_key) as session:
         clients = _Clients(session, before.url, load, corpus, out)
         if wanted is None:
@@ -206,6 +221,7 @@ async def run_chaos(
         injector = Injector(run_dir, plan)
         began = time.monotonic()
         jobs = [asyncio.create_task(clients.stream(first, over)) for first in range(load.streams)]
+        jobs += [asyncio.create_task(clients.abort(load.seed + each, over)) for each in range(load.aborts)]
         others = (clients.fill(over), clients.probe(over), _count_retractions(run_dir, out, over))
         jobs += [asyncio.create_task(each) for each in others]
         try:

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -198,12 +199,13 @@ def test_engines_are_asked_once_for_all_who_ask_for_their_health(serve: Serve) -
         threading.Thread(target=lambda: statuses.append(httpx.get(f"{served.url}/health_generate").status_code))
         for _ in range(30)
     ]
+    began = time.monotonic()
     for thread in asking:
         thread.start()
     for thread in asking:
         thread.join(30)
     assert statuses == [200] * 30
-    assert len(served.fakes.seen.generates) <= 3
+    assert len(served.fakes.seen.generates) <= 2 + time.monotonic() - began
     asked = len(served.fakes.seen.generates)
 
     def asked_again() -> bool:

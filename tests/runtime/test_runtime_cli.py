@@ -24,8 +24,8 @@ from runtime.cli import COMMANDS
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
 KEYS = {
-    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "uptime_s", "cpu_percent",
-    "rss_bytes", "pss_bytes", "children"
+    "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "doing_s", "uptime_s",
+    "cpu_percent", "rss_bytes", "pss_bytes", "children"
 }  # fmt: skip
 
 needs_model = pytest.mark.skipif(
@@ -187,7 +187,8 @@ def test_the_server_answers_as_soon_as_up_returns(node: Cli) -> None:
 @needs_model
 def test_status(node: Cli) -> None:
     report = node.status()
-    assert report.keys() == {"node", "state", "url", "tree"}
+    assert report.keys() == {"node", "state", "url", "tree", "events"}
+    assert report["events"][-1]["text"] == "the node is ready"
     assert (report["node"], report["url"]) == ("tested", f"http://127.0.0.1:{node.port}")
     processes = list(walk(report["tree"]))
     assert all(each.keys() == KEYS for each in processes)

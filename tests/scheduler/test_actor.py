@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from msgspec import structs
@@ -273,6 +274,23 @@ def test_what_can_never_fit_is_refused_with_400(stage: Stage) -> None:
     refused: Refused = stage.expect("ingress0", Refused)
     assert refused.status == 400
     assert "90" in refused.message
+
+
+def test_what_comes_before_the_ranks_have_told_their_vocabulary_is_looked_at_then(stage: Stage) -> None:
+    """A restarted scheduler hears of its requests before it hears of its ranks."""
+    scheduler = stage.scheduler
+    scheduler.attached = scheduler.vocab_size = None
+    stage.send("ingress0", generate("good"))
+    stage.send("ingress0", msgspec.structs.replace(generate("bad"), prompt=np.array([1, 338], np.int32).tobytes()))
+    stage.until(lambda: len(scheduler.requests) == 2)
+    stage.send("main.rank0", stage.attached())
+    refused: Refused = stage.expect("ingress0", Refused)
+    assert (refused.rid, refused.status) == ("bad", 400)
+    assert "338" in refused.message
+    stage.generate_all()
+    assert {event.rid for event in stage.events()} == {"good"}
+    stage.send("ingress0", msgspec.structs.replace(generate("late"), prompt=np.array([338], np.int32).tobytes()))
+    assert stage.expect("ingress0", Refused, skip=1).rid == "late"
 
 
 def test_a_request_past_its_time_is_given_up(stage: Stage) -> None:

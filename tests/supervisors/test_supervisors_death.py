@@ -144,7 +144,7 @@ def test_stuck_main_loop_is_killed_past_its_limit(start_node):
     event = eventually(lambda: node.events("exit", "a"))[0]
     assert event.text.startswith("at 'step 7' for 0.")
     assert event.text.endswith("its limit is 0.3 s")
-    (report, *_) = read_crashes(node.run_dir, "a")
+    (report, *_) = eventually(lambda: read_crashes(node.run_dir, "a"), "the report, which is written after the event")
     assert (report.reason.kind, report.doing) == ("hung", "step 7")
 
 

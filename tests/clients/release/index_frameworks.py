@@ -48,4 +48,4 @@ if __name__ == "__main__":
             print(f"{client.__name__}: {type(error).__name__}: {str(error)[:1500]}")
         else:
             print(f"{client.__name__}: ok")
-    raise SystemExit(", ".join(failed))
+    raise SystemExit(", ".join(failed) or 0)
