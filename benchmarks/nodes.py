@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 @contextlib.contextmanager
 def running(name: str, port: int, topology: str, *settings: str) -> Iterator[Path]:
-    """The run directory of a node of this name."""
+    """The run directory of a node of this name, or of the one that a setting gives it."""
+    name = next((each.removeprefix("node.name=") for each in settings if each.startswith("node.name=")), name)
     command = [sys.executable, "-m", "runtime"]
     up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(port), "--detach"]
     for setting in (f"node.name={name}", *settings):

@@ -18,6 +18,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import jsonschema
 import numpy as np
 from nodes import running
 
-from actors.grammar import Backend, BadGrammar, Tokens, load_backend
+from actors.grammar import Backend, BadGrammar, Matcher, Tokens, load_backend
 from actors.grammar.backends.llguidance import LLGuidance
 from actors.messages import Constraint
 from actors.vocabulary import Vocabulary
@@ -178,7 +179,8 @@ def mask(options: argparse.Namespace) -> int:
 
 
 def maskbench(options: argparse.Namespace) -> int:
-    """Schemas and instances of MaskBench: what is refused, what is wrong, and what compiling and masks cost."""
+    """Schemas and instances of MaskBench: what is refused, what is wrong, and what compiling and masks cost in time of
+    a processor."""
     backend = _backend(options)
     files = sorted(Path(options.data).glob("*.json"))[:: options.every]
     counts: Counter[str] = Counter()
@@ -188,7 +190,7 @@ def maskbench(options: argparse.Namespace) -> int:
     for file in files:
         document = json.loads(file.read_text())
         counts["schemas"] += 1
-        began = time.perf_counter()
+        began = time.thread_time()
         try:
             compiled = backend.compile(Constraint("json_schema", json.dumps(document["schema"])))
         except BadGrammar as refusal:
@@ -196,21 +198,24 @@ def maskbench(options: argparse.Namespace) -> int:
             reasons[str(refusal)[:110]] += 1
             continue
         finally:
-            compiling.append(time.perf_counter() - began)
+            compiling.append(time.thread_time() - began)
         for number, test in enumerate(document["tests"]):
             text = json.dumps(test["data"], ensure_ascii=False)
             matcher = compiled.matcher(backend.tokens.ends)
             right = True
             for token in backend.tokens.spell(text.encode("utf-8", "surrogatepass")):
                 if not number:
-                    began = time.perf_counter()
+                    began = time.thread_time()
                     matcher.fill(bits)
-                    filling.append(time.perf_counter() - began)
+                    filling.append(time.thread_time() - began)
                 if not matcher.accept(token):
                     right = False
                     break
             right = right and matcher.complete
             counts["valid instances" if test["valid"] else "invalid instances"] += 1
+            if test["valid"] and not right and _in_some_order(compiled.matcher(backend.tokens.ends), backend, test):
+                counts["right in the schema's order"] += 1
+                continue
             if right != test["valid"]:
                 counts["wrong accepted" if right else "right refused"] += 1
                 print(f"{'accepted' if right else 'refused'}: {file.name}: {text[:200]}")
@@ -219,8 +224,57 @@ def maskbench(options: argparse.Namespace) -> int:
     print(dict(counts))
     for name, times in (("compile", compiling), ("mask", filling)):
         p50, p99, most = (1e3 * float(np.percentile(times, rank)) for rank in (50, 99, 100))
-        print(f"{name}: p50 {p50:.3f} ms, p99 {p99:.2f} ms, at most {most:.1f} ms")
+        print(f"{name}: p50 {p50:.3f} ms, p99 {p99:.2f} ms, at most {most:.1f} ms of a processor")
     return 1 if counts["wrong accepted"] else 0
+
+
+def _in_some_order(matcher: Matcher, backend: Backend, test: Any) -> bool:
+    """Whether an instance is accepted if its properties come in another order. llguidance fixes their order, and
+    MaskBench's instances are put into it (its creation/reorder.py), but for schemas that plain llguidance refuses."""
+
+    tries = 20_000
+
+    def accepted(text: str) -> int:
+        """Tokens accepted, or -1, and nothing is."""
+        spelled = backend.tokens.spell(text.encode("utf-8", "surrogatepass"))
+        for count, token in enumerate(spelled):
+            if not matcher.accept(token):
+                matcher.rollback(count)
+                return -1
+        return len(spelled)
+
+    def sequence(opening: str, parts: Sequence[tuple[str, Any]], closing: str, free: bool) -> int:
+        taken = accepted(opening)
+        count = rest(parts, closing, free) if taken >= 0 else -1
+        if count < 0:
+            matcher.rollback(max(taken, 0))
+        return taken + count if count >= 0 else -1
+
+    def rest(parts: Sequence[tuple[str, Any]], closing: str, free: bool, comma: str = "") -> int:
+        nonlocal tries
+        if not parts:
+            return accepted(closing)
+        for at, (before, data) in enumerate(parts if free else parts[:1]):
+            tries -= 1
+            taken = accepted(comma + before) if tries > 0 else -1
+            if taken < 0:
+                continue
+            count = value(data)
+            others = rest([*parts[:at], *parts[at + 1 :]], closing, free, ", ") if count >= 0 else -1
+            if others >= 0:
+                return taken + count + others
+            matcher.rollback(taken + max(count, 0))
+        return -1
+
+    def value(data: Any) -> int:
+        if isinstance(data, dict):
+            members = [(json.dumps(key, ensure_ascii=False) + ": ", each) for key, each in data.items()]
+            return sequence("{", members, "}", free=True)
+        if isinstance(data, list):
+            return sequence("[", [("", each) for each in data], "]", free=False)
+        return accepted(json.dumps(data, ensure_ascii=False))
+
+    return value(test["data"]) >= 0 and matcher.complete
 
 
 def _backend(options: argparse.Namespace) -> Backend:

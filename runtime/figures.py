@@ -59,15 +59,15 @@ def rate(now: Sample, before: Sample | None, name: str) -> float:
     return grown / (now.at - before.at) if grown >= 0 else math.nan
 
 
-def quantile(now: Sample, before: Sample | None, name: str, part: float) -> float:
-    """A quantile of what a histogram has taken in between two samples, or in all if that was nothing; NaN for an empty
-    one. Within a bucket values count as evenly spread."""
+def recent_quantile(now: Sample, before: Sample | None, name: str, part: float) -> float:
+    """A quantile of what a histogram has taken in between two samples; NaN if that is nothing, or there is no earlier
+    sample. After a restart of an ingress: of all since. Within a bucket values count as evenly spread."""
     buckets = now.buckets.get(name, {})
-    since = {} if before is None else before.buckets.get(name, {})
+    if before is None or not buckets:
+        return math.nan
+    since = before.buckets.get(name, {})
     recent = {bound: count - since.get(bound, 0.0) for bound, count in buckets.items()}
-    if recent and recent[max(recent)] > 0 and min(recent.values()) >= 0:
-        buckets = recent
-    return _quantile(buckets, part)
+    return _quantile(buckets if min(recent.values()) < 0 else recent, part)
 
 
 def _quantile(buckets: Mapping[float, float], part: float) -> float:

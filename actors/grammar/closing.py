@@ -5,6 +5,7 @@ The search prefers what closes JSON. It goes back only over one token, so it is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -18,6 +19,10 @@ Int32s = NDArray[np.int32]
 MAX_BYTES = 2048
 MAX_TRIED = 1500
 """Tokens that a search tries in all."""
+ENDINGS_TRIED = 4
+"""How often endings are tried at places that look the same."""
+OTHER = 8
+"""How often a search goes the same way from one place until it takes another one."""
 TRIED = 12
 """Tokens tried at one place before it goes on in a circle."""
 _LAST = b"-+,[{\\"
@@ -29,7 +34,8 @@ def closing(matcher: Matcher, tokens: Tokens, endings: Sequence[bytes] = (), mos
     """A text that completes the answer from where the matcher is, which it comes back to. None if none was found.
 
     Args:
-        endings: texts that may complete it, where the masks do not show which do.
+        endings: texts that may complete it, or strings in it, where the masks do not show which do; or the ends of
+            such texts.
         most: bytes that the text may have.
     """
     search = _Search(matcher, tokens, endings)
@@ -53,10 +59,12 @@ class _Search:
     def __init__(self, matcher: Matcher, tokens: Tokens, endings: Sequence[bytes]) -> None:
         self._matcher = matcher
         self._tokens = tokens
-        self._endings = [spelled for spelled in map(tokens.spell, endings) if spelled]
+        self._endings = endings
         self._mask = np.zeros(-(-tokens.vocab_size // 32), np.int32)
         self._untried: dict[bytes, Iterator[int]] = {}  # by place
-        self._first: dict[bytes, int] = {}  # by place, what may always come next there
+        self._known: dict[bytes, list[int]] = {}  # by place, what may come next there
+        self._without_ending: Counter[bytes] = Counter()  # by place, how often no ending fitted
+        self._visits: Counter[bytes] = Counter()  # by place, once nothing there is new
         self._tried = 0
 
     def step(self) -> list[int]:
@@ -80,18 +88,43 @@ class _Search:
                 return []
             if not self._matcher.accept(token):
                 continue
-            self._first.setdefault(here, token)
+            self._known.setdefault(here, []).append(token)
             self._matcher.fill(self._mask)
             if self._matcher.complete or self._mask.tobytes() not in self._untried:
                 return [token]
             self._matcher.rollback(1)
-        for ending in self._endings:
-            count = self._accepted(ending)
-            if count == len(ending):
+        known = self._known.get(here, [])
+        if self._without_ending[here] < ENDINGS_TRIED:
+            quote = bool(known) and self._tokens.texts[known[0]] == b'"'  # it ends a string, or begins one
+            if ending := self._ending([each for each in self._endings if not (quote and each.endswith(b'"'))]):
                 return ending
-            self._matcher.rollback(count)
-        token = self._first.get(here, -1)
+            self._without_ending[here] += 1
+        self._visits[here] += 1
+        turn, now = divmod(self._visits[here], OTHER)
+        token = known[0 if now else turn % len(known)] if known else -1
         return [token] if token >= 0 and self._matcher.accept(token) else []
+
+    def _ending(self, endings: Sequence[bytes]) -> list[int]:
+        """Accepts an ending, or else the shortest end of one that completes the answer or a string."""
+        for ending in endings:
+            spelled = self._tokens.spell(ending)
+            if spelled and self._accepts(spelled):
+                return spelled
+        for ending in endings:
+            for start in range(len(ending) - 2, 0, -1):  # a quote alone would begin a string
+                spelled = self._tokens.spell(ending[start:])
+                if spelled and self._accepts(spelled):
+                    if ending.endswith(b'"') or self._matcher.complete:
+                        return spelled
+                    self._matcher.rollback(len(spelled))
+        return []
+
+    def _accepts(self, tokens: Sequence[int]) -> bool:
+        """Accepts all of the tokens, or none."""
+        count = self._accepted(tokens)
+        if count < len(tokens):
+            self._matcher.rollback(count)
+        return count == len(tokens)
 
     def _accepted(self, tokens: Sequence[int]) -> int:
         """How many of the tokens, one after the other, were accepted."""

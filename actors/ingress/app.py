@@ -122,7 +122,8 @@ class Post(Generic[T]):
 
 
 class Get:
-    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone."""
+    """An endpoint without a request document. `public`: no API key is asked for. `admin`: for administrators alone.
+    `of_page`: the status page asks it again and again."""
 
     body = None
     default = b""
@@ -134,16 +135,18 @@ class Get:
         public: bool = False,
         admin: bool = False,
         wire: Wire = OPENAI,
+        of_page: bool = False,
     ) -> None:
         self._service = service
         self.handle = handle
         self.public = public
+        self._of_page = of_page
         self.wire = wire
         self._admin = admin
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self.wire)
-        with observed(self._service, exchange, self.public):
+        with observed(self._service, exchange, self.public or self._of_page, not self._of_page):
             await exchange.run(self._work)
 
     async def _work(self, exchange: Exchange) -> None:
@@ -163,10 +166,10 @@ def create_app(service: Service) -> Starlette:
     app = Starlette(
         routes=[
             Route("/", Get(service, page, public=True), methods=["GET"]),
-            Route("/status", Get(service, NodeStatus()), methods=["GET"]),
-            Route("/status/history", Get(service, history), methods=["GET"]),
-            Route("/status/requests", Get(service, requests, admin=True), methods=["GET"]),
-            Route("/status/logs", Get(service, actor_log, admin=True), methods=["GET"]),
+            Route("/status", Get(service, NodeStatus(), of_page=True), methods=["GET"]),
+            Route("/status/history", Get(service, history, of_page=True), methods=["GET"]),
+            Route("/status/requests", Get(service, requests, admin=True, of_page=True), methods=["GET"]),
+            Route("/status/logs", Get(service, actor_log, admin=True, of_page=True), methods=["GET"]),
             Route("/status/restart", Post(service, _RESTART, restart, tasks=TASKS, admin=True), methods=["POST"]),
             Route("/v1/chat/completions", Post(service, _CHAT, chat_completions), methods=["POST"]),
             Route("/v1/completions", Post(service, _COMPLETION, completions), methods=["POST"]),
@@ -216,8 +219,14 @@ def create_app(service: Service) -> Starlette:
                 for what, method in (("create", "POST"), ("copy", "POST"), ("push", "POST"), ("delete", "DELETE"))
             ),
             Route("/generate", Post(service, _GENERATE, generate), methods=["POST", "PUT"]),
-            Route("/tokenize", Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"]),
-            Route("/detokenize", Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"]),
+            *(
+                Route(path, Post(service, _TOKENIZE, tokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/tokenize", "/v1/tokenize")
+            ),
+            *(
+                Route(path, Post(service, _DETOKENIZE, detokenize, tasks=TASKS), methods=["POST"])
+                for path in ("/detokenize", "/v1/detokenize")
+            ),
             *(Route(path, Get(service, health, public=True), methods=["GET"]) for path in ("/health", "/ping")),
             Route("/health_generate", Get(service, HealthGenerate(), public=True), methods=["GET"]),
             Route("/abort_request", Post(service, _ABORT, admin.abort_request, tasks=TASKS), methods=["POST"]),
@@ -264,7 +273,7 @@ def _cors(service: Service) -> list[Middleware]:
         Middleware(
             CORSMiddleware,
             allow_origins=[each.rstrip("/") for each in origins],
-            allow_methods=["GET", "POST", "PUT"],
+            allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],
             allow_private_network=True,

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from actors.ingress.decoding import asks_for_nothing
 from actors.ingress.errors import ApiError, invalid, unsupported
 from actors.messages import MAX_CONSTRAINT, Constraint
 
@@ -172,8 +173,8 @@ def _json(value: Any) -> str:
 
 
 def _only(value: dict[str, Any], param: str, *names: str) -> None:
-    for key in value:
-        if key not in names:
+    for key, each in value.items():
+        if key not in names and not asks_for_nothing(each):
             raise unsupported(f"{param}.{key}")
 
 

@@ -2,8 +2,10 @@
 
 What fits its type is decoded at once. Only what does not is looked at a second time, and then:
 
-- a field that asks for nothing is left out where the type does not know it, or does not take null. It is null, false,
-  an empty text, list or object, or a value that the type lists as `neutral`;
+- a field that asks for nothing is left out where the type does not know it. It is null, false, an empty text, list or
+  object, or a value that the type lists as `neutral`. A field that is known is left out where it is null or an empty
+  text, and takes none. Where there must be an object, an empty list is one without fields, as PHP's clients write it;
+- an object that a type's `reshaped` knows in another shape is given the one that is expected;
 - a whole number that is written with a fraction, as 6.0, is an integer where an integer is expected.
 
 A field that asks for something and is not known is refused by name. A type may list names under `unsupported` that are
@@ -13,6 +15,7 @@ known, but not built here.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -96,7 +99,8 @@ class _Fit:
         if isinstance(kind, inspect.UnionType):
             return self._fit_one(value, kind, where)
         if isinstance(kind, inspect.StructType) and isinstance(value, dict):
-            return self._fit_struct(value, kind, where)
+            value = self._reshaped(value, (kind,))
+            return self._fit_struct(value, kind, where) if isinstance(value, dict) else value
         if isinstance(kind, inspect.ListType) and isinstance(value, list):
             if _PLAIN.issuperset(map(type, value)):
                 return value
@@ -115,6 +119,8 @@ class _Fit:
     def _fit_one(self, value: Any, union: inspect.UnionType, where: str) -> Any:
         """The value as the one type of a union that it can be."""
         if isinstance(value, dict):
+            value = self._reshaped(value, union.types)
+        if isinstance(value, dict):
             for kind in union.types:
                 if isinstance(kind, inspect.StructType):
                     if kind.tag_field is None or value.get(kind.tag_field) == kind.tag:
@@ -126,6 +132,14 @@ class _Fit:
         kinds = [kind for kind in union.types if isinstance(kind, wanted)]
         return self.fit(value, kinds[0], where) if len(kinds) == 1 else value
 
+    def _reshaped(self, value: Any, kinds: Sequence[inspect.Type]) -> Any:
+        """The value in the shape that is expected, if one of the types knows it in another."""
+        for kind in kinds:
+            reshaped = getattr(kind.cls, "reshaped", None) if isinstance(kind, inspect.StructType) else None
+            if reshaped is not None and isinstance(value, dict):
+                value = reshaped(value)
+        return value
+
     def _fit_struct(self, value: dict[str, Any], kind: inspect.StructType, where: str) -> dict[str, Any]:
         fields = _fields(kind.cls)
         fitted: dict[str, Any] = {}
@@ -133,8 +147,10 @@ class _Fit:
             field = fields.get(name)
             place = f"{where}.{name}" if where else name
             if field is not None:
-                if each is not None or field.required or _takes_null(field.type):
+                if _takes(field.type, each):
                     fitted[name] = self.fit(each, field.type, place)
+                elif field.required:
+                    fitted[name] = {} if isinstance(field.type, inspect.DictType) else each
             elif name == kind.tag_field or not kind.forbid_unknown_fields:
                 fitted[name] = each
             elif not (asks_for_nothing(each) or each in getattr(kind.cls, "neutral", {}).get(name, ())):
@@ -151,10 +167,27 @@ def _fields(struct: type[Any]) -> dict[str, inspect.Field]:
     return {field.encode_name: field for field in kind.fields}
 
 
-def _takes_null(kind: inspect.Type) -> bool:
-    if isinstance(kind, inspect.UnionType):
-        return any(isinstance(each, inspect.NoneType | inspect.AnyType) for each in kind.types)
-    return isinstance(kind, inspect.NoneType | inspect.AnyType)
+def _takes(kind: inspect.Type, value: Any) -> bool:
+    """Whether a known field keeps its value. It does not if this is nothing that its type takes: null, an empty text
+    where there is none, a list without items in the place of an object, an object that lacks all it must have."""
+    kinds = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+    if any(isinstance(each, inspect.AnyType) for each in kinds):
+        return True
+    if value is None:
+        return any(isinstance(each, inspect.NoneType) for each in kinds)
+    if value == "":
+        return any(isinstance(each, inspect.StrType) for each in kinds)
+    objects = [each for each in kinds if isinstance(each, inspect.DictType | inspect.StructType)]
+    if value == []:
+        return not objects or any(isinstance(each, inspect.ListType) for each in kinds)
+    if value == {}:
+        structs = [each for each in objects if isinstance(each, inspect.StructType)]
+        return len(structs) != len(objects) or not structs or any(map(_takes_no_fields, structs))
+    return True
+
+
+def _takes_no_fields(kind: inspect.StructType) -> bool:
+    return kind.tag_field is None and not any(field.required for field in kind.fields)
 
 
 def unknown(place: str, name: str, known: list[str]) -> ApiError:

@@ -33,12 +33,14 @@ HELD = {
     "kv_used": "num_used_tokens",
     "kv_total": "max_total_num_tokens",
 }
-NAMES = (*COUNTED, *HELD, *(f"{name}_{part}" for name in TIMES for part in PARTS))
-"""What a point holds after its time: counts of its second, what was held at its end, and times in seconds."""
+_OF_INTEREST = frozenset(("connections_lost", QUEUE_TIME + ":sum", *HELD.values()))
+"""Actors with any of these are ingress workers and schedulers."""
+NAMES = ("seconds", *COUNTED, "errors", *HELD, *(f"{name}_{part}" for name in TIMES for part in PARTS))
+"""What a point holds after its time: how long it lasted, counts, what was held at its end, and times in seconds."""
 
 
 class _Point(NamedTuple):
-    """A second. `counts`: of each histogram of TIMES, the values in each bucket."""
+    """About a second. `counts`: of each histogram of TIMES, the values in each bucket."""
 
     at: float
     values: list[float | None]
@@ -61,8 +63,9 @@ class History:
         """
         grown: dict[str, float] = {}
         held = dict.fromkeys(HELD, 0.0)
-        responses: dict[str, float] = {}
         for actor, each in figures.items():
+            if _OF_INTEREST.isdisjoint(each):
+                continue
             now = figures_of_models(each) | responses_of(each)
             now |= {name: value for name, value in each.items() if name.startswith(QUEUE_TIME)}
             before = self._before.get(actor)
@@ -78,8 +81,9 @@ class History:
             for name, (metric, bounds) in TIMES.items()
         }
         responses = {name.partition(":")[2]: value for name, value in grown.items() if name.startswith("http_")}
-        values: list[float | None] = [grown.get(source, 0.0) for source in COUNTED.values()]
-        values += held.values()
+        seconds = max(0.001, at - self._points[-1].at) if self._points else 1.0
+        values: list[float | None] = [round(seconds, 3), *(grown.get(source, 0.0) for source in COUNTED.values())]
+        values += [sum(value for status, value in responses.items() if status >= "400"), *held.values()]
         for name, (_, bounds) in TIMES.items():
             values += _quantiles(counts[name], bounds)
         self._points.append(_Point(at, values, counts, responses))

@@ -19,8 +19,9 @@ CLIENT_GONE = 499
 
 
 @contextmanager
-def observed(service: Service, exchange: Exchange, public: bool = False) -> Iterator[None]:
-    """Around the work on a request. `public`: one that monitoring asks all the time, of which nothing is told."""
+def observed(service: Service, exchange: Exchange, public: bool = False, counted: bool = True) -> Iterator[None]:
+    """Around the work on a request. `public`: one that monitoring asks all the time, of which nothing is told.
+    `counted`: among the answers by status, where those to the status page would hide all others."""
     trace, work = None, exchange.work
     if service.tracing is not None and not public:
         trace = service.tracing.begin(work.identity, exchange.header(b"traceparent"), exchange.header(b"tracestate"))
@@ -33,7 +34,8 @@ def observed(service: Service, exchange: Exchange, public: bool = False) -> Iter
     finally:
         if service.recent is not None:
             service.recent.end(exchange)
-        service.metrics.response(exchange.status)
+        if counted:
+            service.metrics.response(exchange.status)
         status = exchange.status or CLIENT_GONE
         method, path, identity = exchange.scope["method"], exchange.scope["path"], work.identity
         if trace is not None and service.tracing is not None:

@@ -11,7 +11,8 @@ from actors.ingress.config import IngressConfig, ServedModel
 from actors.ingress.errors import invalid
 from actors.messages import Constraint, SamplingParams, TextParams
 
-TopP = Annotated[float, Meta(gt=0, le=1)]
+TopP = Annotated[float, Meta(ge=0, le=1)]
+"""0 leaves the most probable token, as with OpenAI."""
 MinP = Annotated[float, Meta(ge=0, le=1)]
 TopK = Annotated[int, Meta(ge=-1, lt=2**31)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
@@ -88,6 +89,8 @@ def sampling_params(
         )
     default = model.sampling
     temperature = _first(temperature, default.temperature, 1.0)
+    if top_p == 0:
+        top_p, top_k = 1.0, 1
     return SamplingParams(
         max_tokens=0,
         seed=seed & (2**63 - 1),
@@ -141,7 +144,7 @@ def text_params(
     min_tokens: int | None,
 ) -> TextParams:
     """How tokens become text. Raises ApiError for bad stop strings."""
-    strings = [stop] if isinstance(stop, str) else stop or []
+    strings = [stop] if stop and isinstance(stop, str) else list(stop or ())
     if len(strings) > config.max_stop_strings:
         raise invalid(
             f"Invalid value for 'stop': at most {config.max_stop_strings} stop strings are allowed.",

@@ -24,6 +24,15 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _ODD_NUMBER = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _WORDS = {"true": "true", "false": "false", **dict.fromkeys(("null", "none", "undefined", "nan", "infinity"), "null")}
 _CLOSING = {"{": "}", "[": "]"}
+QUOTES = {'"': '"', "'": "'", "`": "`", "“": "”"}
+"""With what strings begin, and what ends them."""
+_QUOTED_KEY = re.compile(r"""(["'`“])(?:[^"'`”\\\n]|\\.){0,128}["'`”]\s{0,64}""")
+_BEGUN_QUOTED_KEY = re.compile(r"""["'`“](?:[^"'`”\\\n]|\\.){0,128}\\?""")
+_BARE_KEY = re.compile(r"[^\W\d][\w$-]{0,63}\s{0,64}")
+_HEXADECIMAL = re.compile(r"([-+]?)0[xX]([0-9a-fA-F]{1,16})")
+_COMMENT = re.compile(r"\s*(?://|/\*|#)")
+_SOME_SPACE = re.compile(r"\s{0,256}")
+_MAX_COMMENT = 4096
 _STOP_SPACE = 64
 """White space behind a literal that may end a string, before the literal counts as a part of the string."""
 
@@ -31,9 +40,9 @@ _STOP_SPACE = 64
 class LenientJson:
     """Turns one value that is meant as JSON into JSON, character by character. What is JSON stays as it is.
 
-    Repaired are: control characters and wrong escapes in strings, single quotes, quotes that do not end a string, keys
-    and words without quotes, Python's True, False, None and tuples, numbers such as .5 or 007, surplus and missing
-    commas, a missing value, and brackets that are missing or do not fit.
+    Repaired are: control characters and wrong escapes in strings, other quotes, quotes that do not end a string, keys
+    and words without quotes, Python's True, False, None and tuples, numbers such as .5, 007, 0x1F or 1_000, comments,
+    surplus and missing commas, a missing value, doubled braces, and brackets that are missing or do not fit.
 
     Args:
         stops: literals that come behind the value. One of them ends it wherever it may end, and inside a string if
@@ -46,6 +55,7 @@ class LenientJson:
 
     __slots__ = (
         "_closing",
+        "_doubled",
         "_expect",
         "_gap",
         "_open",
@@ -62,10 +72,11 @@ class LenientJson:
         self.done = False
         self.failed = False
         self._stops = stops
-        self._plain = _plain("".join(sorted({stop[0] for stop in stops})))
+        self._plain = re.compile("")
         self._out: list[str] = []
         self._gap: list[str] = []  # what comes before the next value, given out with it: comma, space, key and colon
         self._open: list[str] = []
+        self._doubled: set[int] = set()  # how many were open behind braces that came twice
         self._expect = "value"
         self._quote = ""  # of the string that is being read
         self._closing: list[str] | None = None  # white space behind a quote that may end the string
@@ -182,9 +193,22 @@ class LenientJson:
             return match.end()
         character, space = text[at], "".join(self._closing)
         if self._expect == "colon":
-            ends = character in ":,}"
+            ends = character in ":=,}"
+        elif character in "}])" or (character in QUOTES and "\n" in space):
+            ends = True
+        elif character in ",;" and self._open[-1] == "[":
+            ends = character == ","
+        elif character in ",;" or (character in QUOTES and self._open[-1] == "{"):
+            member = _member_follows(text, at + (character in ",;"))
+            if member is None:
+                return -1
+            ends = member
+        elif character == "/" and space:
+            if at + 1 == len(text):
+                return -1
+            ends = text[at + 1] in "/*"
         else:
-            ends = character in ",}])" or (character in "\"'" and "\n" in space)
+            ends = character == "#" and bool(space)
         if not ends and self._stops:
             rest = text[at : at + max(map(len, self._stops))]
             ends = rest.startswith(self._stops)
@@ -194,7 +218,7 @@ class LenientJson:
             self._string_ended()
         else:
             self._closing = None
-            self._put('\\"' if self._quote == '"' else "'")
+            self._put('\\"' if self._quote == '"' else self._quote)
             self._put(json.dumps(space)[1:-1])
         return at
 
@@ -224,12 +248,15 @@ class LenientJson:
     def _end_word(self) -> None:
         whole = "".join(self._word or ())
         word = whole.strip()
+        remark = _COMMENT.search(word)
+        if remark is not None and (_WORDS.get(word[: remark.start()].lower()) or _number(word[: remark.start()])):
+            word = word[: remark.start()]
         self._word = None
         if self._expect == "colon":
             self._gap.append(quoted(word))
             return
         self._begin_value()
-        self._out.append(_WORDS.get(word.lower()) or json_number(word) or quoted(word))
+        self._out.append(_WORDS.get(word.lower()) or _number(word) or quoted(word))
         self._value_ended()
         self._gap.append(whole[len(whole.rstrip()) :])
 
@@ -243,6 +270,15 @@ class LenientJson:
             self._gap.append(match.group())
             return match.end()
         expect = self._expect
+        if self._open and (character in "/#"):
+            behind = self._behind_comment(text, at)
+            if behind:
+                return behind
+        if character == "}" and len(self._open) in self._doubled:
+            if at + 1 == len(text):
+                return -1
+            self._doubled.discard(len(self._open))
+            at += text[at + 1] == "}"
         if character in "}])" and self._open and expect != "colon":
             self._close(character)
         elif expect == "comma":
@@ -254,9 +290,12 @@ class LenientJson:
                 self._value_ended()
                 return at
         elif expect == "key":
-            if character in "\"'":
-                self._quote, self._expect = character, "colon"
+            if character in QUOTES:
+                self._expect = "colon"
+                self._begin_string(character)
                 self._gap.append('"')
+            elif character == "{" and "".join(self._gap).strip() in ("", ","):
+                self._doubled.add(len(self._open))
             elif character.isalpha() or character in "_$":
                 self._word, self._expect = [], "colon"
                 return at
@@ -264,7 +303,7 @@ class LenientJson:
                 self.failed = True
                 return at
         elif expect == "colon":
-            self.failed = character != ":"
+            self.failed = character not in ":="
             if self.failed:
                 return at
             self._gap.append(":")
@@ -275,9 +314,9 @@ class LenientJson:
             self._out.append(kind)
             self._open.append(kind)
             self._expect = "key" if kind == "{" else "value"
-        elif character in "\"'":
+        elif character in QUOTES:
             self._begin_value()
-            self._quote = character
+            self._begin_string(character)
             self._out.append('"')
         elif (character.isalnum() or character in "+-._$/~#@*") and self._open:
             self._word = []
@@ -289,12 +328,33 @@ class LenientJson:
 
     def _next_member(self, text: str, at: int) -> int:
         character = text[at]
-        if character != "," and character not in "\"'{[":
+        if character not in ",;" and character not in QUOTES and character not in "{[":
             self.failed = True
             return at
         self._gap.append(",")
         self._expect = "key" if self._open[-1] == "{" else "value"
-        return at + (character == ",")
+        return at + (character in ",;")
+
+    def _behind_comment(self, text: str, at: int) -> int:
+        """Behind a comment; -1 if it goes on, 0 if there is none."""
+        if at + 1 == len(text):
+            return -1
+        if text[at] == "#":
+            if self._expect == "value" and text[at + 1] != " ":
+                return 0
+        elif text[at + 1] not in "/*":
+            return 0
+        end = "*/" if text.startswith("/*", at) else "\n"
+        ends = [text.find(each, at + 1) for each in (end, *self._stops)]
+        found = min((each for each in ends if each >= 0), default=-1)
+        if found < 0:
+            self.failed = len(text) - at > _MAX_COMMENT
+            return -1
+        return found + (2 if found == ends[0] and end == "*/" else 0)
+
+    def _begin_string(self, character: str) -> None:
+        self._quote = QUOTES[character]
+        self._plain = _plain("".join(sorted({self._quote, *(stop[0] for stop in self._stops)})))
 
     def _begin_value(self) -> None:
         self._out += self._gap
@@ -321,6 +381,32 @@ class LenientJson:
             if last == kind:
                 break
         self._value_ended()
+
+
+def _member_follows(text: str, at: int) -> bool | None:
+    """Whether the next member of an object comes next, or its end; None if more text must tell."""
+    match = _SOME_SPACE.match(text, at)
+    assert match is not None
+    at = match.end()
+    if at == len(text):
+        return None
+    if text[at] in ",;}])/#{[" or text[at].isspace():
+        return True
+    pattern, begun = (_QUOTED_KEY, _BEGUN_QUOTED_KEY) if text[at] in QUOTES else (_BARE_KEY, _BARE_KEY)
+    key = pattern.match(text, at)
+    if key is not None and key.end() < len(text):
+        return text[key.end()] in ":="
+    return None if key is not None or begun.fullmatch(text, at) else False
+
+
+def _number(word: str) -> str:
+    """A number as JSON, JSON5 or Python write it; empty for other words."""
+    match = _HEXADECIMAL.fullmatch(word)
+    if match is not None:
+        return f"{match[1].replace('+', '')}{int(match[2], 16)}"
+    if word[:1] in "+-" and word[1:].lower() in ("infinity", "inf", "nan"):
+        return "null"
+    return json_number(re.sub(r"(?<=[0-9])_(?=[0-9])", "", word))
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 from runtime.errors import UserError
@@ -15,6 +16,27 @@ _NATIVE = {
     "include_stop_str_in_output": "no_stop_trim",
 }
 """Fields that SGLang, and so POST /generate, calls otherwise."""
+_STRUCTURED = "give json_schema=, regex=, ebnf= or structural_tag="
+_INSTEAD = {
+    "guided_decoding": _STRUCTURED,
+    "structured_outputs": _STRUCTURED,
+    "best_of": "give n=N, the answers that you want to each prompt",
+    "use_beam_search": "answers are drawn; give n=N for several of them",
+    "beam_width": "answers are drawn; give n=N for several of them",
+    "length_penalty": "it belongs to beam search; leave it out",
+    "early_stopping": "it belongs to beam search; leave it out",
+    "prompt_logprobs": "ask a server: POST /v1/completions takes it",
+    "logits_processors": "give logit_bias={TOKEN: BIAS}",
+    "allowed_token_ids": "give logit_bias={TOKEN: BIAS}, or regex=",
+    "bad_words": "give logit_bias={TOKEN: -100}",
+    "stop_regex": "give stop=, texts that end an answer",
+    "truncate_prompt_tokens": "shorten the prompt",
+    "detokenize": "a result has both text and token_ids; leave it out",
+    "spaces_between_special_tokens": "texts are those of the tokenizer; leave it out",
+    "output_kind": "llm.generate returns whole results; leave it out",
+    "return_hidden_states": "hidden states are not returned; leave it out",
+}
+"""What to do in place of fields of vLLM and SGLang that have no equal here."""
 _MAX_TOKENS = 128
 _NOT_SAMPLING = ("logprobs",)
 
@@ -35,7 +57,7 @@ class SamplingParams:
         max_new_tokens, min_new_tokens, sampling_seed, no_stop_trim: SGLang's names of `max_tokens`, `min_tokens`,
             `seed` and `include_stop_str_in_output`.
 
-    Raises UserError where a value is given under both names.
+    Raises UserError where a value is given under both names, and for a name that there is not.
     """
 
     max_tokens: int | None = None
@@ -64,6 +86,16 @@ class SamplingParams:
     min_new_tokens: int | None = None
     sampling_seed: int | None = None
     no_stop_trim: bool | None = None
+
+    def __new__(cls, **given: Any) -> SamplingParams:
+        """Answers names that there are not before the generated `__init__` does."""
+        known = [each.name for each in fields(cls)]
+        for name in given:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = _INSTEAD.get(name) or (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+                raise UserError(f"there is no sampling parameter {name}: {hint}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for ours, other in _NATIVE.items():

@@ -51,6 +51,16 @@ _INSTEAD = {
     "swap_space": "there is none: a request that has to wait keeps its tokens",
 }
 """What to do in place of arguments of vLLM and SGLang that have no equal here."""
+_NEUTRAL = {
+    "trust_remote_code": False,
+    "enforce_eager": False,
+    "disable_radix_cache": False,
+    "disable_overlap_schedule": False,
+    "data_parallel_size": 1,
+    "dp_size": 1,
+    "swap_space": 0,
+}
+"""Values of those that ask for nothing."""
 
 
 def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path | None) -> list[str]:
@@ -70,6 +80,8 @@ def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path 
         key = _OTHER_NAMES.get(given, given)
         if key != given and key in keys:
             raise UserError(f"{given} is another name of {key}: give one of them")
+        if key in _INSTEAD and (value is None or (key in _NEUTRAL and value == _NEUTRAL[key])):
+            continue
         if key in _MODEL_KEYS:
             arguments.append(f"model.{key}={_toml(value)}")
         elif key in _ENGINE_KEYS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from runtime.chaos.corpus import Request, build_corpus
 from runtime.chaos.inject import matching, read_schedule
 from runtime.chaos.pauses import pauses, typical_gap
 from runtime.errors import UserError
-from runtime.figures import parse, quantile, rate
+from runtime.figures import parse, rate, recent_quantile
 from supervisors.status import NodeStatus
 
 REQUEST = Request("completion", "test", {"stream": True}, tokens=6, shows_tokens=True)
@@ -116,8 +117,10 @@ def test_figures_of_metrics() -> None:
     )
     before, now = parse(text.format(10, 10), 0.0), parse(text.format(10, 20), 2.0)
     assert rate(now, before, "g_total") == 5.0
-    assert quantile(now, None, "t_seconds", 0.25) == pytest.approx(0.05)
-    assert quantile(now, before, "t_seconds", 0.5) == pytest.approx(0.15), "of what has come between the two"
+    assert recent_quantile(now, before, "t_seconds", 0.5) == pytest.approx(0.15), "of what has come between the two"
+    assert math.isnan(recent_quantile(now, None, "t_seconds", 0.5)), "of nothing"
+    assert math.isnan(recent_quantile(now, now, "t_seconds", 0.5)), "nothing has come: what was before is old"
+    assert recent_quantile(before, now, "t_seconds", 0.5) == pytest.approx(0.05), "an ingress has begun anew"
 
 
 def command(node: Node, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
+
+from actors.ingress.engines import Engines
+from actors.ingress.service import Service
+from actors.messages import EngineInfo
 
 from .conftest import Serve, Served, wait_for
 from .fakes import MAX_MODEL_LEN, MODEL
@@ -133,3 +140,26 @@ def test_tokenizer_info(shared: Served) -> None:
     assert document["chat_template"] == "{{ messages }}"
     assert document["model_max_length"] == MAX_MODEL_LEN
     assert shared.client.get("/tokenizer_info?model=other").status_code == 404
+
+
+def engine(role: Any) -> EngineInfo:
+    return EngineInfo(role, role, f"{role}.scheduler", "ipc:///nowhere", MODEL, "", 1, 16, 1, 512)
+
+
+def test_what_needs_engines_waits_for_them_after_a_start() -> None:
+    """Profiles and flushes that are asked for before the engines have registered."""
+    engines = Engines([MODEL], lambda name, address: None)
+    service: Any = SimpleNamespace(
+        ledger=SimpleNamespace(engines=engines), models=[SimpleNamespace(model=MODEL, task="generate")]
+    )
+
+    async def ask() -> list[str]:
+        asked = asyncio.create_task(Service.known_engines(service))
+        for roles in (["decode"], ["decode", "prefill"]):  # decode alone could not answer anything
+            await asyncio.sleep(0)
+            assert not asked.done()
+            engines.update([engine(role) for role in roles], time.monotonic())
+        async with asyncio.timeout(5):
+            return [info.engine for info in await asked]
+
+    assert asyncio.run(ask()) == ["decode", "prefill"]

@@ -89,6 +89,9 @@ def test_status_page(serve: Serve, tmp_path: Path) -> None:
         assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
     assert "://" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
 
+    for form in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert form not in page.text  # what comes from outside is never markup
+
     key = {"authorization": "Bearer secret"}
     assert served.client.get("/status").status_code == 401
     refused = served.client.get("/status", headers=key)

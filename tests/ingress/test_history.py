@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+import actors.ingress
 from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 from actors.ingress.history import KEPT, NAMES, WINDOW, History
 from actors.ingress.metrics import HISTOGRAMS, IngressMetrics
@@ -76,3 +80,26 @@ def test_what_is_shown_gets_old_and_what_is_kept_is_bounded() -> None:
         if second == 1:
             assert history.times()["queue_p50"] == pytest.approx(0.0125)
     assert len(history.points(0)) == KEPT
+
+
+def luminance(colour: str) -> float:
+    """WCAG 2.2's relative luminance of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_page_is_readable() -> None:
+    """WCAG AA: 4.5 to 1 for text, in both themes."""
+    page = (Path(actors.ingress.__file__).parent / "status_page.html").read_text()
+    light, dark = (
+        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", each)) for each in page.split("prefers-color-scheme")
+    )
+    for theme in (light, dark):
+        backs = [theme["back"], theme["card"]]
+        pairs = [(theme[name], back) for name in ("text", "dim", "good", "changing", "bad", "plot") for back in backs]
+        pairs += [(theme["on-plot"], theme["plot"]), (theme["back"], theme["bad"])]
+        pairs += [(theme[name], theme["bad-back"]) for name in ("text", "bad", "plot")]
+        for pair in pairs:
+            darker, lighter = sorted(map(luminance, pair))
+            assert (lighter + 0.05) / (darker + 0.05) >= 4.5, pair

@@ -65,7 +65,7 @@ def test_what_is_not_stored(shared: Served) -> None:
     before = names(shared)
     unkept = ask(shared, store=False)
     assert (unkept["store"], names(shared)) == (False, before)
-    for wrong in (unkept["id"], "resp_1", "", "../x", "resp_" + "0" * 24 + "/", "resp_" + "A" * 24):
+    for wrong in (unkept["id"], "resp_1", "../x", "resp_" + "0" * 24 + "/", "resp_" + "A" * 24):
         error = ask(shared, 404, previous_response_id=wrong)["error"]
         assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
     assert shared.client.get(f"{URL}/resp_{'0' * 24}").status_code == 404

@@ -180,7 +180,7 @@ def test_tool_choices_and_formats(shared: Served) -> None:
         ({"tool_choice": {"type": "custom", "name": "x"}}, "tool_choice", "'custom' is not supported"),
         ({"tool_choice": {"type": "function"}}, "tool_choice", "name"),
         ({"tool_choice": "required", "tools": [{"type": "web_search"}]}, "tool_choice", "when tools are given"),
-        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "'web_search_call' is not supported"),
+        ({"input": [{"type": "compaction", "id": "x"}]}, "input[0].type", "'compaction' is not supported"),
         ({"input": [{"role": "user"}]}, "input[0]", "content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type", "image"),
         ({"text": {"format": {"type": "xml"}}}, "response_format", "type"),

@@ -380,7 +380,7 @@ def test_calls_schema() -> None:
     }
     assert parameters["properties"] == {"a": {"$ref": "#/$defs/A"}}
     once = calls_schema(tools, "required", parallel=False)
-    named = calls_schema(tools[1:], NamedTool("function", Function("g")), parallel=True)  # type: ignore[arg-type]
+    named = calls_schema(tools[1:], NamedTool(Function("g")), parallel=True)  # type: ignore[arg-type]
     assert once["maxItems"] == named["maxItems"] == 1
 
 

@@ -217,15 +217,44 @@ def test_an_answer_with_no_room_at_all_is_only_cut(deterministic: Executor, comp
     assert EOS not in sequence.output
 
 
-def test_closings_complete(compiler: Backend) -> None:
-    for constraint in (*CONSTRAINTS, *ENDLESS):
-        compiled = compiler.compile(constraint)
-        matcher = compiled.matcher([EOS])
-        found = closing(matcher, compiler.tokens, compiled.endings)
-        assert found is not None
-        assert not matcher.complete or found == b""
-        assert all(matcher.accept(token) for token in compiler.tokens.spell(found))
-        assert matcher.complete
+HIDDEN = [  # the masks do not show how far an answer has come
+    r"^pbj:([a-z0-9-]+):([a-z0-9.-]+):([a-z0-9-]+)?:([a-z0-9-]+):([0-9]+-[0-9]+-[0-9]+)$",
+    "rocket_font|arrow_font",
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}\.[0-9]+Z",
+    r"\\{3}\"[^a-z]?é+\u00e9",
+]
+RECURSIVE = {
+    "$defs": {
+        "part": {
+            "type": "object",
+            "properties": {"parts": {"type": "array", "items": {"$ref": "#/$defs/part"}}, "id": {"type": "string"}},
+            "required": ["id"],
+        }
+    },
+    "$ref": "#/$defs/part",
+}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "begun"),
+    [
+        *((each, "") for each in (*CONSTRAINTS, *ENDLESS)),
+        *((Constraint("json_schema", json.dumps({"type": "string", "pattern": each})), "") for each in HIDDEN),
+        *((Constraint("regex", f"(?s:.*)({each.strip('^$')})"), "abc") for each in HIDDEN),
+        (Constraint("json_schema", json.dumps({"type": "string", "pattern": HIDDEN[0]})), '"pbj:x:'),
+        (Constraint("json_schema", json.dumps({"type": "string", "pattern": HIDDEN[2]})), '"on 2024-01-02T0'),
+        (Constraint("json_schema", json.dumps(RECURSIVE)), '{"parts": [{"parts": [{"parts": ['),
+    ],
+)
+def test_closings_complete(compiler: Backend, constraint: Constraint, begun: str) -> None:
+    compiled = compiler.compile(constraint)
+    matcher = compiled.matcher([EOS])
+    assert all(matcher.accept(token) for token in compiler.tokens.spell(begun.encode()))
+    found = closing(matcher, compiler.tokens, compiled.endings)
+    assert found is not None
+    assert not matcher.complete or found == b""
+    assert all(matcher.accept(token) for token in compiler.tokens.spell(found))
+    assert matcher.complete
 
 
 def test_compiling_beside_the_steps(deterministic: Executor) -> None:

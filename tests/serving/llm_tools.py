@@ -21,6 +21,7 @@ def private_tree(llm: LLM) -> dict[str, dict[str, Any]]:
     with socket.socket(socket.AF_UNIX) as connection, connection.makefile("rb") as stream:
         connection.settimeout(10)
         connection.connect(str(llm.node.directory / "llm" / "status"))
+        connection.sendall(b"status\n")
         nodes = [json.load(stream)["tree"]]
     for node in nodes:
         nodes += node["children"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -127,6 +131,21 @@ def test_names_of_vllm_and_sglang_are_understood(llm: LLM) -> None:
         "engine.main.prefix_cache=false",
         "model.max_model_len=512",
     ]
+
+
+def test_names_that_there_are_not() -> None:
+    neutral = {"trust_remote_code": False, "quantization": None, "data_parallel_size": 1, "enforce_eager": False}
+    assert as_arguments({**neutral, "tp_size": 2}, {}, None) == ["engine.main.tp=2"]
+    for name, value in (("trust_remote_code", True), ("quantization", "awq"), ("data_parallel_size", 2)):
+        with pytest.raises(UserError, match=f"there is no argument {name}: "):
+            as_arguments({name: value}, {}, None)
+    theirs: dict[str, Any] = {"guided_decoding": {}}
+    with pytest.raises(UserError, match="no sampling parameter guided_decoding: give json_schema="):
+        SamplingParams(**theirs)
+    with pytest.raises(UserError, match=r"no sampling parameter temprature: did you mean temperature\?"):
+        SamplingParams(**{"temprature": 1.0})  # type: ignore[arg-type]
+    changed = dataclasses.replace(copy.copy(SamplingParams(n=2)), seed=1)
+    assert (changed.n, changed.seed, pickle.loads(pickle.dumps(changed))) == (2, 1, changed)
 
 
 def test_refusals_are_one_sentence(llm: LLM, tmp_path: Path) -> None:

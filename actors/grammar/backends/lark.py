@@ -12,6 +12,7 @@ from llguidance import regex_to_lark
 from actors.grammar.backends.gbnf import lark_of
 from actors.grammar.backends.json_schema import prepared
 from actors.grammar.errors import BadGrammar
+from actors.grammar.examples import examples, string_ends
 from actors.messages import Constraint
 
 HEAD = '%llguidance {"no_forcing": true}\n'
@@ -27,9 +28,10 @@ def grammar_of(constraint: Constraint) -> tuple[str, Sequence[bytes]]:
         case "json":
             return f"{HEAD}start: {json_grammar({'type': 'object'})}", ()
         case "json_schema":
-            return f"{HEAD}start: {json_grammar(prepared(json.loads(text)))}", ()
+            schema = prepared(json.loads(text))
+            return f"{HEAD}start: {json_grammar(schema)}", string_ends(schema)
         case "regex":
-            return f"{HEAD}start: {regex_grammar(text)}", ()
+            return f"{HEAD}start: {regex_grammar(text)}", [each.encode() for each in examples(text)]
         case "ebnf":
             return HEAD + lark(text), ()
         case "choice":

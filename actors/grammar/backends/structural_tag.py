@@ -12,6 +12,7 @@ from typing import Any
 from actors.grammar.backends.json_schema import prepared
 from actors.grammar.backends.lark import HEAD, json_grammar, regex_grammar
 from actors.grammar.errors import BadGrammar
+from actors.grammar.examples import MAX_EXAMPLES, string_ends
 
 MAX_FORMATS = 2048
 _ANY = r"(?s:.*)"
@@ -38,7 +39,7 @@ def structural_tag(tag: Any) -> tuple[str, Sequence[bytes]]:
         form = tag.get("format")
     rules = _Rules()
     start = rules.format(form)
-    return f"{HEAD}start: {start}\n" + "\n".join(rules.lines) + "\n", rules.endings
+    return f"{HEAD}start: {start}\n" + "\n".join(rules.lines) + "\n", rules.endings + rules.string_ends
 
 
 class _Rules:
@@ -46,12 +47,13 @@ class _Rules:
 
     Attributes:
         lines: of Lark.
-        endings: texts that end a tag.
+        endings: texts that end a tag. string_ends: of strings in JSON.
     """
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.endings: list[bytes] = []
+        self.string_ends: list[bytes] = []
 
     def format(self, form: Any) -> str:
         """An expression of a format."""
@@ -110,6 +112,7 @@ class _Rules:
                 'set grammar_backend = "xgrammar", or use "json".'
             )
         schema = prepared(form["json_schema"])
+        self.string_ends = list(dict.fromkeys([*self.string_ends, *string_ends(schema)]))[:MAX_EXAMPLES]
         blanks = form.get("max_whitespace_cnt")
         if blanks is None:
             return json_grammar(schema)

@@ -39,6 +39,8 @@ class ToolUse(Struct, tag="tool_use", forbid_unknown_fields=True):
     input: dict[str, Any]
     cache_control: Any = None
     caller: Any = None
+    extra_content: Any = None
+    provider_specific_fields: Any = None
     toolset_name: Any = None
 
 

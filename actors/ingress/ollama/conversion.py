@@ -118,7 +118,7 @@ def _message(message: Message, param: str) -> ChatMessage:
     return ChatMessage(
         message.role,
         message.content or "",
-        name=message.tool_name,
+        name=message.tool_name or message.name,
         reasoning_content=message.thinking or None,
         tool_call_id=message.tool_call_id,
         tool_calls=calls or None,

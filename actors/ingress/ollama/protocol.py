@@ -40,7 +40,7 @@ class Called(Struct, forbid_unknown_fields=True):
     """The function of a call."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] | str = {}
     index: Any = None
 
 
@@ -62,10 +62,13 @@ class Message(Struct, forbid_unknown_fields=True):
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
     tool_name: str | None = None
+    name: str | None = None
 
 
 class Request(Struct, forbid_unknown_fields=True, kw_only=True):
     """What both kinds have in common."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"tool_choice": ("auto",)}
 
     model: str
     options: dict[str, Any] | None = None

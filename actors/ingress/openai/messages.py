@@ -27,8 +27,12 @@ _OWNERS = {
     "tool_call_id": "tool",
 }
 """Fields that only messages of one role have."""
-_PARTS = {"text": "text", "refusal": "refusal"}
+_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 """Types of content parts, and where their text is."""
+_THOUGHTS = ("thinking", "reasoning", "redacted_thinking")
+"""Types of content parts of an assistant that are its reasoning."""
+_OF_ANSWERS = ("cache_control", "annotations", "extras", "id", "index", "logprobs", "signature")
+"""Fields of content parts that answers and clients bring along, without effect."""
 
 _encode = msgspec.json.encode
 
@@ -72,7 +76,7 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     unsupported: ClassVar[tuple[str, ...]] = ("audio",)
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | list[Any] | None = None
     name: str | None = None
     function_call: CalledFunction | None = None
     reasoning: str | None = None
@@ -84,6 +88,8 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     tool_calls: list[ToolCall] | None = None
     annotations: Any = None
     cache_control: Any = None
+    extra_content: Any = None
+    id: Any = None
     parsed: Any = None
     provider_specific_fields: Any = None
 
@@ -91,7 +97,8 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
     def text(self) -> str:
         """The content, whose parts are joined by a space, as SGLang does. Only after `chat_prompt` has checked it."""
         if isinstance(self.content, list):
-            return " ".join(part[_PARTS[part["type"]]] for part in self.content)
+            parts = (part for part in self.content if not _is_thought(part))
+            return " ".join(part if isinstance(part, str) else part[_PARTS[part["type"]]] for part in parts)
         return self.content or self.refusal or ""
 
     @property
@@ -99,7 +106,22 @@ class ChatMessage(Struct, forbid_unknown_fields=True):
         """The reasoning, by whichever of its names."""
         parts = self.reasoning_details or self.thinking_blocks or ()
         whole = self.reasoning_content or self.reasoning
-        return whole or "".join(part.text or part.thinking or part.summary for part in parts)
+        whole = whole or "".join(part.text or part.thinking or part.summary for part in parts)
+        if whole or self.role != "assistant":
+            return whole
+        return "".join(_thought(part) for part in self.content or ())
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in _THOUGHTS
+
+
+def _thought(part: Any) -> str:
+    """The text of a content part that is reasoning, empty for any other."""
+    thought = part.get(part["type"]) if _is_thought(part) else None
+    if isinstance(thought, list):  # Mistral's
+        return "".join(str(each.get("text") or "") for each in thought if isinstance(each, dict))
+    return thought if isinstance(thought, str) else ""
 
 
 def chat_prompt(
@@ -166,7 +188,8 @@ def _plain(message: ChatMessage, param: str, arguments_as_text: bool) -> dict[st
         )
     if isinstance(message.content, list):
         for i, part in enumerate(message.content):
-            _check_part(part, f"{param}.content[{i}]")
+            if not isinstance(part, str) and not (role == "assistant" and _is_thought(part)):
+                _check_part(part, f"{param}.content[{i}]")
     plain: dict[str, Any] = {"role": role, "content": message.text}
     if message.name is not None:
         plain["name"] = message.name
@@ -194,8 +217,10 @@ def _plain_call(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:
     return plain if call.id is None else {"id": call.id, **plain}
 
 
-def _check_part(part: dict[str, Any], param: str) -> None:
+def _check_part(part: Any, param: str) -> None:
     """Raises ApiError for a part of a message that is not text."""
+    if not isinstance(part, dict):
+        raise invalid(f"Invalid value for '{param}': expected an object or a string.", param, "invalid_value")
     kind = part.get("type")
     if kind not in _PARTS:
         if isinstance(kind, str):
@@ -203,7 +228,7 @@ def _check_part(part: dict[str, Any], param: str) -> None:
         raise invalid(f"Invalid value for '{param}': a content part has a 'type'.", param, "invalid_value")
     field = _PARTS[kind]
     for key, value in part.items():
-        if key not in ("type", field, "cache_control", "annotations") and not asks_for_nothing(value):
+        if key not in ("type", field, *_OF_ANSWERS) and not asks_for_nothing(value):
             raise unknown(f"{param}.{key}", key, ["type", field])
     if not isinstance(part.get(field), str):
         raise invalid(f"Invalid value for '{param}.{field}': expected a string.", f"{param}.{field}", "invalid_value")

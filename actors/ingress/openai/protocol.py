@@ -39,7 +39,15 @@ UNSUPPORTED = (
     *("session_params", "stop_regex"),
 )
 """Names of OpenAI, vLLM and SGLang that are known, and refused when they ask for anything."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {"length_penalty": (1,), "include_reasoning": (True,), "best_of": (1,)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("length_penalty", "best_of", "typical_p", "tfs_z"), (1,)),
+    **dict.fromkeys(("include_reasoning", "cache_prompt"), (True,)),
+    # switches of llama.cpp's samplers that are off, and what they would be told
+    **dict.fromkeys(("mirostat", "dry_multiplier", "xtc_probability", "dynatemp_range", "n_probs", "min_keep"), (0,)),
+    **{"id_slot": (-1,), "top_n_sigma": (-1, 0), "dynatemp_exponent": (1,), "xtc_threshold": (0.1,)},
+    **{"mirostat_tau": (5,), "mirostat_eta": (0.1,), "dry_base": (1.75,), "dry_allowed_length": (2,)},
+    **{"dry_penalty_last_n": (-1, 0), "reasoning_format": ("auto", "deepseek")},
+}
 """Values of fields that are not known, with which they ask for nothing."""
 
 
@@ -103,12 +111,14 @@ class CompletionsRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     ebnf: Any = None
     structural_tag: Any = None
     # without effect on the answer
-    user: str | None = None
+    user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
+    guided_decoding_backend: Any = None
     prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     modalities: Any = None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+from msgspec import Struct
+
 from actors.ingress.errors import invalid
 from actors.ingress.openai.messages import ChatMessage
 from actors.ingress.openai.protocol import UNSUPPORTED, CompletionsRequest, TopLogprobsCount
@@ -12,6 +14,26 @@ from actors.ingress.sampling import TokenLimit, Tokens
 from actors.ingress.thinking import CustomParams
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ReasoningSwitch(Struct, forbid_unknown_fields=True):
+    """Whether and how much to reason, as OpenRouter and SGLang have it. A summary is not made: there is the whole."""
+
+    enabled: bool | None = None
+    effort: ReasoningEffort | None = None
+    max_tokens: Tokens | None = None
+    exclude: bool | None = None
+    summary: Any = None
+
+
+class ThinkingSwitch(Struct, forbid_unknown_fields=True):
+    """Whether to reason, as DeepSeek, GLM, Kimi and Doubao have it."""
+
+    type: Literal["enabled", "disabled", "adaptive", "auto"]
+    budget_tokens: Tokens | None = None
+
+
+_SWITCHED = {"enabled": True, "disabled": False}
 
 
 class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
@@ -30,6 +52,9 @@ class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     function_call: Literal["auto", "none"] | FunctionName | None = None
     reasoning_effort: ReasoningEffort | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+    reasoning: ReasoningSwitch | None = None
+    thinking: ThinkingSwitch | bool | None = None
+    enable_thinking: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool = True
     stream_reasoning: bool = True
@@ -44,7 +69,10 @@ class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
     @property
     def thinking_budgets(self) -> dict[str, int | None]:
         """What the request says of the length of the reasoning, by the names of Qwen, vLLM and SGLang for it."""
+        thinking = self.thinking if isinstance(self.thinking, ThinkingSwitch) else ThinkingSwitch("auto")
         return {
+            "reasoning.max_tokens": None if self.reasoning is None else self.reasoning.max_tokens,
+            "thinking.budget_tokens": thinking.budget_tokens,
             "thinking_budget": self.thinking_budget,
             "thinking_token_budget": self.thinking_token_budget,
             "custom_params": None if self.custom_params is None else self.custom_params.thinking_budget,
@@ -52,12 +80,35 @@ class ChatRequest(CompletionsRequest, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def template_arguments(self) -> dict[str, Any]:
-        """Variables for the chat template."""
+        """Variables for the chat template. Templates have two names for the switch; others know neither."""
         own = {name: getattr(self, name) for name in ("reasoning_effort", "verbosity", "documents")}
-        return {**{name: value for name, value in own.items() if value}, **(self.chat_template_kwargs or {})}
+        thinks = self._thinks
+        switches = {} if thinks is None else {"enable_thinking": thinks, "thinking": thinks}
+        return {
+            **{name: value for name, value in own.items() if value},
+            **switches,
+            **(self.chat_template_kwargs or {}),
+        }
+
+    @property
+    def _thinks(self) -> bool | None:
+        """Whether to reason, by whichever of its names; None leaves that to the chat template."""
+        if self.enable_thinking is not None:
+            return self.enable_thinking
+        if isinstance(self.thinking, bool):
+            return self.thinking
+        if self.thinking is not None and self.thinking.type in _SWITCHED:
+            return _SWITCHED[self.thinking.type]
+        if self.reasoning is not None and self.reasoning.enabled is not None:
+            return self.reasoning.enabled
+        return False if self.reasoning_effort == "none" else None
 
     def check(self) -> None:
         super().check()
+        if self.reasoning is not None:
+            self.reasoning_effort = self.reasoning_effort or self.reasoning.effort
+            if self.reasoning.exclude:
+                self.include_reasoning = False
         if self.functions is None:
             if self.function_call not in (None, "auto", "none"):
                 raise invalid("function_call is only allowed when functions are given.", "function_call")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct, structs
@@ -27,6 +27,8 @@ _VALUES = ("const", "enum", "default", "examples")
 class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A function that may be called. `parameters` is a JSON Schema that the model sees and may keep to."""
 
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"type": ("function",)}
+
     name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -36,9 +38,24 @@ class Function(Struct, forbid_unknown_fields=True, omit_defaults=True):
 class Tool(Struct, forbid_unknown_fields=True, omit_defaults=True):
     """A tool; all are functions. `cache_control` is what Anthropic's clients add, without effect."""
 
+    unsupported: ClassVar[tuple[str, ...]] = ("custom",)
+
     type: Literal["function"]
     function: Function
     cache_control: Any = None
+
+    @staticmethod
+    def reshaped(value: dict[str, Any]) -> dict[str, Any]:
+        """A tool without its type, or in the flat shape that /v1/responses has."""
+        tool = {**value, "type": value.get("type") or "function"}
+        if tool["type"] != "function":
+            return tool
+        if "function" not in tool and "name" in tool:
+            tool["function"] = {}
+        if isinstance(tool.get("function"), dict):
+            inner = {name: tool.pop(name) for name in Function.__struct_fields__ if name in tool}
+            tool["function"] = {**inner, **tool["function"]}
+        return tool
 
 
 class FunctionName(Struct, forbid_unknown_fields=True):
@@ -47,19 +64,55 @@ class FunctionName(Struct, forbid_unknown_fields=True):
     name: str
 
 
-class NamedTool(Struct, forbid_unknown_fields=True):
+class NamedTool(Struct, tag="function", forbid_unknown_fields=True):
     """A `tool_choice` that asks for a call of one function."""
 
-    type: Literal["function"]
     function: FunctionName
 
+    @staticmethod
+    def reshaped(value: dict[str, Any]) -> Any:
+        """A choice in the shape that other protocols have: a type alone, or the name beside the type."""
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in _CHOICES and not value.get("name"):
+            return _CHOICES[kind]
+        if kind == "function" and "name" in value and "function" not in value:
+            return {"type": kind, "function": {"name": value["name"]}}
+        return value
 
-ToolChoice = Literal["auto", "none", "required"] | NamedTool
+
+class AllowedTool(Struct, forbid_unknown_fields=True):
+    """One of those that may be called."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+    @staticmethod
+    def reshaped(value: dict[str, Any]) -> dict[str, Any]:
+        """The name beside the type, as /v1/responses has it."""
+        return {"function": {"name": value["name"]}} if value.keys() <= {"type", "name"} and "name" in value else value
+
+
+class AllowedTools(Struct, forbid_unknown_fields=True):
+    """What `tool_choice` leaves of the tools."""
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class AllowedChoice(Struct, tag="allowed_tools", forbid_unknown_fields=True):
+    """A `tool_choice` that leaves some of the tools."""
+
+    allowed_tools: AllowedTools
+
+
+_CHOICES = {"auto": "auto", "none": "none", "required": "required", "any": "required"}
+
+ToolChoice = Literal["auto", "none", "required"] | NamedTool | AllowedChoice
 
 
 def named_tool(name: str) -> NamedTool:
     """A `tool_choice` that asks for a call of this function."""
-    return NamedTool("function", FunctionName(name))
+    return NamedTool(FunctionName(name))
 
 
 def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> list[Tool]:
@@ -71,7 +124,10 @@ def callable_tools(tools: Sequence[Tool] | None, choice: ToolChoice | None) -> l
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise invalid(f"Invalid value for 'tools': two of them are named '{twice}'.", "tools", "invalid_value")
-    if choice not in (None, "none", "auto") and not tools:
+    if isinstance(choice, AllowedChoice):
+        allowed = {tool.function.name for tool in choice.allowed_tools.tools}
+        tools = [tool for tool in tools if tool.function.name in allowed]
+    if is_forced(choice) and not tools:
         raise invalid("tool_choice is only allowed when tools are given.", "tool_choice")
     if isinstance(choice, NamedTool):
         chosen = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -97,6 +153,8 @@ def parameters_of(tools: Sequence[Tool]) -> Tools:
 
 def is_forced(choice: ToolChoice | None) -> bool:
     """Whether `tool_choice` leaves the model no choice but to call a tool."""
+    if isinstance(choice, AllowedChoice):
+        return choice.allowed_tools.mode == "required"
     return choice is not None and choice not in ("auto", "none")
 
 

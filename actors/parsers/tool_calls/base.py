@@ -65,6 +65,8 @@ class ToolCallParser(Reader):
     def calls_after(self, marker: str) -> Steps[None]:
         """Reads what follows a marker, whatever that is. Afterwards, the cursor is at the mark."""
         behind, calls, self._short = self.read, self._calls, False
+        if marker.startswith("<"):
+            yield from self._same_again(marker)
         whole = yield from self.read_calls(marker)
         if self._calls > calls:
             if not whole:
@@ -82,6 +84,15 @@ class ToolCallParser(Reader):
                 self._read_again += again
                 self.rewind(behind)
             self.give_back()
+
+    def _same_again(self, marker: str) -> Steps[None]:
+        """Reads over a marker that comes more than once."""
+        while True:
+            place = self.read
+            yield from self.space()
+            if not (yield from self.accept(marker)):
+                self.rewind(place)
+                return
 
     def _leave_call(self) -> Steps[None]:
         """Goes behind a call that is broken."""
@@ -140,9 +151,11 @@ class ToolCallParser(Reader):
         """Reads what ends a call, with surplus brackets before it. False, and nothing read, if that does not come."""
         place = self.read
         yield from self.space()
-        while (yield from self.accept("}", "]")):
+        ends = ends or self.ENDS
+        surplus = ("}", "]") if "```" in ends else ("}", "]", "```")
+        while (yield from self.accept(*surplus)):
             yield from self.space()
-        if (yield from self.accept(*(ends or self.ENDS))):
+        if (yield from self.accept(*ends)):
             self.drop()
             return True
         self.rewind(place)

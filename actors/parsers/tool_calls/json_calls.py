@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from actors.parsers.json_text import repaired, string_value
+from actors.parsers.json_text import QUOTES, quoted, repaired, string_value
 from actors.parsers.reader import Steps
 from actors.parsers.tool_calls.base import ToolCallParser
+from actors.parsers.tool_calls.values import parameter_kind
 
-_NAMES = ("name", "tool_name")
-_ARGUMENTS = ("arguments", "parameters", "args")
+_NAMES = ("name", "tool_name", "function")
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+_FENCES = ("```json", "```")
 
 
 class JSONCalls(ToolCallParser):
@@ -23,6 +25,8 @@ class JSONCalls(ToolCallParser):
     def read_calls(self, marker: str) -> Steps[bool]:
         if not marker.endswith("["):
             yield from self.space()
+            if (yield from self.accept(*_FENCES)):
+                yield from self.space()
             if (yield from self.peek()) == "{":
                 return (yield from self._objects())
             if not (yield from self.accept("[")):
@@ -70,10 +74,11 @@ class JSONCalls(ToolCallParser):
         Args:
             bare: nothing else tells the call from an answer in JSON, so the arguments must be there.
         """
-        if not (yield from self.accept("{")):
+        if not (yield from self.accept("{{", "{")):  # in templates braces are doubled, and models copy that
             return False
         name: str | None = None
         held: str | None = None
+        others: dict[str, str] = {}
         started = False
         while True:
             yield from self.space()
@@ -86,9 +91,11 @@ class JSONCalls(ToolCallParser):
             if not key or not (yield from self.accept(":")):
                 return False
             yield from self.space()
+            if key == "function" and name is None and (yield from self.peek()) == "{":
+                return (yield from self.json_call(bare)) and (yield from self._rest_of_object())
             if key in _NAMES and name is None:
-                name = string_value((yield from self.json()) or "")
-                if name is None or name not in self._tools:
+                name = self._tool(string_value((yield from self.json()) or ""))
+                if name is None:
                     return False
             elif key in _ARGUMENTS and held is None and not started:
                 if name is not None and (yield from self.peek()) == "{":
@@ -100,8 +107,11 @@ class JSONCalls(ToolCallParser):
                     held = yield from self._held_arguments()
                     if held is None:
                         return False
-            elif not (yield from self._skip_value()):
-                return False
+            else:
+                other = yield from self._other_value()
+                if other is None:
+                    return False
+                others[key] = other
             if name is not None and held is not None and not started:
                 self.start(name)
                 started = True
@@ -112,12 +122,38 @@ class JSONCalls(ToolCallParser):
             return False
         if not started:
             self.start(name)
-            self.arguments("{}")
+            known = {key: text for key, text in others.items() if not parameter_kind(self._tools[name], key)[0].unknown}
+            self.arguments("{" + ", ".join(f"{quoted(key)}: {text}" for key, text in known.items()) + "}")
         self.drop()
         return True
 
+    def _tool(self, name: str | None) -> str | None:
+        """The tool that a name stands for."""
+        for each in () if name is None else (name, name.strip(), name.strip().removeprefix("functions.")):
+            if each in self._tools:
+                return each
+        return None
+
+    def _rest_of_object(self) -> Steps[bool]:
+        """Reads over what else an object has, behind one of its values."""
+        while True:
+            yield from self.space()
+            if (yield from self.accept("}")) or (yield from self._at_end()):
+                self.drop()
+                return True
+            yield from self.accept(",")
+            yield from self.space()
+            if not (yield from self._key()):
+                return False
+            yield from self.space()
+            if not (yield from self.accept(":")):
+                return False
+            yield from self.space()
+            if not (yield from self._skip_value()):
+                return False
+
     def _key(self) -> Steps[str]:
-        if (yield from self.peek()) in ('"', "'"):
+        if (yield from self.peek()) in QUOTES:
             return string_value((yield from self.json()) or "") or ""
         return (yield from self.word())
 
@@ -133,15 +169,23 @@ class JSONCalls(ToolCallParser):
         first = yield from self.peek()
         if first in ("n", "N"):
             return "{}" if (yield from self.accept("null", "None")) else None
-        text = (yield from self.json()) if first in ("{", '"', "'") else None
+        text = (yield from self.json()) if first in ("{", "[") or first in QUOTES else None
         if text is None or text.startswith("{"):
             return text
+        if text.startswith("["):
+            return None if text.strip("[] \t\r\n") else "{}"
         inner = (string_value(text) or "").strip()
         if not inner:
             return "{}"
         return repaired(inner) if inner.startswith("{") else None
 
     def _skip_value(self) -> Steps[bool]:
-        if (yield from self.peek()) in ("{", "[", '"', "'"):
-            return (yield from self.json()) is not None
-        return bool((yield from self.word("_+-.")))
+        return (yield from self._other_value()) is not None
+
+    def _other_value(self) -> Steps[str | None]:
+        """Reads a value that is no call's arguments, and gives its JSON; None if it is none."""
+        first = yield from self.peek()
+        if first in ("{", "[") or first in QUOTES:
+            return (yield from self.json())
+        word = yield from self.word("_+-.")
+        return (repaired(f"[{word}]") or "[]")[1:-1] or None

@@ -58,7 +58,7 @@ class Answer:
             "max_output_tokens": request.max_output_tokens,
             "metadata": request.metadata or {},
             "parallel_tool_calls": request.parallel_tool_calls is not False,
-            "previous_response_id": request.previous_response_id,
+            "previous_response_id": request.previous_response_id or None,
             "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": summary},
             "store": stored,
             "temperature": 1.0 if request.temperature is None else request.temperature,

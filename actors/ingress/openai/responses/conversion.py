@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from actors.ingress.decoding import converted
-from actors.ingress.errors import ApiError, unsupported
+import msgspec
+
+from actors.ingress.decoding import asks_for_nothing, converted
+from actors.ingress.errors import ApiError, invalid, unsupported
 from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
 from actors.ingress.openai.requests import ChatRequest
 from actors.ingress.openai.responses.protocol import (
@@ -21,6 +23,8 @@ from actors.ingress.openai.responses.protocol import (
     ReasoningItem,
     Refusal,
     ResponsesRequest,
+    ShellCall,
+    ShellCallOutput,
     Text,
 )
 from actors.ingress.openai.responses.store import ResponseStore
@@ -44,11 +48,13 @@ def items_of(request: ResponsesRequest, store: ResponseStore, reader: str) -> li
         reader: see `ResponseStore.load`.
     """
     before: list[dict[str, Any]] = []
-    if request.previous_response_id is not None:
+    if request.previous_response_id:
         stored = store.load(request.previous_response_id, reader)
         if stored is None:
             raise _not_stored("response", request.previous_response_id, "previous_response_id")
         before = stored.conversation
+    elif request.input == []:
+        raise invalid("Invalid value for 'input': there is nothing to answer.", "input", "invalid_value")
     if isinstance(request.input, str):
         text = {"type": "input_text", "text": request.input}
         return [*before, {"type": "message", "role": "user", "content": [text]}]
@@ -82,15 +88,17 @@ def chat_request(request: ResponsesRequest, items: list[dict[str, Any]], warn: W
         items: the conversation.
         warn: told of what is left out.
     """
-    if request.conversation is not None:
+    if not asks_for_nothing(request.conversation):
         raise unsupported(
             "conversation", "'conversation' (send 'previous_response_id', or the whole conversation as 'input')"
         )
+    if request.context_management:
+        warn("context_management is skipped: this server writes no summaries")
     if _LOGPROBS in (request.include or ()):
         raise unsupported("include", f"'{_LOGPROBS}' in 'include'")
     messages = [ChatMessage("system", request.instructions)] if request.instructions else []
     for i, item in enumerate(items, len(request.input) - len(items) if isinstance(request.input, list) else 0):
-        _add(messages, item, f"input[{i}]" if i >= 0 else "previous_response_id")
+        _add(messages, item, f"input[{i}]" if i >= 0 else "previous_response_id", warn)
     tools, choice = _tools(request, warn)
     return ChatRequest(
         model=request.model,
@@ -98,6 +106,14 @@ def chat_request(request: ResponsesRequest, items: list[dict[str, Any]], warn: W
         max_tokens=request.max_output_tokens,
         temperature=request.temperature,
         top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        seed=request.seed,
+        stop=request.stop,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        chat_template_kwargs=request.chat_template_kwargs,
         stream=request.stream,
         tools=tools or None,
         tool_choice=choice,
@@ -108,9 +124,13 @@ def chat_request(request: ResponsesRequest, items: list[dict[str, Any]], warn: W
     )
 
 
-def _add(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
-    """Adds an item. What an assistant has reasoned, said and called in one turn is one message."""
+def _add(messages: list[ChatMessage], item: dict[str, Any], param: str, warn: Warn) -> None:
+    """Adds an item. What an assistant has reasoned, said and called in one turn is one message. What a tool has done
+    that OpenAI runs is left out."""
     kind = item.get("type") or "message"
+    if isinstance(kind, str) and kind in _OF_SERVERS:
+        warn(f"{param}: an item of type '{kind}' is skipped: the model would not know it")
+        return
     add = _ITEMS.get(kind) if isinstance(kind, str) else None
     if add is None:
         raise unsupported(f"{param}.type", f"An item of type '{kind}'")
@@ -138,12 +158,23 @@ def _add_reasoning(messages: list[ChatMessage], item: dict[str, Any], param: str
 
 def _add_call(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
     call = converted(item, FunctionCall, param)
-    _call(messages, call.call_id, call.name, call.arguments)
+    _call(messages, call.call_id, call.name, call.arguments or "")
 
 
 def _add_custom_call(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
     call = converted(item, CustomCall, param)
     _call(messages, call.call_id, call.name, {"input": call.input})
+
+
+def _add_shell_call(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
+    call = converted(item, ShellCall, param)
+    _call(messages, call.call_id, call.type.removesuffix("_call"), call.action)
+
+
+def _add_shell_output(messages: list[ChatMessage], item: dict[str, Any], param: str) -> None:
+    output = converted(item, ShellCallOutput, param)
+    text = output.output if isinstance(output.output, str) else msgspec.json.encode(output.output).decode()
+    messages.append(ChatMessage("tool", text, tool_call_id=output.call_id or output.id))
 
 
 def _call(messages: list[ChatMessage], identity: str, name: str, arguments: str | dict[str, Any]) -> None:
@@ -163,7 +194,19 @@ _ITEMS: dict[str, Callable[[list[ChatMessage], dict[str, Any], str], None]] = {
     "function_call_output": _add_output,
     "custom_tool_call": _add_custom_call,
     "custom_tool_call_output": _add_output,
+    "local_shell_call": _add_shell_call,
+    "local_shell_call_output": _add_shell_output,
+    "shell_call": _add_shell_call,
+    "shell_call_output": _add_shell_output,
 }
+_OF_SERVERS = frozenset(
+    {
+        *("web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call"),
+        *("mcp_call", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response"),
+        *("tool_search_call", "tool_search_output"),
+    }
+)
+"""Types of items that tell what OpenAI's own tools have done."""
 
 
 def _turn(messages: list[ChatMessage]) -> ChatMessage:
@@ -173,10 +216,12 @@ def _turn(messages: list[ChatMessage]) -> ChatMessage:
     return messages[-1]
 
 
-def _texts(content: str | list[dict[str, Any]], param: str) -> list[dict[str, Any]]:
+def _texts(content: str | list[dict[str, Any]] | None, param: str) -> list[dict[str, Any]]:
     """Parts as those of a chat message."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
+    if content is None:
+        return []
     parts: list[dict[str, Any]] = []
     for i, part in enumerate(content):
         where, kind = f"{param}[{i}]", part.get("type")
@@ -209,6 +254,8 @@ def _tools(request: ResponsesRequest, warn: Warn) -> tuple[list[Tool], ToolChoic
         choice = allowed.mode
     if isinstance(choice, dict):
         kind = choice.get("type")
+        if not choice or kind in ("auto", "none", "required"):
+            return tools, kind
         if isinstance(kind, str) and kind != "function":
             raise unsupported("tool_choice", f"A call of a tool of type '{kind}'")
         return tools, named_tool(converted(choice, NamedFunction, "tool_choice").name)

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from actors.ingress.openai.requests import ReasoningEffort
 from actors.ingress.openai.tools import ToolName
-from actors.ingress.sampling import TokenLimit, TopP
+from actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TokenLimit, TopK, TopP
 
 
 class Text(Struct, forbid_unknown_fields=True):
@@ -29,7 +29,7 @@ class Message(Struct, forbid_unknown_fields=True, kw_only=True):
     """An item: a message."""
 
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
+    content: str | list[dict[str, Any]] | None
     type: Literal["message"] = "message"
     id: Any = None
     phase: Any = None
@@ -49,7 +49,7 @@ class FunctionCall(Struct, forbid_unknown_fields=True, kw_only=True):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None
     id: Any = None
     caller: Any = None
     namespace: Any = None
@@ -62,9 +62,10 @@ class FunctionCallOutput(Struct, forbid_unknown_fields=True, kw_only=True):
 
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: str
-    output: str | list[dict[str, Any]]
+    output: str | list[dict[str, Any]] | None
     id: Any = None
     caller: Any = None
+    name: Any = None
     status: Any = None
 
 
@@ -91,8 +92,9 @@ class ItemReference(Struct, forbid_unknown_fields=True):
 class ReasoningText(Struct, forbid_unknown_fields=True):
     """A part of a reasoning item."""
 
-    type: Literal["reasoning_text"]
+    type: Literal["reasoning_text", "text"]
     text: str
+    annotations: Any = None
 
 
 class ReasoningItem(Struct, forbid_unknown_fields=True, kw_only=True):
@@ -103,7 +105,33 @@ class ReasoningItem(Struct, forbid_unknown_fields=True, kw_only=True):
     content: list[ReasoningText] | None = None
     summary: Any = None
     encrypted_content: Any = None
+    format: Any = None
     id: Any = None
+    signature: Any = None
+    status: Any = None
+
+
+class ShellCall(Struct, forbid_unknown_fields=True, kw_only=True):
+    """An item: a command that the client's machine has run for a former turn."""
+
+    type: Literal["local_shell_call", "shell_call"]
+    call_id: str
+    action: dict[str, Any]
+    created_by: Any = None
+    environment: Any = None
+    id: Any = None
+    status: Any = None
+
+
+class ShellCallOutput(Struct, forbid_unknown_fields=True, kw_only=True):
+    """An item: what it has given."""
+
+    type: Literal["local_shell_call_output", "shell_call_output"]
+    output: str | list[Any]
+    call_id: str | None = None
+    created_by: Any = None
+    id: str | None = None
+    max_output_length: Any = None
     status: Any = None
 
 
@@ -115,7 +143,18 @@ class FunctionTool(Struct, forbid_unknown_fields=True, kw_only=True):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    # without effect: what is to be searched for first is shown at once
     cache_control: Any = None
+    allowed_callers: Any = None
+    defer_loading: Any = None
+    output_schema: Any = None
+
+    @staticmethod
+    def reshaped(value: dict[str, Any]) -> dict[str, Any]:
+        """A tool in the shape that chats have."""
+        inner = value.get("function")
+        others = {name: each for name, each in value.items() if name != "function"}
+        return {**inner, **others} if isinstance(inner, dict) else value
 
 
 class NamedFunction(Struct, forbid_unknown_fields=True):
@@ -123,6 +162,11 @@ class NamedFunction(Struct, forbid_unknown_fields=True):
 
     type: Literal["function"]
     name: str
+
+    @staticmethod
+    def reshaped(value: dict[str, Any]) -> dict[str, Any]:
+        """A choice in the shape that chats have."""
+        return FunctionTool.reshaped(value)
 
 
 class AllowedTools(Struct, forbid_unknown_fields=True):
@@ -156,19 +200,26 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         "background",
-        "context_management",
         "moderation",
         "prompt",
         "top_logprobs",
     )
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,)}
 
-    input: str | Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    input: str | list[dict[str, Any]] = []
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: TokenLimit | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: SeedField | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     stream: bool | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
@@ -179,6 +230,7 @@ class ResponsesRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     store: bool | None = None
     previous_response_id: str | None = None
     include: list[str] | None = None
+    context_management: list[Any] | None = None
     truncation: Literal["disabled", "auto"] | None = None
     # without effect on the answer
     client_metadata: Any = None
