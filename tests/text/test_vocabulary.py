@@ -29,10 +29,7 @@ def transformers() -> Any:
 
 
 def transformers_gguf(path: Path) -> Any:
-    loaded = transformers().AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    if type(loaded).__name__ == "CodeLlamaTokenizer":  # transformers 5.12, `make test-oldest`; 5.24 does not
-        pytest.skip("this version of transformers takes byte-level vocabularies for CodeLlama's")
-    return loaded
+    return transformers().AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
 # -- GGUF ----------------------------------------------------------------------------------------------------------
