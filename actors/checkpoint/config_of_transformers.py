@@ -32,7 +32,7 @@ def config_of_transformers(path: Path, architecture: str, known: tuple[str, ...]
         auto = importlib.import_module("transformers.models.auto.modeling_auto")
     except ImportError:
         raise CheckpointError(
-            f'{supported}, and others after `pip install "transformers>=5,<6"`, which runs them slowly'
+            f'{supported}, and others after `pip install "transformers>=5.12,<6"`, which runs them slowly'
         ) from None
     if architecture not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise CheckpointError(f"{supported}, and those that transformers {transformers.__version__} has for language")

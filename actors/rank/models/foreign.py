@@ -196,7 +196,7 @@ def load_foreign(
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise StartFailure(
-            f'{config.architecture} needs transformers: run `pip install "transformers>=5,<6"`'
+            f'{config.architecture} needs transformers: run `pip install "transformers>=5.12,<6"`'
         ) from None
     transformers.AttentionInterface.register(ATTENTION, _attention)
     try:
