@@ -129,7 +129,8 @@ class Connection(HttpToolsProtocol):
             except HttpParserUpgrade as stop:
                 if self.parser.get_method() == b"CONNECT":
                     raise HttpParserError("this is no proxy") from None
-                head = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+                version = self.parser.get_http_version().encode()
+                head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
                 head += [b"%b: %b" % each for each in self.headers if each[0] not in (b"upgrade", b"http2-settings")]
                 data = b"\r\n".join([*head, b"", b""]) + data[stop.args[0] :]
                 self.parser = HttpRequestParser(self)
