@@ -63,7 +63,8 @@ class Connection(HttpToolsProtocol):
 
     def abort_if_stalled(self, limit_s: float) -> None:
         """Ends the connection if its client has read nothing for so long. Requests on it end as disconnected."""
-        if self.stalled_since and time.monotonic() - self.stalled_since > limit_s:
+        since = self.stalled_since or self.transport.untaken_since
+        if since and time.monotonic() - since > limit_s:
             self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
