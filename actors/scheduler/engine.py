@@ -278,7 +278,10 @@ class EngineScheduler(Actor):
                 self.refuse(request, 400, reason)
 
     def unknown_token(self, tokens: bytes, sampling: SamplingParams) -> str:
-        """Why a sequence cannot be computed: it holds a token that the model, unlike its tokenizer, does not have."""
+        """Why a sequence cannot be computed: it holds a token that the model, unlike its tokenizer, does not have.
+        Nothing while the ranks have not said how many tokens there are: `rank_attached` looks again."""
+        if not self.vocab_size:
+            return ""
         size, named = self.vocab_size, [*sampling.logit_bias]
         if sampling.thinking is not None:
             named += sampling.thinking.closing
@@ -382,10 +385,14 @@ class EngineScheduler(Actor):
         if got != wanted:
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
-        self.vocab_size = message.vocab_size
+        unchecked, self.vocab_size = not self.vocab_size, message.vocab_size
         self.heard_of_ranks = time.monotonic()
         if not self.ledger.match_epoch(message.kv_epoch):
             self.start_over()
+        if unchecked:
+            for request in list(self.requests.values()):
+                if reason := self.unknown_token(request.tokens.tobytes(), request.sampling):
+                    self.refuse(request, 400, reason)
         for request in list(self.batch.running):
             if request.wants_prompt_logprobs and request.computed and request.finish is None:
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
