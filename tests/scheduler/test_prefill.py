@@ -222,7 +222,7 @@ def test_a_restarted_scheduler_waits_until_its_former_offers_are_void(
 
 def test_what_arrives_before_the_ranks_are_known_waits(stage: PrefillStage) -> None:
     scheduler = stage.scheduler
-    scheduler.attached, scheduler.vocab_size = None, 0
+    scheduler.attached = scheduler.vocab_size = None
     stage.send(DECODE, wanted("good"))
     stage.send(DECODE, foreign(wanted("bad")))
     stage.until(lambda: len(scheduler.requests) == 2)

@@ -154,7 +154,7 @@ def answered_all(stage: Stage, rows: int) -> bool:
 def test_what_arrives_before_the_ranks_are_known_waits(stage: Stage) -> None:
     """A restarted scheduler finds requests in its inbox before the ranks have said which tokens there are."""
     scheduler = stage.scheduler
-    scheduler.attached, scheduler.vocab_size = None, 0
+    scheduler.attached = scheduler.vocab_size = None
     bad = np.array([1, 100, 2], "<i4").tobytes()  # one beyond the vocabulary
     stage.send("ingress0", generate("good", prompt=3))
     stage.send("ingress0", Generate("bad", 0, bad, SamplingParams(max_tokens=3, seed=1), TextParams()))
