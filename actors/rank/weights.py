@@ -236,8 +236,8 @@ def _check_head(config: ModelConfig, source: Source) -> None:
         rows = range(start, min(start + TASK_ROWS, config.vocab_size))
         if not torch.equal(source.read(head, shape, rows, columns), source.read(embedding, shape, rows, columns)):
             raise CheckpointError(
-                f"tie_word_embeddings is true, and the checkpoint has an {head} that is not {embedding}: set it to false "
-                "to compute with that one, or remove it"
+                f"tie_word_embeddings is true, and the checkpoint has an {head} that is not {embedding}: set it to "
+                "false to compute with that one, or remove it"
             )
 
 
