@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.api_keys import key_from
 from runtime.cgroups import cpu_count
 from runtime.encoder_plan import EncoderPlan
 from runtime.engine_plan import EnginePlan
@@ -86,16 +87,21 @@ def plan_node(
             [engine for model in models for engine in model.engines if placement.is_here(engine.name)],
             [engine for model in models for engine in model.encoders if placement.is_here(engine.name)],
         )
+    api_key = topology.ingress.api_key or key_from("RUNTIME_API_KEY")
+    admin_api_key = topology.ingress.admin_api_key or key_from("RUNTIME_ADMIN_API_KEY")
+    if api_key is not None and api_key == admin_api_key:
+        problem = "is the clients' key too, so every client would be an administrator: give another one"
+        raise loaded.error("ingress.admin_api_key", problem)
     return NodePlan(
         name=_name(loaded, node),
         url=_url(topology.ingress.host, topology.ingress.port) if placement.is_here("ingress") else "",
         topology=topology,
         file=loaded.file,
         models=models,
-        api_key=topology.ingress.api_key or os.environ.get("RUNTIME_API_KEY") or None,
+        api_key=api_key,
         placement=placement,
         crash_dump_dir=_directory(loaded, "node.crash_dump_dir", topology.node.crash_dump_dir),
-        admin_api_key=topology.ingress.admin_api_key or os.environ.get("RUNTIME_ADMIN_API_KEY") or None,
+        admin_api_key=admin_api_key,
         profile_dir=_directory(loaded, "node.profile_dir", topology.node.profile_dir),
     )
 

@@ -16,6 +16,11 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 """llama.cpp's names of Hugging Face's architectures."""
 
 
+_CONTROL = 3
+ENDS_OF_TURNS = {"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>"}
+"""Control tokens that end an answer whatever a file's metadata says, as to llama.cpp (`llama_vocab::impl::load`)."""
+
+
 class _Keys:
     """Typed access to a GGUF file's metadata, with the architecture's prefix."""
 
@@ -75,6 +80,7 @@ def config_of_gguf(file: GGUFFile) -> ModelConfig:
     bos = ("tokenizer.ggml.bos_token_id",)
     eos = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
     weight_type, matrix_types = _matrix_types(file)
+    eos_ids = distinct(*(general.integer(key) for key in eos if general.has(key)), _ends_of_turns(file))
     return ModelConfig(
         architecture=architecture,
         hidden_size=hidden_size,
@@ -93,12 +99,24 @@ def config_of_gguf(file: GGUFFile) -> ModelConfig:
         attention_out_bias="blk.0.attn_output.bias" in file.tensors,
         mlp_bias="blk.0.ffn_down.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
-        sliding_window=keys.integer("attention.sliding_window") if keys.has("attention.sliding_window") else None,
+        sliding_window=keys.integer("attention.sliding_window", 0) or None,
         bos_token_ids=distinct(*(general.integer(key) for key in bos if general.has(key))),
-        eos_token_ids=distinct(*(general.integer(key) for key in eos if general.has(key))),
+        eos_token_ids=eos_ids,
         weight_type=weight_type,
         matrix_types=matrix_types,
     )
+
+
+def _ends_of_turns(file: GGUFFile) -> list[int]:
+    """Control tokens that end an answer by what they are called: many files name only the end of a text."""
+    tokens, types = (file.metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(types, list):
+        return []
+    return [
+        token
+        for token, (name, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == _CONTROL and name in ENDS_OF_TURNS
+    ]
 
 
 def _matrix_types(file: GGUFFile) -> tuple[str, dict[str, str]]:
@@ -117,11 +135,15 @@ def _matrix_types(file: GGUFFile) -> tuple[str, dict[str, str]]:
 def _rope_scaling_of(file: GGUFFile, keys: _Keys, head_dim: int) -> dict[str, Any] | None:
     if "rope_freqs.weight" in file.tensors:
         return _llama3_scaling(file, keys.number("rope.freq_base", 10000.0), head_dim)
-    kind = keys.text("rope.scaling.type", "none")
+    if keys.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise CheckpointError(f"{file.path}: {keys.prefix}rope.scaling.attn_factor is not supported")
+    # Before there were kinds, a file had a factor alone, under either name.
+    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0))
+    kind = keys.text("rope.scaling.type", "none" if factor in (0.0, 1.0) else "linear")
     if kind == "none":
         return None
     original = keys.integer("rope.scaling.original_context_length", keys.integer("context_length"))
-    values = {"factor": keys.number("rope.scaling.factor"), "original_max_position_embeddings": original}
+    values = {"factor": factor, "original_max_position_embeddings": original}
     return rope_scaling(file.path, kind, values)
 
 

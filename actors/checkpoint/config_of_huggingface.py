@@ -35,6 +35,24 @@ _BY_MODEL_TYPE = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
 """Architectures of configurations that do not name one, by `model_type`."""
+_WHERE_NOT_STATED: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": {"num_key_value_heads": 32},
+    "Qwen3ForCausalLM": {"num_key_value_heads": 32, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {"num_key_value_heads": 4, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+    "Glm4MoeForCausalLM": {
+        **{"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "moe_intermediate_size": 1408},
+        **{"first_k_dense_replace": 1, "n_routed_experts": 128, "n_shared_experts": 1},
+    },
+    "DeepseekV3ForCausalLM": {
+        **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128},
+        **{"v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8},
+        **{"moe_intermediate_size": 2048, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4},
+        "routed_scaling_factor": 2.5,
+    },
+}
+"""What transformers takes for keys that a configuration lacks, where it is not what `_Config` says."""
+_SILU = ("silu", "swish")
 TORCH_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 """ggml's names of torch's types."""
 
@@ -61,6 +79,7 @@ class _Config(msgspec.Struct):
     intermediate_size: int = 0
     vocab_size: int = 0
     max_position_embeddings: int = 0
+    original_max_position_embeddings: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -70,6 +89,7 @@ class _Config(msgspec.Struct):
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    is_causal: bool = True
     use_qk_norm: bool = False
     sliding_window: int | None = None
     use_sliding_window: bool | None = None
@@ -115,7 +135,8 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
     """
     any_config = _decode(path / "config.json", _AnyConfig)
     named = any_config.architectures or [_BY_MODEL_TYPE.get(any_config.model_type, "of no name")]
-    architecture = read_as or ALIASES.get(named[0], named[0])
+    named = [ALIASES.get(name, name) for name in named]
+    architecture = read_as or next((name for name in named if name in ARCHITECTURES), named[0])
     generation_path = path / "generation_config.json"
     generation = _decode(generation_path, _GenerationConfig) if generation_path.exists() else _GenerationConfig()
     common: dict[str, Any] = {
@@ -126,10 +147,14 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
     kind = _read_as(path, architecture)
     if kind is None:
         return config_of_transformers(path, architecture, ARCHITECTURES, common)
-    hf = _decode(path / "config.json", _Config)
-    if hf.hidden_act != "silu":
+    hf = _decode(path / "config.json", _Config, _WHERE_NOT_STATED.get(kind))
+    if hf.hidden_act not in _SILU:
         raise CheckpointError(f"{path}: activation {hf.hidden_act!r} is not supported; supported is silu")
-    rope = hf.rope_parameters or hf.rope_scaling or {}
+    if not hf.is_causal:
+        raise CheckpointError(
+            f"{path}: is_causal is false, so its tokens see those behind them, which is not supported for {kind}"
+        )
+    rope = hf.rope_scaling or hf.rope_parameters or {}
     kind_of_rope = rope.get("rope_type") or rope.get("type")
     if any(isinstance(value, dict) for value in rope.values()):
         raise CheckpointError(f"{path}: rope parameters that differ between layers are not supported")
@@ -137,12 +162,15 @@ def config_of_directory(path: Path, read_as: str | None = None) -> ModelConfig:
         raise CheckpointError(
             f"{path}: rope_scaling has a factor and no rope_type, so it is of no effect; add the type, or remove it"
         )
-    theta = hf.rope_theta if hf.rope_theta is not None else rope.get("rope_theta", 10000.0)
+    theta = rope.get("rope_theta", 10000.0 if hf.rope_theta is None else hf.rope_theta)
     if not isinstance(theta, int | float):
         raise CheckpointError(f"{path}: rope_theta must be a number, not {theta!r}")
-    scaling = rope_scaling(
-        path, str(kind_of_rope or "default"), {"original_max_position_embeddings": hf.max_position_embeddings, **rope}
-    )
+    # What stands beside these numbers goes before what stands among them, as in transformers.
+    original = hf.original_max_position_embeddings or rope.get("original_max_position_embeddings")
+    numbers = {**rope, "original_max_position_embeddings": original or hf.max_position_embeddings}
+    if kind_of_rope == "yarn" and rope.get("factor") is None and isinstance(original, int) and original > 0:
+        numbers["factor"] = hf.max_position_embeddings / original
+    scaling = rope_scaling(path, str(kind_of_rope or "default"), numbers)
     latent = _latent(path, hf) if kind == "DeepseekV3ForCausalLM" else None
     if latent is None:
         head_dim = hf.head_dim or hf.hidden_size // max(hf.num_attention_heads, 1)
@@ -198,9 +226,9 @@ def _read_as(path: Path, architecture: str) -> str | None:
 
 def _rotary_dim(path: Path, hf: _Config, rope: dict[str, Any], head_dim: int | None) -> int | None:
     """Rotated dimensions of a head, None for all; where `head_dim` is None, a part of them is refused."""
-    factor = hf.partial_rotary_factor
+    factor = rope.get("partial_rotary_factor", hf.partial_rotary_factor)
     if factor is None:
-        factor = rope.get("partial_rotary_factor", 1.0 if head_dim is None else 0.5)
+        factor = 1.0 if head_dim is None else 0.5
     if not isinstance(factor, int | float) or (head_dim is None and factor != 1.0):
         raise CheckpointError(f"{path}: rotary embeddings of a part of the head are not supported")
     return None if head_dim is None else int(head_dim * factor)
@@ -315,9 +343,13 @@ def _fp8_block(path: Path, quantization: dict[str, Any] | None) -> tuple[int, in
             )
 
 
-def _decode(path: Path, kind: type[Any]) -> Any:
-    """What matters of a configuration. A key that is null is one that is not there, as to transformers."""
-    entries = read_json(path, dict[str, Any], empty={})
+def _decode(path: Path, kind: type[Any], not_stated: dict[str, Any] | None = None) -> Any:
+    """What matters of a configuration. A key that is null is "none", or what `kind` says where there is no "none".
+
+    Args:
+        not_stated: values of keys that are not there.
+    """
+    entries = {**(not_stated or {}), **read_json(path, dict[str, Any], empty={})}
     try:
         return msgspec.convert({key: value for key, value in entries.items() if value is not None}, kind)
     except msgspec.ValidationError as error:

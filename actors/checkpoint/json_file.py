@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from actors.checkpoint.errors import CheckpointError
 
 
 def read_json(path: Path, kind: Any, empty: Any = None) -> Any:
-    """A file's content as a value of type `kind`; a byte order mark before it counts for nothing.
+    """A file's content as a value of type `kind`; a byte order mark before it counts for nothing, and NaN and Infinity
+    are numbers, as to Python, which writes them.
 
     Args:
         empty: what a file without a word stands for; None refuses it.
@@ -21,8 +23,17 @@ def read_json(path: Path, kind: Any, empty: Any = None) -> Any:
     """
     try:
         text = path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
-        return msgspec.json.decode(text, type=kind) if text or empty is None else empty
+        if not text and empty is not None:
+            return empty
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            if b"NaN" not in text and b"Infinity" not in text:
+                raise
+            return msgspec.convert(json.loads(text), kind)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None

@@ -65,6 +65,9 @@ def read_sampling_defaults(path: Path) -> SamplingDefaults:
     for name in ("top_k", "temperature"):
         if isinstance(values.get(name), int | float):
             values[name] = max(0, values[name])
+    for name in ("top_k", "max_tokens"):
+        if isinstance(values.get(name), float) and values[name].is_integer():
+            values[name] = int(values[name])
     try:
         return msgspec.convert(values, SamplingDefaults)
     except msgspec.ValidationError as error:

@@ -87,7 +87,10 @@ class _Reader:
             if match is None:
                 raise ValueError("a class without an end")
             self._at = match.end()
-            kind = re.compile("[" + re.sub(r"(\\.)|\[", lambda each: each[1] or r"\[", match[0][1:], flags=re.DOTALL))
+            inside = re.sub(
+                r"(\\.)|[\[&|~]|(?<=-)-", lambda each: each[1] or f"\\{each[0]}", match[0][1:], flags=re.DOTALL
+            )
+            kind = re.compile(f"[{inside}")
             return next((each for each in _TRIED if kind.fullmatch(each)), "")
         if character == "\\":
             return self._escape()

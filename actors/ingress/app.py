@@ -272,7 +272,7 @@ def _cors(service: Service) -> list[Middleware]:
     return [
         Middleware(
             CORSMiddleware,
-            allow_origins=[each.rstrip("/") for each in origins],
+            allow_origins=[each.rstrip("/").lower() for each in origins],
             allow_methods=["GET", "POST", "PUT", "DELETE"],
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Request-Id", "Retry-After", "Warning"],

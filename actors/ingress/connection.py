@@ -63,7 +63,8 @@ class Connection(HttpToolsProtocol):
 
     def abort_if_stalled(self, limit_s: float) -> None:
         """Ends the connection if its client has read nothing for so long. Requests on it end as disconnected."""
-        if self.stalled_since and time.monotonic() - self.stalled_since > limit_s:
+        since = self.stalled_since or self.transport.untaken_since
+        if since and time.monotonic() - since > limit_s:
             self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -129,7 +130,8 @@ class Connection(HttpToolsProtocol):
             except HttpParserUpgrade as stop:
                 if self.parser.get_method() == b"CONNECT":
                     raise HttpParserError("this is no proxy") from None
-                head = [b"%b %b HTTP/1.1" % (self.parser.get_method(), self.url)]
+                version = self.parser.get_http_version().encode()
+                head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
                 head += [b"%b: %b" % each for each in self.headers if each[0] not in (b"upgrade", b"http2-settings")]
                 data = b"\r\n".join([*head, b"", b""]) + data[stop.args[0] :]
                 self.parser = HttpRequestParser(self)

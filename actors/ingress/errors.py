@@ -15,6 +15,10 @@ _PATH = re.compile(
 _UNKNOWN_FIELD = re.compile(r"^Object contains unknown field `(?P<field>.*)`$", re.DOTALL)
 
 
+MAX_MESSAGE = 2000
+"""Characters of a message, which may repeat what the client has sent."""
+
+
 class ApiError(Exception):
     """A request cannot be served.
 
@@ -38,8 +42,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _short(message, MAX_MESSAGE)
+        self.param = None if param is None else _short(param, MAX_MESSAGE // 2)
         self.code = code
         self.retry_after_s = retry_after_s
         self.details = details
@@ -61,6 +65,10 @@ class ApiError(Exception):
         if self.retry_after_s > 0:
             return [(b"retry-after", str(math.ceil(self.retry_after_s)).encode())]
         return []
+
+
+def _short(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -92,7 +92,7 @@ class GenerateRequest(Struct, forbid_unknown_fields=True, kw_only=True):
     input_ids: list[int | list[int]] | None = None
     model: str | None = None
     sampling_params: NativeSamplingParams | None = None
-    rid: str | list[str] | None = None
+    rid: ExtraKey | list[ExtraKey] | None = None
     stream: bool = False
     return_logprob: bool = False
     top_logprobs_num: Annotated[int, Meta(ge=0, le=128)] = 0

@@ -89,13 +89,14 @@ def sampling_params(
         )
     default = model.sampling
     temperature = _first(temperature, default.temperature, 1.0)
+    top_p = _first(top_p, default.top_p, 1.0)
     if top_p == 0:
         top_p, top_k = 1.0, 1
     return SamplingParams(
         max_tokens=0,
         seed=seed & (2**63 - 1),
         temperature=0.0 if temperature < MIN_TEMPERATURE else temperature,
-        top_p=_first(top_p, default.top_p, 1.0),
+        top_p=top_p,
         top_k=max(0, _first(top_k, default.top_k, 0)),
         min_p=_first(min_p, default.min_p, 0.0),
         frequency_penalty=frequency_penalty or 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import time
 from typing import Any
 
 from actors.ingress.journal import READ_BYTES, Slot
@@ -30,6 +31,7 @@ class SocketTransport(asyncio.Transport):
     Attributes:
         muted: what is written was written by an earlier incarnation; it is dropped.
         asides: that many writes outside of `record` are to be dropped for the same reason.
+        untaken_since: since when the kernel takes nothing of what waits to be sent; 0 if nothing does.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class SocketTransport(asyncio.Transport):
         super().__init__({"socket": connection})
         self.muted = False
         self.asides = 0
+        self.untaken_since = 0.0
         self._loop = loop
         self._socket = connection
         self._protection = protection
@@ -171,6 +174,7 @@ class SocketTransport(asyncio.Transport):
                     slot.taken()
                 return
             data = data[count:]
+            self.untaken_since = time.monotonic()
             self._loop.add_writer(self._socket, self._writable)
         self._buffer += data
         if len(self._buffer) > HIGH_WATER_BYTES and not self._protocol_paused:
@@ -186,6 +190,7 @@ class SocketTransport(asyncio.Transport):
             self._lose(error)
             return
         del self._buffer[:count]
+        self.untaken_since = time.monotonic() if self._buffer else 0.0
         if not self._buffer:
             self._loop.remove_writer(self._socket)
             if (slot := self._protection.slot) is not None:
@@ -222,6 +227,7 @@ class SocketTransport(asyncio.Transport):
         if self._buffer:
             self._loop.remove_writer(self._socket)
             self._buffer.clear()
+            self.untaken_since = 0.0
         self._finish_soon(error)
 
     def _finish_soon(self, error: Exception | None) -> None:

@@ -366,11 +366,13 @@ class Sampler:
             return []
         found = []
         for row in masked:
-            slot = int(slots[row])
-            if masks.near_end(slot):
-                token = masks.closing(slot, int(tokens[row]))
-                if token is not None:
-                    found.append((row, token))
+            slot, drawn = int(slots[row]), int(tokens[row])
+            thought = self._thought(slot)
+            if not masks.near_end(slot) or (thought is not None and drawn in thought.openings):
+                continue
+            token = masks.closing(slot, drawn)
+            if token is not None:
+                found.append((row, token))
         return found
 
     def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:

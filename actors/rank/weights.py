@@ -190,6 +190,7 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
     parts = {slot.name: parts_of(config, shard, slot.name) for slot in slots}
     if not shard.rank:  # it has a part of every tensor
         _check_names(config, source, {part.name for each in parts.values() for part in each})
+        _check_head(config, source)
     tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts[slot.name])]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
@@ -222,6 +223,22 @@ def _check_names(config: ModelConfig, source: Source, known: set[str]) -> None:
             f"the checkpoint has {len(surplus)} tensors that its configuration has no place for, such as "
             f"{min(surplus)}: correct the configuration, such as num_hidden_layers, which is {config.num_layers}"
         )
+
+
+def _check_head(config: ModelConfig, source: Source) -> None:
+    """Raises CheckpointError for a stored head that is said to be the embedding, and is not: some would compute with
+    one, and some with the other."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not config.tie_embeddings or not {head, embedding} <= set(source.names):
+        return
+    shape, columns = (config.vocab_size, config.hidden_size), range(config.hidden_size)
+    for start in range(0, config.vocab_size, TASK_ROWS):
+        rows = range(start, min(start + TASK_ROWS, config.vocab_size))
+        if not torch.equal(source.read(head, shape, rows, columns), source.read(embedding, shape, rows, columns)):
+            raise CheckpointError(
+                f"tie_word_embeddings is true, and the checkpoint has an {head} that is not {embedding}: set it to "
+                "false to compute with that one, or remove it"
+            )
 
 
 def _view(arena: Arena, slot: Slot) -> Tensor:

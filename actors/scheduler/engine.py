@@ -386,14 +386,14 @@ class EngineScheduler(Actor):
         if got != wanted:
             raise StartFailure(f"engine {config.engine}: its ranks have (pages, page size, slots) {got}, not {wanted}")
         self.attached = message
-        if self.vocab_size is None:
-            self.vocab_size = message.vocab_size
-            for request in list(self.batch.waiting):
-                if reason := self.unknown_token(request.tokens.tobytes(), request.sampling):
-                    self.refuse(request, 400, reason)
+        unchecked, self.vocab_size = self.vocab_size is None, message.vocab_size
         self.heard_of_ranks = time.monotonic()
         if not self.ledger.match_epoch(message.kv_epoch):
             self.start_over()
+        if unchecked:
+            for request in list(self.requests.values()):
+                if reason := self.unknown_token(request.tokens.tobytes(), request.sampling):
+                    self.refuse(request, 400, reason)
         for request in list(self.batch.running):
             if request.wants_prompt_logprobs and request.computed and request.finish is None:
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept

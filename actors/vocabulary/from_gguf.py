@@ -13,6 +13,7 @@ from typing import TypeVar
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from actors.checkpoint import CheckpointError, GGUFFile
+from actors.checkpoint.config_of_gguf import ENDS_OF_TURNS
 from actors.checkpoint.gguf import MetadataValue
 from actors.vocabulary.byte_alphabet import tokens_to_bytes
 from actors.vocabulary.pre_tokenizers import PRE_TOKENIZERS
@@ -94,7 +95,8 @@ class _Fields:
 
     def eos_ids(self) -> list[int]:
         ids = [self.token_id(key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
-        return list(dict.fromkeys(token for token in ids if token is not None))
+        ends = [token for token in self.ids_of_type(_CONTROL) if self.tokens[token] in ENDS_OF_TURNS]
+        return list(dict.fromkeys([*(token for token in ids if token is not None), *ends]))
 
     def chat_templates(self) -> dict[str, str]:
         templates = {}

@@ -101,8 +101,7 @@ def vocabulary_from_directory(path: Path) -> Vocabulary:
     ids = _ids(tokenizer_file.model)
     special = {token.content for token in tokenizer_file.added_tokens if token.special}
     words = {token.content for token in tokenizer_file.added_tokens if not token.special}
-    for token in tokenizer_file.added_tokens:
-        ids[token.content] = token.id
+    _add(ids, tokenizer_file.added_tokens)
     # What only tokenizer_config.json calls special is a special token too, as it is to transformers.
     late = {token.content: token for token in config.added_tokens_decoder.values() if token.special}
     late.update((token.content, token) for token in config.named_tokens().values())
@@ -188,6 +187,16 @@ def _ids(model: _Model) -> dict[str, int]:
     if isinstance(model.vocab, dict):
         return dict(model.vocab)
     return {piece: token for token, (piece, _) in enumerate(model.vocab)}
+
+
+def _add(ids: dict[str, int], tokens: list[_AddedToken]) -> None:
+    """The ids of added tokens are those that the tokenizers library gives them, not the stated ones: a token of the
+    model keeps its id, and another has the next one behind the model's tokens."""
+    following = len(ids)
+    for token in tokens:
+        if token.content not in ids:
+            ids[token.content] = following
+            following += 1
 
 
 def _eos_ids(path: Path, eos: int | None, size: int) -> list[int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from typing import TYPE_CHECKING
 
+from runtime.api_keys import key_from
 from runtime.cli.options import add_topology, topology_of
 from runtime.cli.output import say
 from runtime.errors import UserError
@@ -79,7 +79,7 @@ def _serving(options: argparse.Namespace) -> dict[str, float]:
         seed=options.seed,
         prompt=options.prompt,
     )
-    key = options.api_key or os.environ.get("RUNTIME_API_KEY")
+    key = options.api_key or key_from("RUNTIME_API_KEY")
     outcomes, duration_s = asyncio.run(run_load(options.url.rstrip("/"), options.model, key, load))
     errors = [outcome.error for outcome in outcomes if outcome.error]
     if len(errors) == len(outcomes):

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from runtime.api_keys import key_from
 from runtime.chaos.inject import Plan, read_schedule
 from runtime.chaos.report import figures, show
 from runtime.chaos.run import Load, run_chaos
@@ -100,7 +100,7 @@ def run(options: argparse.Namespace) -> int:
         timeout_s=options.timeout,
         seed=options.seed,
     )
-    api_key = options.api_key or os.environ.get("RUNTIME_API_KEY")
+    api_key = options.api_key or key_from("RUNTIME_API_KEY")
     with _node(options) as run_dir:
         outcome = asyncio.run(run_chaos(run_dir, load, plan, api_key, lambda text: complain(f"{text} …")))
     if options.json:

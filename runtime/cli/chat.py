@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from runtime.api_keys import key_from
 from runtime.cli.options import add_node
 from runtime.cli.output import complain, say
 from runtime.conversation import Conversation
@@ -66,7 +66,7 @@ def _conversation(options: argparse.Namespace) -> Iterator[Conversation]:
         raise UserError("--set is for a node to start: give its FILE")
     wanted = {"max_tokens": options.max_tokens, "temperature": options.temperature}
     fields: dict[str, Any] = {key: value for key, value in wanted.items() if value is not None}
-    key = options.api_key or os.environ.get("RUNTIME_API_KEY") or None
+    key = options.api_key or key_from("RUNTIME_API_KEY")
     if options.file is None:
         yield Conversation(options.url or _url(options.node), options.model, fields, key, options.system)
         return

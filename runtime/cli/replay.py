@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runtime.api_keys import key_from
 from runtime.cli.options import add_node
 from runtime.cli.output import say
 from runtime.errors import UserError
@@ -87,7 +87,7 @@ def _url_of_node(node: str | None) -> str:
 def _send(url: urllib.parse.SplitResult, request: _Request) -> tuple[str, float]:
     """What went wrong, empty if nothing did, and how long it took."""
     headers = {"Content-Type": "application/json", "X-Request-Id": request.name}
-    if key := os.environ.get("RUNTIME_API_KEY"):
+    if key := key_from("RUNTIME_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     assert url.hostname is not None

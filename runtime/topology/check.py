@@ -144,10 +144,12 @@ class Check:
             if key not in infos:
                 self._report(where, "unknown key" + did_you_mean(where, self._known))
                 continue
-            candidates = (value, self._raw[where]) if where in self._raw else (value,)
+            raw = self._raw.get(where) if not isinstance(value, str) else None
+            candidates = (value,) if raw is None else (value, raw)
             converted = _first_valid(candidates, hints[key])
             if converted is None:
-                self._report(where, f"is {_toml(value)}; give {describe(infos[key].type)}")
+                given = "" if key.endswith("api_key") else f"is {_toml(value)}; "  # keys do not belong into logs
+                self._report(where, f"{given}give {describe(infos[key].type)}")
             else:
                 values[key] = converted
         for key, info in infos.items():

@@ -12,12 +12,17 @@ from msgspec import Meta, Struct, field
 
 from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
 from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
+from runtime.api_keys import KEY
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
 
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Meta(min_length=1)]
+ORIGIN = r"^(?:\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^/?#\s@*]+/?)$"
+Origin = Annotated[str, Meta(pattern=ORIGIN)]
+"""As browsers name a page's server: scheme, host, port if it is not the scheme's own; or `null`, or `*`."""
+Key = Annotated[str, Meta(pattern=KEY)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -236,14 +241,14 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     workers: Annotated[int, Meta(ge=1, le=64, description="HTTP processes. They share the port.")] = 1
     api_key: Annotated[
-        Text | None,
+        Key | None,
         Meta(
             description="Key that clients must send as `Authorization: Bearer KEY`. By default `$RUNTIME_API_KEY`; "
             "without either, none is asked for."
         ),
     ] = None
     admin_api_key: Annotated[
-        Text | None,
+        Key | None,
         Meta(
             description="Key that administrators must send, in the same way, to take profiles, flush caches and abort "
             "all requests; it opens everything else too. By default `$RUNTIME_ADMIN_API_KEY`; without either, these "
@@ -251,7 +256,7 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = None
     cors_origins: Annotated[
-        list[Text] | None,
+        list[Origin] | None,
         Meta(
             description="Web pages of other servers that may ask from a browser, by their origins, such as "
             '`["https://app.example.com"]`; `["*"]` is any page.'
@@ -604,12 +609,16 @@ def describe(info: msgspec.inspect.Type) -> str:
             return f"a number from 0 to {high:g}"
         case msgspec.inspect.FloatType(le=high):
             return f"a number above 0, at most {high:g}"
+        case msgspec.inspect.ListType(item_type=msgspec.inspect.StrType(pattern=pattern)) if pattern == ORIGIN:
+            return 'a list of origins as browsers name them, such as "https://app.example.com", or of "*"'
         case msgspec.inspect.ListType(item_type=item):
             return f"a list of {describe(item).partition(' ')[2]}s"
         case msgspec.inspect.StrType(pattern=None):
             return "a string"
         case msgspec.inspect.StrType(pattern=pattern) if pattern == URL:
             return "a URL that begins with http:// or https://"
+        case msgspec.inspect.StrType(pattern=pattern) if pattern == KEY:
+            return "a key of visible ASCII characters, without blanks"
         case msgspec.inspect.StrType():
             return "a string of letters, digits, '_', '-' and '.'"
     raise TypeError(f"no words for {info}")

@@ -363,3 +363,22 @@ def test_context_length_errors_have_their_code(shared: Served) -> None:
     assert shared.client.post(TEXT, json={"prompt": "x" * 511}).status_code == 200
     full = shared.client.post(TEXT, json={"prompt": "x" * 512, "max_tokens": 0, "echo": True})
     assert full.json()["choices"][0]["text"] == "x" * 512
+
+
+def test_what_is_repeated_to_the_client_is_bounded(shared: Served) -> None:
+    """An id comes back in every event of a stream, a name in the sentence that says it is unknown."""
+    long = "x" * 200_000
+    body = {"text": "a", "rid": long, "sampling_params": {"max_new_tokens": 2}, "stream": True}
+    assert shared.client.post("/generate", json=body).status_code == 400
+    assert shared.client.post("/generate", json={**body, "text": ["a"], "rid": [long]}).status_code == 400
+    for path, document in (
+        ("/v1/completions", {"prompt": "a", "model": long}),
+        ("/v1/completions", {"prompt": "a", long: 1}),
+        ("/v1/messages", {"model": long, "max_tokens": 1, "messages": [{"role": "user", "content": "a"}]}),
+        ("/api/chat", {"model": long, "messages": []}),
+        ("/v1/chat/completions", {"messages": [{"role": long, "content": "a"}]}),
+    ):
+        response = shared.client.post(path, json=document)
+        assert response.status_code in (400, 404)
+        assert len(response.content) < 10_000
+    assert len(shared.client.get("/v1/models/" + "x" * 60_000).content) < 10_000

@@ -23,7 +23,7 @@ STREAM = json.dumps({"prompt": "a", "max_tokens": 5, "seed": 1, "stream": True})
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """One that a page of another server may ask, and that is not asked under any name."""
     with one_ingress(
-        tmp_path_factory.mktemp("i"), cors_origins=["https://app.example"], allowed_hosts=["llm.example.com"]
+        tmp_path_factory.mktemp("i"), cors_origins=["https://App.example/"], allowed_hosts=["llm.example.com"]
     ) as served:
         yield served
 
@@ -206,6 +206,17 @@ def test_http_1_0(shared: Served, pieces: int) -> None:
     assert b"100 Continue" not in talk(shared, post(BODY, "expect: 100-continue", version="1.0"))
 
 
+@pytest.mark.parametrize("offer", OFFERS)
+def test_offers_in_http_1_0(shared: Served, offer: str) -> None:
+    """RFC 9110 §7.8: they are passed over, and the client is still one of HTTP/1.0."""
+    reply = talk(shared, post(STREAM, *OFFERS[offer], version="1.0").replace(b"host: x\r\n", b""))
+    head, _, rest = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert b"transfer-encoding" not in head
+    assert rest.startswith(b"data: ")
+    assert rest.endswith(b"data: [DONE]\n\n")
+
+
 def test_unknown_expectations_are_passed_over(shared: Served) -> None:
     assert text_of(talk(shared, post(BODY, "expect: the-unexpected", "connection: close"))) == answer("a", 1, 5)
 
@@ -292,7 +303,8 @@ def test_cors(strict: Served) -> None:
     assert preflight.status_code == 200
     assert preflight.headers["access-control-allow-origin"] == "https://app.example"
     assert "authorization" in preflight.headers["access-control-allow-headers"]
-    assert "POST" in preflight.headers["access-control-allow-methods"]
+    methods = preflight.headers["access-control-allow-methods"]
+    assert all(each in methods for each in ("GET", "POST", "PUT", "DELETE"))
     for status, response in (
         (200, strict.client.post("/v1/completions", json=json.loads(STREAM), headers=page)),
         (400, strict.client.post("/v1/completions", json={}, headers=page)),

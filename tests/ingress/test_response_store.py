@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -195,3 +196,23 @@ def test_an_answer_reads_the_same_conversation_after_a_kill(grow: Grow, tmp_path
     third = json.loads(exchange(tree, whole("/v1/responses", input="x", previous_response_id=disturbed["id"])).body)
     assert third["status"] == "completed"
     wait_for(lambda: not [name for name in os.listdir(tmp_path / "responses") if "." in name], "nothing held")
+
+
+def test_where_nothing_can_be_written_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored can be read, on a full disk and on one without links."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = ResponseStore(tmp_path, 2**20)
+    identity = "resp_" + "0" * 24
+    store.save(identity, Stored({"output": []}, [{"a": 1}]))
+    assert store.load(identity, "first") is not None
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "utime", refuse)
+    second = store.load(identity, "second")
+    assert second is not None
+    assert second.items == [{"a": 1}]
+    assert store.delete(identity)
+    assert store.load(identity, "first") is not None  # it was held
+    assert store.load(identity, "second") is None

@@ -16,12 +16,14 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
-from actors.ingress import connection, exchange
+from actors.ingress import connection, exchange, socket_transport
 from actors.ingress.server import Server
 
 SHORT_S = 0.3
 LONG_S = 60.0
 MAX_BODY = 2**20
+LARGE = 2**23
+"""More than the kernel takes for a client that does not read."""
 
 HEAD = b"POST /%b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
@@ -31,7 +33,7 @@ async def application(scope: Scope, receive: Receive, send: Send) -> None:
 
     async def work(exchange: exchange.Exchange) -> None:
         body = await exchange.body(msgspec.json.Decoder(Any), MAX_BODY) if scope["path"] == "/read" else 0
-        await exchange.answer(msgspec.json.encode(body))
+        await exchange.answer(bytes(LARGE) if scope["path"] == "/large" else msgspec.json.encode(body))
 
     await exchange.Exchange(scope, receive, send).run(work)
 
@@ -54,6 +56,13 @@ class Running:
         self._server.should_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
+
+    def abort_stalled(self, limit_s: float) -> None:
+        self._server._loop.call_soon_threadsafe(self._server.abort_stalled, limit_s)
+
+    def waiting(self) -> list[int]:
+        """Bytes that wait to be sent, of each connection."""
+        return [each.transport.get_write_buffer_size() for each in self._server._connections()]
 
     def connect(self) -> socket.socket:
         client = socket.create_connection(("127.0.0.1", self.port))
@@ -176,3 +185,23 @@ def test_an_idle_connection_ends(running: Running) -> None:
         client.sendall(HEAD % b"read" + b"content-length: 1\r\n\r\n7")
         assert client.recv(65536).endswith(b"7")
         assert client.recv(1) == b""
+
+
+def test_an_answer_that_nobody_takes(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of it is left: the connection ends, and what is kept for it."""
+    monkeypatch.setattr(socket_transport, "HIGH_WATER_BYTES", 2 * LARGE)  # the answer is never too much to wait for
+    with socket.socket() as client, running.connect() as reader:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", running.port))
+        for each in (client, reader):
+            each.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        received = 0
+        while data := reader.recv(2**20):
+            running.abort_stalled(LONG_S)
+            received += len(data)
+        assert received > LARGE
+        deadline = time.monotonic() + 20
+        while running.waiting():
+            running.abort_stalled(SHORT_S)
+            assert time.monotonic() < deadline, "it is still open"
+            time.sleep(SHORT_S / 10)

@@ -153,6 +153,8 @@ DEEPSEEK = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from rank_tools import generate, rank_config, save_model
 from safetensors.torch import load_file, save_file
 from test_rank_weights import write_gguf
@@ -112,6 +114,60 @@ def assert_same(ours: Any, theirs: Any) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+OF_WIDTH = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+EXPERTS = {"num_experts_per_tok": 8, "n_routed_experts": 32, "moe_intermediate_size": 64, "n_shared_experts": 1}
+DEEPSEEK = {
+    **{"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 32, "v_head_dim": 16, "first_k_dense_replace": 1},
+    **{"qk_rope_head_dim": 16, "qk_nope_head_dim": 16},
+}
+YARN = {"type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "of", "gone", "changes"),
+    [
+        ("LlamaForCausalLM", {}, (), {"hidden_act": "swish"}),
+        ("LlamaForCausalLM", {}, (), {"architectures": ["MyOwnForCausalLM", "LlamaForCausalLM"]}),
+        ("LlamaForCausalLM", {}, (), {"rope_theta": 500.0, "rope_parameters": {"rope_theta": 1e6}}),
+        ("LlamaForCausalLM", {}, (), {"rope_parameters": {"rope_theta": 500.0}, "rope_scaling": {**YARN, "factor": 2}}),
+        ("LlamaForCausalLM", {}, (), {"original_max_position_embeddings": 64, "rope_scaling": YARN}),
+        (
+            "LlamaForCausalLM",
+            {},
+            (),
+            {
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {**YARN, "original_max_position_embeddings": 128},
+            },
+        ),
+        (
+            "LlamaForCausalLM",
+            {},
+            (),
+            {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 64}},
+        ),
+        ("Glm4MoeForCausalLM", EXPERTS, ("rms_norm_eps", "num_experts_per_tok", "first_k_dense_replace"), {}),
+        (
+            "DeepseekV3ForCausalLM",
+            {**EXPERTS, **DEEPSEEK},
+            ("routed_scaling_factor", "n_group", "topk_group", "num_experts_per_tok", "n_shared_experts"),
+            {},
+        ),
+    ],
+    ids=["activation", "names", "thetas", "ropes", "beside", "both", "no-factor", "glm", "deepseek"],
+)
+def test_keys_count_as_in_transformers(
+    tmp_path: Path, architecture: str, of: dict[str, Any], gone: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    save_model(tmp_path, architecture, **{**OF_WIDTH, **of})
+    file = tmp_path / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in gone}
+    file.write_text(json.dumps({**config, **changes, "never_asked_for": [0.0, math.inf]}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    (ours,) = generate(build_executor(rank_config(tmp_path, max_model_len=128, num_pages=16)), [PROMPT], SAMPLING)
+    assert_same(ours, theirs)
+
+
 def a_part_is_missing(path: Path, tensors: Tensors) -> None:
     in_two(path, tensors)
     (path / "model-00002-of-00002.safetensors").unlink()
@@ -128,9 +184,22 @@ def biases_that_no_key_names(path: Path, tensors: Tensors) -> None:
     save_file(tensors, path / "model.safetensors")
 
 
+def another_head(path: Path, tensors: Tensors) -> None:
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, path / "model.safetensors")
+
+
+def tokens_that_see_those_behind_them(path: Path, tensors: Tensors) -> None:
+    save_file(tensors, path / "model.safetensors")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+
+
 @pytest.mark.parametrize(
     ("layout", "sentence"),
     [
+        (another_head, "tie_word_embeddings is true, and the checkpoint has an lm_head.weight .*: set it to false"),
+        (tokens_that_see_those_behind_them, "is_causal is false"),
         (a_part_is_missing, "model-00002-of-00002.safetensors is missing"),
         (a_layer_too_few, "no place for, such as model.layers.1.*num_hidden_layers, which is 1"),
         (biases_that_no_key_names, "has 1 tensors .* no place for, such as model.layers.1.self_attn.q_proj.bias"),
@@ -171,6 +240,23 @@ def split(saved: tuple[Path, Any], tmp_path: Path) -> list[Path]:
         writer.write_tensors_to_file()
         writer.close()
     return paths
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_without_a_kind_stretches_as_in_llama_cpp(tmp_path: Path, key: str) -> None:
+    scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    model = save_model(tmp_path / "theirs", "LlamaForCausalLM", num_hidden_layers=2, rope_parameters=scaling)
+    path = tmp_path / "small.gguf"
+    write_gguf(path, model, **{key: 2, "llama.attention.sliding_window": 0})
+    (ours,) = generate(build_executor(rank_config(path, max_model_len=128, num_pages=16)), [PROMPT], SAMPLING)
+    assert_same(ours, model)
+
+
+def test_a_factor_of_attention_is_refused(saved: tuple[Path, Any], tmp_path: Path) -> None:
+    path = tmp_path / "small.gguf"
+    write_gguf(path, saved[1], **{"llama.rope.scaling.attn_factor": 2})
+    with pytest.raises(CheckpointError, match=r"rope\.scaling\.attn_factor is not supported"):
+        read_config(path)
 
 
 def test_all_parts_of_a_gguf_file_are_read(saved: tuple[Path, Any], split: list[Path]) -> None:

@@ -76,7 +76,7 @@ def test_logs_of_a_crashed_node_stay_and_can_be_found(base: Path) -> None:
 def test_a_living_node_keeps_its_directory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
     first, second = node("a"), node("b")
-    with pytest.raises(UserError, match="the node a is running already: stop it with `runtime down --node a`"):
+    with pytest.raises(UserError, match=r"the node a is running already.*: stop it with `runtime down --node a`"):
         RunDirectory("a", "x")
     with pytest.raises(UserError, match=r"choose one with --node a\|b"):
         find_node(None)

@@ -52,6 +52,7 @@ NONE = SamplingDefaults()
         ({"temperature": 0.7}, SamplingDefaults(0.7)),
         ({"top_k": 0}, SamplingDefaults(top_k=0)),
         ({"top_k": -1}, SamplingDefaults(top_k=0)),
+        ({"top_k": 50.0, "max_new_tokens": 512.0}, SamplingDefaults(top_k=50, max_tokens=512)),
         ({"do_sample": False, "temperature": 0.6, "top_k": 50}, SamplingDefaults(0.0)),
         ({"do_sample": False, "repetition_penalty": 1.1}, SamplingDefaults(0.0, repetition_penalty=1.1)),
         ({"max_new_tokens": 512, "max_length": 20}, SamplingDefaults(max_tokens=512)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from actors.scheduler.config import Config as SchedulerConfig
 from actors.tokenizer.actor import TokenizerConfig
 from runtime import model_plan, needs
 from runtime import plan as plan_module
+from runtime.errors import UserError
 from runtime.http_limits import describe_http, http_warnings
 from runtime.models import ResolvedModel
 from runtime.plan import NodePlan, plan_node
@@ -255,6 +258,35 @@ def test_names_and_addresses_of_the_node(plan_of: Any, monkeypatch: pytest.Monke
     monkeypatch.setenv("RUNTIME_API_KEY", "from-environment")
     assert plan_of().api_key == "from-environment"
     assert plan_of("ingress.api_key=from-topology").api_key == "from-topology"
+    monkeypatch.setenv("RUNTIME_API_KEY", " of-a-file\r\n")
+    assert plan_of().api_key == "of-a-file"
+    monkeypatch.setenv("RUNTIME_API_KEY", "\n")
+    assert plan_of().api_key is None
+
+
+def test_keys_that_help_nobody(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("two words", "schlüssel", "a\tb"):
+        with pytest.raises(UserError, match=r"ingress\.api_key: give a key .* without blanks"):
+            plan_of(f"ingress.api_key={json.dumps(key)}")
+        monkeypatch.setenv("RUNTIME_API_KEY", key)
+        with pytest.raises(UserError, match=r"^\$RUNTIME_API_KEY must be a key .* without blanks"):
+            plan_of()
+    monkeypatch.setenv("RUNTIME_API_KEY", "same")
+    with pytest.raises(UserError, match=r"ingress\.admin_api_key: is the clients' key too"):
+        plan_of("ingress.admin_api_key=same")
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_one"),
+    [
+        *((each, True) for each in ("https://a.example", "http://[::1]:3000/", "app://obsidian.md", "null", "*")),
+        *((each, False) for each in ("a.example", "localhost:3000", "https://a.example/x", "http://*:1", "")),
+    ],
+)
+def test_origins(plan_of: Any, origin: str, is_one: bool) -> None:
+    """What no browser sends as an origin would be without an effect."""
+    with contextlib.nullcontext() if is_one else pytest.raises(UserError, match="a list of origins"):
+        plan_of(f"ingress.cors_origins={json.dumps([origin])}")
 
 
 def test_who_may_ask(plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

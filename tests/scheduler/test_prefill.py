@@ -218,3 +218,16 @@ def test_a_restarted_scheduler_waits_until_its_former_offers_are_void(
         assert not starting.done()
         stage.send(SENDER, Withdrawn())
         stage.scheduler = starting.result(10)
+
+
+def test_what_arrives_before_the_ranks_are_known_waits(stage: PrefillStage) -> None:
+    scheduler = stage.scheduler
+    scheduler.attached = scheduler.vocab_size = None
+    stage.send(DECODE, wanted("good"))
+    stage.send(DECODE, foreign(wanted("bad")))
+    stage.until(lambda: len(scheduler.requests) == 2)
+    assert not [m for m in stage.received[DECODE] if isinstance(m, PrefillRefused)]
+    stage.send("main.rank0", stage.attached())
+    assert stage.expect(DECODE, PrefillRefused).transfer == "bad"
+    stage.answer(stage.expect("main.rank0", Step))
+    assert stage.expect(DECODE, Prefilled).transfer == "good"

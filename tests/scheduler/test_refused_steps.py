@@ -149,3 +149,20 @@ def answered_all(stage: Stage, rows: int) -> bool:
         return True
     stage.answer(next(each for each in stage.steps() if each.number == step.number))
     return False
+
+
+def test_what_arrives_before_the_ranks_are_known_waits(stage: Stage) -> None:
+    """A restarted scheduler finds requests in its inbox before the ranks have said which tokens there are."""
+    scheduler = stage.scheduler
+    scheduler.attached = scheduler.vocab_size = None
+    bad = np.array([1, 100, 2], "<i4").tobytes()  # one beyond the vocabulary
+    stage.send("ingress0", generate("good", prompt=3))
+    stage.send("ingress0", Generate("bad", 0, bad, SamplingParams(max_tokens=3, seed=1), TextParams()))
+    stage.until(lambda: len(scheduler.requests) == 2)
+    assert not [m for m in stage.received["ingress0"] if isinstance(m, Refused)]
+    stage.send("main.rank0", stage.attached())
+    refused: Refused = stage.expect("ingress0", Refused)
+    assert (refused.rid, refused.status) == ("bad", 400)
+    assert "token 100; the model has the tokens 0 to 99" in refused.message
+    stage.generate_all()
+    assert [event.rid for event in stage.events() if event.finish is not None] == ["good"]

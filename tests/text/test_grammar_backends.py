@@ -15,6 +15,7 @@ from text_harness import smollm2
 from vocabularies import byte_level_gguf
 
 from actors.grammar import Backend, BackendName, BadGrammar, Compiled, load_backend, missing
+from actors.grammar.examples import examples
 from actors.messages import Constraint
 
 ROOT = Path(__file__).parents[2]
@@ -201,6 +202,16 @@ KEPT: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "unknown format": ({"type": "integer", "format": "int32"}, [1], ["a"]),
     "integer": ({"type": "integer"}, [0, -7, 2**63 - 1024], [2**63, -(10**20)]),
     "integer bounds of 64 bits": ({"type": "integer", "minimum": 3, "maximum": 2**64 - 1}, [3], [2]),
+    "integers of 64 bits": (
+        {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1},
+        [-(2**63) + 1024, 2**63 - 1024],
+        [2**63],
+    ),
+    "an integer in dependentSchemas": (
+        {"type": "object", "dependentSchemas": {"a": {"properties": {"b": {"type": "integer"}}}}},
+        [{"b": 2, "a": 1}, {"c": "x"}],
+        [{"b": "x", "a": 1}],
+    ),
     "number": ({"type": "number"}, [0.5, -7, 1.5e300, 2**53, 0.1 + 0.2, 1e-7], ["1"]),
     "keys": (
         {"type": "object", "properties": {"größe": {"const": 1}, 'a"色\\f': {"const": 2}}, "required": ["größe"]},
@@ -417,3 +428,19 @@ def test_xgrammar_is_loaded_without_transformers_and_does_not_ask_for_cuda_devic
         "assert 'transformers' not in sys.modules; print(asked)"
     )
     assert printed(code) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r"^pbj:([a-z-]+):([0-9]+-[0-9]{2,})?:x{3}$", ["pbj:a::xxx"]),
+        ("normal|italic", ["italic", "normal"]),
+        (r"(?:ab|c)+\x41\u00e9\u{e9}[^a-z]\.\d*?\p{L}", ["cAéé0.a"]),
+        (r"[a&&b]", ["a"]),
+        (r"^(?!x)a", []),
+        ("(((", []),
+        ("a{300}b", ["ab"]),
+    ],
+)
+def test_examples_of_patterns(pattern: str, expected: list[str]) -> None:
+    assert examples(pattern) == expected

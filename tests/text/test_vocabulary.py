@@ -60,6 +60,21 @@ def test_names_with_characters_outside_the_alphabet(tmp_path: Path) -> None:
     assert (vocabulary.bos_id, vocabulary.eos_ids) == (size, (size + 1, size + 2))
 
 
+def test_an_answer_ends_with_what_is_called_an_end(tmp_path: Path) -> None:
+    """Llama 3's first files name <|end_of_text|> alone, and chats end with <|eot_id|>."""
+    tokens = [*trained(byte_level=True)[0], "<|eot_id|>", "<|end_of_text|>", "<|im_end|>"]
+    size = len(tokens)
+    changes = {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [*[1] * (size - 3), 3, 3, 1],
+        "tokenizer.ggml.eos_token_id": size - 2,
+        "tokenizer.ggml.eot_token_id": None,
+        "tokenizer.ggml.bos_token_id": None,
+    }
+    path = byte_level_gguf(tmp_path / "v.gguf", "llama-bpe", **changes)
+    assert load_vocabulary(path).eos_ids == (size - 2, size - 3)
+
+
 def test_words_that_only_pad_the_table_are_not_words(tmp_path: Path) -> None:
     vocab, _ = trained(byte_level=True)
     size = len(vocab)
@@ -235,6 +250,30 @@ def directory(path: Path, tokenizer: Tokenizer, **config: Any) -> Path:
     names = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
     (path / "tokenizer_config.json").write_text(json.dumps(names))
     return path
+
+
+@pytest.mark.parametrize("holes", [0, 7])
+def test_added_tokens_have_the_ids_that_the_tokenizer_gives_them(tmp_path: Path, holes: int) -> None:
+    """Whatever the file states: ids with a gap before them, ids of others, another id for a token of the model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {**dict(zip(alphabet, range(256), strict=True)), "old": 256, "last": 257 + holes}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    file = json.loads(tokenizer.to_str())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [("<far>", 338, True), ("old", 400, True), ("<taken>", 3, False), ("last", 5, False), ("<end>", 339, True)]
+    file["added_tokens"] = [
+        {"content": text, "id": token, "special": special, **plain} for text, token, special in added
+    ]
+    path = directory(tmp_path, Tokenizer.from_str(json.dumps(file)), eos_token="<end>")
+    (path / "tokenizer.json").write_text(json.dumps(file))
+    (path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    vocabulary, reference = load_vocabulary(path), Tokenizer.from_str(json.dumps(file))
+    for text, _, _ in added:
+        token = reference.token_to_id(text)
+        assert vocabulary.encode(f"a{text}", add_special=False)[-1] == token
+        assert vocabulary.token_bytes[token] == text.encode()
+    assert vocabulary.eos_ids[0] == reference.token_to_id("<end>")
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def _inwards(schema: dict[str, Any], name: str, towards: float) -> None:
             raise BadGrammar(f"The JSON schema's '{name}' is too large.") from None
         if (double < value) if towards > 0 else (double > value):
             double = math.nextafter(double, towards)
-        schema[name] = double
+        schema[name] = int(double)  # the library reads integers exactly
 
 
 def _strings(schema: dict[str, Any]) -> None:

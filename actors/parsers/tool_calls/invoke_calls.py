@@ -22,6 +22,7 @@ class InvokeCalls(TaggedCalls):
         cls.MARKERS = tuple(f"<{each}>" for each in cls.SECTIONS) + tuple(f"<{each}invoke" for each in prefixes)
         cls.ENDS = tuple(f"</{each}>" for each in cls.SECTIONS)
         cls.NEXT = tuple(f"<{each}parameter" for each in prefixes)
+        cls.CLOSES = (f"</{cls.PREFIX}", "</parameter") if cls.PREFIX else ()
         cls.CALL_ENDS = tuple(f"</{each}invoke>" for each in prefixes) + cls.ENDS
         super().__init_subclass__()
 

@@ -23,7 +23,10 @@ class MistralCalls(JSONCalls):
         name = yield from self.tool_name()
         if not name:
             return False
+        yield from self.space()
         if (yield from self.accept("[CALL_ID]")):
+            yield from self.space()
             yield from self.word()
+            yield from self.space()
         yield from self.accept("[ARGS]")
         return (yield from self.object_arguments(name))

@@ -25,6 +25,8 @@ class SectionCalls(ToolCallParser):
     def read_calls(self, marker: str) -> Steps[bool]:
         if marker in self.SECTIONS:
             yield from self.space()
+            if (yield from self.accept(*self.SECTION_ENDS)):
+                return True
             if not (yield from self.accept(self.CALL)):
                 return False
         while True:

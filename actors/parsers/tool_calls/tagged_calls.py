@@ -25,6 +25,8 @@ class TaggedCalls(ToolCallParser):
     """Whether a value has lines of its own, so that a line break at each of its ends is markup."""
     NEXT: ClassVar[tuple[str, ...]] = ()
     """With what a parameter begins."""
+    CLOSES: ClassVar[tuple[str, ...]] = ()
+    """With what misspelled ends of parameters begin, besides the right one."""
 
     def begin(self, name: str, identity: str = "") -> None:
         """A call begins."""
@@ -82,7 +84,8 @@ class TaggedCalls(ToolCallParser):
     def _value(self, close: str, give: Callable[[str], None]) -> Steps[None]:
         stem = close.removesuffix(">")
         while True:
-            found = yield from self.give_until((stem, *self.NEXT, *self.CALL_ENDS), give, release=False)
+            ends = (stem, *self.CLOSES, *self.NEXT, *self.CALL_ENDS)
+            found = yield from self.give_until(ends, give, release=False)
             space = self.held()[: self.read - len(found or "")]
             if found is None:
                 if self.NEWLINES:
@@ -90,8 +93,8 @@ class TaggedCalls(ToolCallParser):
                 self.drop()
                 return
             place = self.read - len(found)
-            if found == stem:
-                if (yield from self.accept(close.removeprefix(stem))):
+            if found == stem or found in self.CLOSES:
+                if found == stem and (yield from self.accept(close.removeprefix(stem))):
                     give(_without_newline(space) if self.NEWLINES else space)
                     self.drop()
                     return

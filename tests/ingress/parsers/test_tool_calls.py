@@ -147,6 +147,7 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         ('{"name": "get_weather", "parameters": {"city": "Par', [("get_weather", '{"city": "Par"}')]),
     ],
     "mistral": [
+        ('[TOOL_CALLS] get_weather [CALL_ID] abc123456 [ARGS] {"city": "Paris"}', [W]),
         (f"[TOOL_CALLS] [{GOOD}]", [W]),
         (f"[TOOL_CALLS][{GOOD},{GOOD}]", [W, W]),
         (f"Hi [TOOL_CALLS] [{GOOD}]\n\nBye", ["Hi", W, "\n\nBye"]),
@@ -177,7 +178,7 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         (f"{BEGIN}{CALL}function<｜tool▁sep｜>delete\n```json\n{{}}\n```{CALL_END}{END}", None),
         (f"{BEGIN}{CALL}function<｜tool▁sep｜>now\n```json\n[]\n```{CALL_END}{END}", None),
         (f"{BEGIN}{CALL}get_weather{CALL_END}{END}", None),
-        (f"{BEGIN}{END}", None),
+        (f"{BEGIN}{END}", []),
         (f"{BEGIN}", []),
         ("<｜tool▁calls", None),
         (f"{BEGIN}{CALL}function<｜tool▁sep｜>now", []),
@@ -205,6 +206,15 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         (f"{BEGIN}{CALL}now<｜tool▁sep｜>{{a}}{CALL_END}{END}", [("now", "{}")]),
     ],
     "deepseekv32": [
+        *(
+            (
+                f'<｜DSML｜function_calls>{INVOKE}<｜DSML｜parameter name="city" string="true">Paris{end}\n'
+                '<｜DSML｜parameter name="days" string="false">5</｜DSML｜parameter>\n'
+                "</｜DSML｜invoke></｜DSML｜function_calls>",
+                [("get_weather", '{"city": "Paris", "days": 5}')],
+            )
+            for end in ("</｜DSML｜parametr>", "</｜DSML｜parameter", "</parameter>")
+        ),
         (f"<｜DSML｜function_calls>\n{INVOKE}{CITY}</｜DSML｜invoke>\n</｜DSML｜function_calls>", [W]),
         (f"{INVOKE}{CITY}</｜DSML｜invoke>", [W]),
         ('<function_calls><invoke name="now"></invoke></function_calls>', [("now", "{}")]),
@@ -239,6 +249,7 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         (f'{INVOKE}{{"a": }}</｜DSML｜invoke>', [("get_weather", '{"a": null}')]),
     ],
     "kimi_k2": [
+        ("a <|tool_calls_section_begin|><|tool_calls_section_end|> b", ["a b"]),
         (f'<|tool_calls_section_begin|>{KIMI}{{"city": "Paris"}}<|tool_call_end|><|tool_calls_section_end|>', [W]),
         (f'{KIMI}{{"city": "Paris"}}<|tool_call_end|>', [W]),
         (
@@ -252,7 +263,7 @@ LITERAL: dict[str, list[tuple[str, list[Any]]]] = {
         (f"{KIMI}null", None),
         (f"{KIMI}", []),
         ("<|tool_calls_section_begin|>", []),
-        ("<|tool_calls_section_begin|><|tool_calls_section_end|>", None),
+        ("<|tool_calls_section_begin|><|tool_calls_section_end|>", []),
         ("<|tool_", None),
         (f'{KIMI}{{"city": "P', [("get_weather", '{"city": "P"}')]),
         (f"{KIMI}{{]<|tool_call_end|>", [("get_weather", "{}")]),

@@ -94,12 +94,18 @@ class ResponseStore:
         reads the same again if this worker dies in between."""
         if not _IDENTITY.fullmatch(identity):
             return None
+        path = self._directory / identity
         held = self._directory / f"{reader}.{identity}"
         with contextlib.suppress(OSError):
-            os.link(self._directory / identity, held)
+            os.link(path, held)
         try:
-            os.utime(held)
-            return _decode(held.read_bytes())
+            try:
+                data = held.read_bytes()
+            except FileNotFoundError:  # the disk is full, or knows no links
+                held, data = path, path.read_bytes()
+            with contextlib.suppress(OSError):
+                os.utime(held)
+            return _decode(data)
         except (OSError, msgspec.MsgspecError):
             return None
 
