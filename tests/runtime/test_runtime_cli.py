@@ -352,7 +352,7 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
             return Path(output.name).read_text()
 
         wait_for(lambda: "ready at" in shown(), "the line with the URL")
-        assert f"curl http://127.0.0.1:{cli.port}/v1/chat/completions" in shown()
+        assert f"curl -N http://127.0.0.1:{cli.port}/v1/chat/completions" in shown()
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) > 10
         process.send_signal(number)
