@@ -125,7 +125,11 @@ def _structured_outputs(value: Any, param: str) -> Constraint | None:
     """vLLM's."""
     if not isinstance(value, dict):
         raise _wrong(param, f"expected an object with one of {', '.join(_STRUCTURED)}")
-    given = {key: each for key, each in value.items() if each not in (None, False)}
+    given = {
+        key: each
+        for key, each in value.items()
+        if each not in (None, False) and (key in _STRUCTURED or not asks_for_nothing(each))
+    }
     _only(given, param, *_STRUCTURED)
     if len(given) != 1:
         raise _wrong(param, f"expected exactly one of {', '.join(_STRUCTURED)}")

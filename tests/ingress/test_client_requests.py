@@ -300,3 +300,16 @@ def test_calls_that_come_back_to_anthropic(shared: Served) -> None:
 def test_sglangs_names_of_tokenizing(shared: Served) -> None:
     tokens = shared.client.post("/v1/tokenize", json={"prompt": "hi"}).json()["tokens"]
     assert shared.client.post("/v1/detokenize", json={"tokens": tokens}).json()["prompt"] == "hi"
+
+
+@pytest.mark.parametrize("kind", [{}, [], {"a": 1}, 7, None])
+def test_types_that_are_no_text(shared: Served, kind: Any) -> None:
+    """They are told from each other by their type, which may be anything."""
+    chat = {"messages": [{"role": "user", "content": [{"type": kind, "text": "x"}]}], "max_tokens": 2}
+    assert "messages[0].content[0]" in refused(shared, CHAT, chat)
+    if kind is not None and kind != [] and kind != {}:
+        for field in ("response_format", "structured_outputs"):
+            refused(shared, CHAT, {"messages": [USER], "max_tokens": 2, field: {"type": kind}})
+    refused(shared, CHAT, {"messages": [USER], "max_tokens": 2, "structured_outputs": {"type": kind}})
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": kind}]}
+    refused(shared, RESPONSES, {"input": "hi", "tools": [TOOL], "tool_choice": allowed})

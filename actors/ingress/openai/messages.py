@@ -222,7 +222,7 @@ def _check_part(part: Any, param: str) -> None:
     if not isinstance(part, dict):
         raise invalid(f"Invalid value for '{param}': expected an object or a string.", param, "invalid_value")
     kind = part.get("type")
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         if isinstance(kind, str):
             raise unsupported(f"{param}.type", f"A content part of type '{kind}'")
         raise invalid(f"Invalid value for '{param}': a content part has a 'type'.", param, "invalid_value")

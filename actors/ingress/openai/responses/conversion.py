@@ -249,7 +249,7 @@ def _tools(request: ResponsesRequest, warn: Warn) -> tuple[list[Tool], ToolChoic
     choice = request.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = converted(choice, AllowedTools, "tool_choice")
-        names = {tool.get("name") for tool in allowed.tools}
+        names = [tool.get("name") for tool in allowed.tools]
         tools = [tool for tool in tools if tool.function.name in names]
         choice = allowed.mode
     if isinstance(choice, dict):
