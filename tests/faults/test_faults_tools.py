@@ -138,11 +138,13 @@ def test_top_prints_a_frame(node: Node) -> None:
     assert ran.returncode == 0, ran.stderr
     head, figures, _, *rows = ran.stdout.splitlines()
     assert head.startswith("n  running at http://127.0.0.1:")
-    for word in ("tokens/s", "running", "waiting", "cache", "hits", "TTFT", "ITL"):
+    for word in ("tokens/s", "running", "waiting", "KV", "TTFT", "ITL"):
         assert word in figures
-    lines = {row.split()[0]: row for row in rows}
+    table, events = rows[: rows.index("")], rows[rows.index("") + 1 :]
+    lines = {row.split()[0]: row for row in table}
     assert set(lines) - {"process"} == {each.name for each in node.tree().walk()}
     assert "killed by SIGKILL" in lines["tokenizer"]
+    assert any("tokenizer" in event for event in events)
 
 
 def test_chaos_prints_what_clients_saw(node: Node) -> None:

@@ -371,6 +371,7 @@ def test_other_pages_are_refused_with_the_reason(new_stage: NewStage) -> None:
     other = [{**rank, "format": {**rank["format"], "page_size": 2}} for rank in stage.theirs]
     stage.restart(SENDER, ranks=other)
     stage.receive("t", [8])
+    stage.until(lambda: "t" in stage.receiver.transfers)  # the offer is not said again here
     stage.offer("t", [3])
     assert "page size" in stage.expect(D, ReceiveFailed).reason
 
@@ -378,6 +379,7 @@ def test_other_pages_are_refused_with_the_reason(new_stage: NewStage) -> None:
 def test_another_transfer_engine_is_refused_with_the_reason(stage: Stage) -> None:
     stage.restart(SENDER, transfer={"kind": "fake"})
     stage.receive("t", [8])
+    stage.until(lambda: "t" in stage.receiver.transfers)  # the offer is not said again here
     stage.offer("t", [3])
     assert stage.expect(D, ReceiveFailed).reason == (
         "the sender transfers with fake and the receiver with shm: set both to the same"
