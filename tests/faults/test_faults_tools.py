@@ -136,15 +136,14 @@ def test_top_prints_a_frame(node: Node) -> None:
     eventually(lambda: node.state() == "running" and node.actor("tokenizer").pid != pid)
     ran = command(node, "top", "--once", "--interval", "0.2")
     assert ran.returncode == 0, ran.stderr
-    head, figures, _, *rows = ran.stdout.splitlines()
+    head, table, events = ran.stdout.strip("\n").split("\n\n")
     assert head.startswith("n  running at http://127.0.0.1:")
     for word in ("tokens/s", "running", "waiting", "KV", "TTFT", "ITL"):
-        assert word in figures
-    table, events = rows[: rows.index("")], rows[rows.index("") + 1 :]
-    lines = {row.split()[0]: row for row in table}
+        assert word in head
+    lines = {row.split()[0]: row for row in table.splitlines()}
     assert set(lines) - {"process"} == {each.name for each in node.tree().walk()}
     assert "killed by SIGKILL" in lines["tokenizer"]
-    assert any("tokenizer" in event for event in events)
+    assert "tokenizer" in events
 
 
 def test_chaos_prints_what_clients_saw(node: Node) -> None:
