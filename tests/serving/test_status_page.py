@@ -81,4 +81,6 @@ async def _look(llm: LLM, profile: Path) -> None:
             )
             await page.wait_for(f"innerWidth === {width}")
             assert await page.value("document.documentElement.scrollWidth") <= width
+            cut = "[...document.querySelectorAll('.scroll')].some((each) => each.scrollWidth > each.clientWidth)"
+            await page.wait_for(f"document.querySelector('tr[data-name] button') && !({cut})")  # buttons are in sight
         assert not [each for each in page.complaints if "Security Policy" in each or "exception" in each]
