@@ -129,7 +129,8 @@ def test_a_wheel_brings_topologies_and_documentation(tmp_path: Path, how: str) -
     done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True)
     wheel = tmp_path / done.stdout.split()[-1]
     site = tmp_path / "site"
-    install = ["install", "-q", "--no-deps", "--no-index", how, str(site), str(wheel)]
+    # Without the last flag, pip removes the package that runs this test, wherever it puts the new one.
+    install = ["install", "-q", "--no-deps", "--no-index", how, str(site), "--ignore-installed", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
     (path,) = (each.parent for each in site.rglob("runtime") if (each / "shipped.py").is_file())
     code = "from runtime.shipped import topologies; print(*topologies(), *topologies().values())"
