@@ -123,14 +123,6 @@ void copy_tile(const Call& c, const SpanRows& x, int64_t panel, int sixteen, int
         }
 }
 
-// Calls f.template operator()<ROWS>() for `rows`, of 1 .. MOST_ROWS.
-template <class F>
-INLINE void for_rows_of_tile(int64_t rows, F f) {
-    [&]<int... LESS>(std::integer_sequence<int, LESS...>) {
-        ((rows == LESS + 1 ? f.template operator()<LESS + 1>() : void()), ...);
-    }(std::make_integer_sequence<int, MOST_ROWS>());
-}
-
 struct CopyCall {
     const uint8_t* weight;
     uint8_t* copy;
@@ -186,7 +178,7 @@ void linear_by_copy(const QuantizedCall& call) {
         for (; strip < end; ++strip)
             for (int64_t tile = 0; tile < x.tiles; ++tile) {
                 int64_t first = x.first(tile);
-                for_rows_of_tile(x.first(tile + 1) - first, [&]<int ROWS>() {
+                for_rows_of_tile<MOST_ROWS>(x.first(tile + 1) - first, [&]<int ROWS>() {
                     constexpr int VECTORS = ROWS * 2 <= MOST_ROWS ? 2 : 1;
                     for (int s = 0; s < SIXTEENS; s += VECTORS)
                         copy_tile<ROWS, VECTORS>(c, x, strip / 2, int(strip % 2) * SIXTEENS + s, first);

@@ -64,6 +64,8 @@ INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
 }
+# The order of instructions that suits most processors of a set, in names that old compilers know too.
+TUNE = {"avx512": "icelake-server", "avx2": "haswell"}
 # Used beside AVX-512 where processor and compiler have all of a group (names of /proc/cpuinfo, and of the compiler).
 EXTENSIONS = (
     {"avx512_vnni": "avx512vnni"},
@@ -105,7 +107,7 @@ def build(instruction_set: str | None = None, progress: Callable[[int, int], Non
         if not known:
             raise BuildError("the processor has neither AVX-512 nor AVX2")
         instruction_set = known[0]
-    flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set])]
+    flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set]), f"-mtune={TUNE[instruction_set]}"]
     extensions = []
     if instruction_set == "avx512":
         processor = processor_flags()

@@ -15,6 +15,8 @@ namespace {
 
 constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
+constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // of x, for fewer of which no thread is woken to prepare them
+constexpr int64_t CHUNK_TILES = 64;
 constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
 
 struct Call : LinearCall {
@@ -152,11 +154,132 @@ void linear(const Call& c) {
     });
 }
 
+#ifdef __AVX512BF16__
+
+constexpr int PAIR_LINE = 2 * PANEL;   // elements of two input features of a panel
+constexpr int PAIRS_DEPTH = 2 * LANES;  // input features of a row of x that lie side by side
+
+// Pairs of input features of `count` output features, from rows of a weight; zero beyond.
+void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf16* panel) {
+    for (int64_t k = 0; k < depth; k += PAIRS_DEPTH) {
+        int part = int(std::min<int64_t>(PAIRS_DEPTH, depth - k));
+        for (int n = 0; n < PANEL; n += LANES) {
+            const bf16* rows[LANES];
+            bf16 copies[LANES][PAIRS_DEPTH];
+            if (part == PAIRS_DEPTH && n + LANES <= count) {
+                for (int i = 0; i < LANES; ++i) rows[i] = weight + (n + i) * stride + k;
+            } else {
+                std::memset(copies, 0, sizeof(copies));
+                for (int i = 0; i < LANES; ++i) {
+                    if (n + i < count) std::memcpy(copies[i], weight + (n + i) * stride + k, part * sizeof(bf16));
+                    rows[i] = copies[i];
+                }
+            }
+            // A pair is moved as one float would be.
+            transpose16((const float* const*)rows, 0, (float*)(panel + k * PANEL) + n, PANEL);
+        }
+    }
+}
+
+constexpr int PAIR_ROWS = 6;  // of a tile, at most
+constexpr int64_t PAIRS_AHEAD = 4096;  // elements ahead of its use that a weight is fetched
+
+// Rows of x in bfloat16, in tiles of one size, or some one larger than others; of a tile, 32 features by 32 features the
+// words [rows][16 pairs], with zeros beyond the last feature.
+struct PairedRows {
+    bf16* words;
+    int64_t rows, depth, tiles;
+
+    explicit PairedRows(const Call& c)
+        : rows(c.rows), depth((c.inputs + PAIRS_DEPTH - 1) / PAIRS_DEPTH * PAIRS_DEPTH),
+          tiles((c.rows + PAIR_ROWS - 1) / PAIR_ROWS) {
+        words = scratch(0).take<bf16>(rows * depth);
+    }
+    int64_t first(int64_t tile) const { return tile * rows / tiles; }
+    template <class X>
+    void put(const Call& c, int64_t tile) const {
+        int64_t from = first(tile), count = first(tile + 1) - from;
+        for (int64_t r = 0; r < count; ++r) {
+            const X* x = (const X*)c.x + (from + r) * c.x_stride;
+            bf16* to = words + from * depth + r * PAIRS_DEPTH;
+            for (int64_t k = 0; k < depth; k += PAIRS_DEPTH, to += count * PAIRS_DEPTH)
+                for (int half = 0; half < PAIRS_DEPTH; half += LANES) {
+                    int part = int(std::clamp<int64_t>(c.inputs - k - half, 0, LANES));
+                    store(to + half, load_part(x + k + half, part));
+                }
+        }
+    }
+};
+
+// sums[row][0 .. 16 VECTORS - 1] = ROWS rows of a tile times as many outputs of a panel, in order.
+template <int ROWS, int VECTORS>
+void multiply_pairs(const bf16* x, const bf16* panel, int64_t inputs, float* sums) {
+    V16 total[ROWS][VECTORS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = zeros();
+    for (int64_t k = 0; k < inputs; k += PAIRS_DEPTH, x += ROWS * PAIRS_DEPTH) {
+        int pairs = int(std::min<int64_t>(PAIRS_DEPTH, inputs - k) / 2);
+        for (int i = 0; i < pairs; ++i, panel += PAIR_LINE) {
+            __m512bh weights[VECTORS];
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                weights[v] = (__m512bh)_mm512_loadu_si512(panel + v * 2 * LANES);
+                _mm_prefetch((const char*)(panel + PAIRS_AHEAD + v * 2 * LANES), _MM_HINT_T0);
+            }
+#pragma GCC unroll 16
+            for (int r = 0; r < ROWS; ++r) {
+                int32_t pair;
+                std::memcpy(&pair, x + r * PAIRS_DEPTH + 2 * i, sizeof(pair));
+                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                for (int v = 0; v < VECTORS; ++v) total[r][v].v = _mm512_dpbf16_ps(total[r][v].v, weights[v], both);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) store(sums + r * PANEL + v * LANES, total[r][v]);
+}
+
+// Two products a lane and instruction. An output is summed over pairs of input features in order.
+template <class X>
+void linear_pairs(const Call& c) {
+    PairedRows x(c);
+    parallel(x.tiles, c.rows * c.inputs < SERIAL_ELEMENTS ? 1 : int(c.threads), [&](int64_t tile, int) { x.put<X>(c, tile); });
+    int64_t chunks = c.packed ? std::max<int64_t>(1, (x.tiles + CHUNK_TILES - 1) / CHUNK_TILES) : 1;
+    size_t panel_size = c.packed ? 0 : x.depth * PANEL, own = panel_size * sizeof(bf16) + PAIR_ROWS * PANEL * sizeof(float);
+    char* memory = scratch(1).take<char>(own * c.threads);
+    parallel(c.panels() * chunks, int(c.threads), [&](int64_t unit, int thread) {
+        bf16* space = (bf16*)(memory + own * thread);
+        float* sums = (float*)(space + panel_size);
+        int64_t panel = unit / chunks, chunk = unit % chunks;
+        const bf16* b = (const bf16*)c.weight + panel * c.inputs * PANEL;
+        if (!c.packed) {
+            pack_pairs(b, c.inputs, c.panel_outputs(panel), c.inputs, space);
+            b = space;
+        }
+        for (int64_t tile = chunk * x.tiles / chunks; tile < (chunk + 1) * x.tiles / chunks; ++tile) {
+            int64_t first = x.first(tile), rows = x.first(tile + 1) - first;
+            const bf16* a = x.words + first * x.depth;
+            for_rows_of_tile<PAIR_ROWS>(rows, [&]<int ROWS>() {
+                constexpr int VECTORS = 4;
+                for (int n = 0; n < PANEL; n += VECTORS * LANES)
+                    multiply_pairs<ROWS, VECTORS>(a, b + 2 * n, c.inputs, sums + n);
+            });
+            for (int64_t r = 0; r < rows; ++r) finish_row<X>(c, first + r, panel, sums + r * PANEL);
+        }
+    });
+}
+
+#endif
+
 #ifdef __AMX_BF16__
 
 constexpr int AMX_DEPTH = 32;  // input features of a tile
 constexpr int AMX_CHUNK_ROWS = 128;
-constexpr int PAIR_LINE = 2 * PANEL;  // elements of two input features of a panel
 
 // sums[16][64] = 16 rows of x times a panel.
 void amx_rows(const bf16* x, int64_t x_stride, const bf16* panel, int64_t depth, const bf16* end, float* sums) {
@@ -205,28 +328,6 @@ void amx_square(const bf16* x, int64_t x_stride, const bf16* panel, int64_t dept
     _tile_stored(1, sums + LANES, PANEL * sizeof(float));
     _tile_stored(2, sums + AMX_ROWS * PANEL, PANEL * sizeof(float));
     _tile_stored(3, sums + AMX_ROWS * PANEL + LANES, PANEL * sizeof(float));
-}
-
-// Pairs of input features of `count` output features, from rows of a weight; zero beyond.
-void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf16* panel) {
-    for (int64_t k = 0; k < depth; k += AMX_DEPTH) {
-        int part = int(std::min<int64_t>(AMX_DEPTH, depth - k));
-        for (int n = 0; n < PANEL; n += LANES) {
-            const bf16* rows[LANES];
-            bf16 copies[LANES][AMX_DEPTH];
-            if (part == AMX_DEPTH && n + LANES <= count) {
-                for (int i = 0; i < LANES; ++i) rows[i] = weight + (n + i) * stride + k;
-            } else {
-                std::memset(copies, 0, sizeof(copies));
-                for (int i = 0; i < LANES; ++i) {
-                    if (n + i < count) std::memcpy(copies[i], weight + (n + i) * stride + k, part * sizeof(bf16));
-                    rows[i] = copies[i];
-                }
-            }
-            // A pair is moved as one float would be.
-            transpose16((const float* const*)rows, 0, (float*)(panel + k * PANEL) + n, PANEL);
-        }
-    }
 }
 
 template <class X>
@@ -291,6 +392,9 @@ template <class X>
 void linear_bf16(const Call& c) {
 #ifdef __AMX_BF16__
     if (c.inputs % 2 == 0 && amx_granted()) return linear_amx<X>(c);
+#endif
+#ifdef __AVX512BF16__
+    if (c.inputs % 2 == 0) return linear_pairs<X>(c);
 #endif
     linear<bf16, X>(c);
 }

@@ -1,6 +1,8 @@
 // The one inner loop of attention and linear layers: a few rows of A times a strip of B, held in registers.
 #pragma once
 
+#include <utility>
+
 #include "simd.h"
 
 // Rows of A in a tile, and vectors of 16 columns of B beside each other, so that the sums fill the register file.
@@ -50,6 +52,14 @@ INLINE void for_tiles(int rows, F f) {
         case 4: f.template operator()<4>(first); break;
         case 5: f.template operator()<5>(first); break;
     }
+}
+
+// Calls f.template operator()<ROWS>() for `rows`, of 1 .. MOST.
+template <int MOST, class F>
+INLINE void for_rows_of_tile(int64_t rows, F f) {
+    [&]<int... LESS>(std::integer_sequence<int, LESS...>) {
+        ((rows == LESS + 1 ? f.template operator()<LESS + 1>() : void()), ...);
+    }(std::make_integer_sequence<int, MOST>());
 }
 
 // Sixteen rows of sixteen become sixteen columns: to[c * stride + r] = rows[r][c].

@@ -6,6 +6,7 @@
 
 #include "bytes.h"
 #include "linear.h"
+#include "product.h"
 #include "threads.h"
 
 namespace {
