@@ -21,7 +21,6 @@ from typing import IO
 
 SOURCES = (
     "attention.cpp",
-    "byte_copy.cpp",
     "elementwise.cpp",
     "experts.cpp",
     "graph.cpp",
@@ -43,8 +42,8 @@ HEADERS = (
     "linear.h",
     "product.h",
     "quantized.h",
-    "quantized_pairs.h",
     "quantized_tiles.h",
+    "quantized_vectors.h",
     "simd.h",
     "threads.h",
 )

@@ -30,10 +30,7 @@ struct QuantizedCall {
     int64_t wide;      // out is float32 whatever x is
 };
 
-enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE, COPY };  // as in paths.py
-
-// With way == COPY, the weight is a copy of an int4 weight in bytes. Raises std::bad_alloc.
-void linear_by_copy(const QuantizedCall& call);
+enum Way { VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS };  // as in paths.py
 
 // Both return 0, or -1 without memory.
 EXPORT int linear(const LinearCall* call);

@@ -14,7 +14,6 @@ FUNCTIONS = (
     "linear",
     "linear_quantized",
     "quantize_int4",
-    "copy_int4",
     "mla_attention",
     "linear_heads",
     "route_experts",

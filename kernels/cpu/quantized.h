@@ -12,11 +12,10 @@
 namespace {
 
 constexpr int GROUP = 32;
-constexpr int GROUP_WORDS = GROUP / 4;  // of four features
 constexpr int STRIP = 32;  // output features of a piece of work: half a panel
 constexpr int SIXTEENS = STRIP / LANES;
 constexpr int PIECES = 8;  // of the work of a thread, so that none waits long for another
-constexpr int REST_BITS = 8;  // of the second byte of an activation: its steps in one of the first
+constexpr int REST_BITS = 8;  // of the lower byte of an activation of 16 bits
 constexpr float REST = 1 << REST_BITS;
 constexpr float SMALLEST = 1e-33f;  // groups with nothing above it are zeros: its inverse is a number still
 constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
@@ -33,7 +32,7 @@ template <int BITS>
 struct Block {
     static constexpr int SIXTEEN_QUANTS = LANES * GROUP * BITS / 8, QUANTS = PANEL / LANES * SIXTEEN_QUANTS;
     static constexpr int BYTES = QUANTS + (BITS == 4 ? 2 : 1) * 2 * PANEL;
-    static constexpr int AHEAD = 4 * BYTES;  // how far ahead of its use a weight is fetched
+    static constexpr int AHEAD = 8 * BYTES;  // how far ahead of its use a weight is fetched
 
     const uint8_t* at;
 
@@ -41,21 +40,6 @@ struct Block {
     const uint8_t* quants(int sixteen) const { return at + sixteen * SIXTEEN_QUANTS; }
     const uint8_t* steps(int sixteen) const { return at + QUANTS + sixteen * 2 * LANES; }
 
-    // A byte for each of four features in a word for each of sixteen outputs, for the group's words of features.
-    INLINE void words(int sixteen, W16 (&to)[GROUP_WORDS]) const {
-        const uint8_t* from = quants(sixteen);
-        if constexpr (BITS == 4) {
-#pragma GCC unroll 4
-            for (int i = 0; i < GROUP_WORDS / 2; ++i) {
-                W16 both = load_words(from + i * 64);
-                to[i] = low_halves(both);
-                to[GROUP_WORDS / 2 + i] = high_halves(both);
-            }
-        } else {
-#pragma GCC unroll 8
-            for (int i = 0; i < GROUP_WORDS; ++i) to[i] = load_words(from + i * 64);
-        }
-    }
     INLINE V16 scale(int sixteen) const { return load_halves(steps(sixteen)); }
     INLINE V16 minimum(int sixteen, V16 scale) const {
         return BITS == 4 ? load_halves(steps(sixteen) + 2 * PANEL) : scale * broadcast(-128.0f);
@@ -91,74 +75,32 @@ void for_rows(const Call& c, int64_t rows, F f) {
     parallel(rows, c.rows * c.inputs < SERIAL_ELEMENTS ? 1 : int(c.threads), [&](int64_t row, int) { f(row); });
 }
 
-// Calls f.template operator()<ROWS>(first) for tiles of MOST rows and one of what is left.
-template <int MOST, class F>
-INLINE void for_row_tiles(int64_t rows, F f) {
-    int64_t first = 0;
-    for (; first + MOST <= rows; first += MOST) f.template operator()<MOST>(first);
-    [&]<int... ROWS>(std::integer_sequence<int, ROWS...>) {
-        ((rows - first == ROWS + 1 ? f.template operator()<ROWS + 1>(first) : void()), ...);
-    }(std::make_integer_sequence<int, MOST - 1>());
-}
-
 // Values in whole steps of a scale.
 struct Steps {
     float scale, sum;  // sum: of the steps
 };
 
-// The first `count` of VECTORS sixteens of values in signed bytes: x = scale * first, or x = scale * (REST * first + second).
-template <int BYTES, int VECTORS, class T>
-INLINE Steps round_to_bytes(const T* x, int count, int8_t* first_bytes, int8_t* second_bytes) {
-    constexpr float MOST = BYTES == 2 ? 127 * REST : 127;
-    V16 values[VECTORS], most = zeros(), sums = zeros();
-    for (int i = 0; i < VECTORS; ++i) {
+// The first `count` of a group's values, and zeros behind them, in words of 16 bits: x = scale * word. Words leave room at
+// the end, so that each is REST times a signed byte and another one.
+template <class T>
+INLINE Steps round_to_words(const T* x, int count, int16_t* words) {
+    constexpr float MOST = 127 * REST;
+    V16 values[GROUP / LANES], most = zeros(), sums = zeros();
+    for (int i = 0; i < GROUP / LANES; ++i) {
         values[i] = load_part(x + i * LANES, std::clamp(count - i * LANES, 0, LANES));
         most = max(absolute(values[i]), most);
     }
     float largest_size = largest(most);
     bool none = largest_size <= SMALLEST;
     V16 inverse = broadcast(none ? 0 : MOST / largest_size);
-    for (int i = 0; i < VECTORS; ++i) {
+    for (int i = 0; i < GROUP / LANES; ++i) {
         V16 steps = nearest(values[i] * inverse);
-        if constexpr (BYTES == 1) {
-            store_bytes(first_bytes + i * LANES, steps);
-        } else {
-            V16 first = nearest(steps * broadcast(1 / REST)), second = steps - first * broadcast(REST);
-            // Halfway the even one is taken, which may leave 128: a byte holds -128 .. 127.
-            V16 over = where_at_least(second, broadcast(REST / 2), broadcast(1.0f));
-            store_bytes(first_bytes + i * LANES, first + over);
-            store_bytes(second_bytes + i * LANES, second - over * broadcast(REST));
-        }
+        store_half_words(words + i * LANES, steps);
         sums = sums + steps;  // exact
     }
     float steps = sum(sums);
     bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
     return {!numbers ? steps : none ? 0 : largest_size / MOST, numbers ? steps : 0};
-}
-
-// Those of a call's x from element `at` on.
-template <int BYTES, int VECTORS>
-INLINE Steps round_to_bytes(const Call& c, int64_t at, int count, int8_t* first_bytes, int8_t* second_bytes = nullptr) {
-    return c.narrow ? round_to_bytes<BYTES, VECTORS>((const bf16*)c.x + at, count, first_bytes, second_bytes)
-                    : round_to_bytes<BYTES, VECTORS>((const float*)c.x + at, count, first_bytes, second_bytes);
-}
-
-// A group of a row's activations.
-template <int BYTES>
-struct Rounded {
-    int8_t bytes[BYTES][GROUP];
-    float scale, sum;  // sum: of what they stand for
-};
-
-template <int BYTES>
-INLINE Rounded<BYTES> round_group(const Call& c, int64_t row, int64_t group) {
-    int64_t at = row * c.x_stride + group * GROUP;
-    int count = row < c.rows ? c.group_inputs(group) : 0;  // rows behind the last fill a tile
-    Rounded<BYTES> to;
-    Steps steps = round_to_bytes<BYTES, GROUP / LANES>(c, at, count, to.bytes[0], to.bytes[BYTES - 1]);
-    to.scale = steps.scale;
-    to.sum = steps.sum == 0 ? 0 : steps.scale * steps.sum;  // the scale may be no number
-    return to;
 }
 
 template <class T>

@@ -9,7 +9,26 @@
 namespace {
 
 constexpr int TILE_BYTES = 64;          // of a row of a tile
+constexpr int GROUP_WORDS = GROUP / 4;  // of four features
 constexpr int SQUARE = 2 * AMX_ROWS;    // rows of x that are multiplied at a time
+
+// A byte for each of four features in a word for each of sixteen outputs, for the words of features of a block.
+template <int BITS>
+INLINE void take_words(const Block<BITS>& block, int sixteen, W16 (&to)[GROUP_WORDS]) {
+    const uint8_t* from = block.quants(sixteen);
+    constexpr int LOADS = GROUP_WORDS * BITS / 8;
+#pragma GCC unroll 8
+    for (int i = 0; i < LOADS; ++i) {
+        W16 words = load_words(from + i * 64);
+        if constexpr (BITS == 4) {
+            __m512i half = _mm512_set1_epi8(15);
+            to[i] = {_mm512_and_si512(words.v, half)};
+            to[LOADS + i] = {_mm512_and_si512(_mm512_srli_epi16(words.v, 4), half)};
+        } else {
+            to[i] = words;
+        }
+    }
+}
 
 // sums[32][32] = 32 (or 16) rows of x times a strip of a weight whose lines, of 4 bytes an output, are `line` apart.
 template <bool BOTH>
@@ -76,10 +95,18 @@ struct TileRows {
     int8_t* from(int64_t row, int64_t group, int part) const { return quants + (part * rows + row) * stride + group * GROUP; }
     void put(const Call& c, int64_t row) const {
         for (int64_t g = 0; g < c.groups(); ++g) {
-            Rounded<2> group = round_group<2>(c, row, g);
-            for (int part = 0; part < 2; ++part) std::memcpy(from(row, g, part), group.bytes[part], GROUP);
-            scales[g * rows + row] = group.scale;
-            sums[g * rows + row] = group.sum;
+            int64_t at = row * c.x_stride + g * GROUP;
+            int count = row < c.rows ? c.group_inputs(g) : 0;  // rows behind the last fill a tile
+            int16_t words[GROUP];
+            Steps steps = c.narrow ? round_to_words((const bf16*)c.x + at, count, words)
+                                   : round_to_words((const float*)c.x + at, count, words);
+            int8_t *first = from(row, g, 0), *second = from(row, g, 1);
+            for (int i = 0; i < GROUP; ++i) {
+                second[i] = int8_t(words[i]);
+                first[i] = int8_t((words[i] - second[i]) >> REST_BITS);
+            }
+            scales[g * rows + row] = steps.scale;
+            sums[g * rows + row] = steps.sum == 0 ? 0 : steps.scale * steps.sum;  // the scale may be no number
         }
     }
 };
@@ -90,7 +117,7 @@ inline void spread_int4(Block<4> block, int sixteen, int count, uint8_t* to) {
         block.fetch_ahead<SIXTEENS>(sixteen);
         for (int s = 0; s < SIXTEENS; ++s, to += SIXTEEN_BYTES) {
             W16 words[GROUP_WORDS];
-            block.words(sixteen + s, words);
+            take_words(block, sixteen + s, words);
             for (int i = 0; i < GROUP_WORDS; ++i) _mm512_store_si512(to + i * TILE_BYTES, words[i].v);
         }
     }
@@ -223,7 +250,7 @@ void widen_strip(const Call& c, int64_t strip, char* to) {
                 return fma(u, scale, minimum);
             };
             W16 words[GROUP_WORDS];
-            block.words(sixteen + s, words);
+            take_words(block, sixteen + s, words);
             char* line = to + s * TILE_BYTES;
             for (int i = 0; i < GROUP_WORDS; ++i, line += 2 * LINE) {
                 _mm512_store_si512(line, pairs(value(words[i], 0), value(words[i], 8)));
