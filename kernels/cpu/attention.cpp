@@ -170,7 +170,7 @@ class Attention {
             }
         }
         threads = cost < ALONE_COST ? 1 : int(c.threads);
-        if (threads > 1 && int64_t(units.size()) < wanted) split_units(int(wanted));
+        if (threads > 1 && int64_t(units.size()) < wanted) split_units(units.size() < size_t(threads) ? threads : int(wanted));
         std::sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
     }
 

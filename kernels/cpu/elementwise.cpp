@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t PIECE_ELEMENTS = 1 << 14;  // for fewer, waking a thread costs more than it saves
+constexpr int64_t PIECE_ELEMENTS = 1 << 12;  // for fewer, waking a thread costs more than it saves
 
 template <class F>
 void for_rows(int64_t rows, int64_t width, int64_t threads, F f) {
