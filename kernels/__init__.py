@@ -12,8 +12,6 @@ from kernels.ops import (
     apply_penalties,
     attention,
     backend,
-    copies_pay,
-    copy_weight,
     counter_uniform,
     embedding,
     linear,
@@ -30,7 +28,7 @@ from kernels.ops import (
     widen,
 )
 from kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
-from kernels.packing import WeightKind, copy_bytes
+from kernels.packing import WeightKind
 from kernels.rotary import rotary_table
 from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors, TokenMasks
 
@@ -50,9 +48,6 @@ __all__ = [
     "apply_penalties",
     "attention",
     "backend",
-    "copies_pay",
-    "copy_bytes",
-    "copy_weight",
     "counter_uniform",
     "cpu",
     "embedding",

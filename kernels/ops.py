@@ -8,7 +8,6 @@ unless said otherwise.
 """
 
 import ctypes
-from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -19,7 +18,6 @@ from torch import Tensor
 from kernels import packing, reference, triton
 from kernels.cpu import choice, library
 from kernels.cpu import functions as cpu
-from kernels.cpu.compile import processor_flags
 from kernels.cpu.paths import tune, way
 from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
 from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
@@ -233,27 +231,6 @@ def pack_int4(quants: Tensor, scales: Tensor, minimums: Tensor, out: Tensor | No
     return packed
 
 
-def copies_pay() -> bool:
-    """Whether this machine's kernels gain anything from copies of int4 weights (see `kernels.packing`)."""
-    return library() is not None and "avx512_vnni" in processor_flags() and choice() == "avx512"
-
-
-def copy_weight(weight: PackedWeight, out: Tensor | None = None) -> PackedWeight:
-    """An int4 weight together with a copy in bytes, which `linear` takes for many rows where that is faster.
-
-    out: uint8 [copy_bytes(N, K)] for the copy. Raises ValueError for another kind of weight and if `out` does not fit.
-    """
-    if out is None:
-        size = packing.copy_bytes(weight.out_features, weight.in_features)
-        out = torch.empty(size, dtype=torch.uint8, device=weight.panels.device)
-    copied = replace(weight, copy=out)
-    if native := library_for(weight.panels, dtype=torch.uint8):
-        cpu.copy_int4(native, weight, out)
-    else:
-        packing.fill_copy(weight.panels, weight.out_features, weight.in_features, out)
-    return copied
-
-
 def _packed(like: Tensor, kind: WeightKind, outputs: int, inputs: int, out: Tensor | None) -> PackedWeight:
     if out is None:
         shape = packing.packed_shape(kind, outputs, inputs)
@@ -274,9 +251,10 @@ def linear(
     result depends on that row alone, to the bit, whatever T is. With `wide` the result is float32; it is not rounded to
     x's type before, but with a bias or `deterministic` on CUDA devices.
 
-    Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16
-    (processors with matrix instructions), for int8 and int4 to two bytes with a scale for 32 features each, or without
-    `deterministic` to bfloat16 or one byte, as it is faster.
+    Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16,
+    where the processor multiplies pairs of it or has matrix registers (AMX); for int8 and int4 to 16 bits with a scale
+    for 32 features each, or without `deterministic` to bfloat16, for int4 where the processor multiplies pairs of it,
+    and for both in matrix registers, as is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
         if wide and bias is None and x.is_cuda and x.dtype == torch.bfloat16:

@@ -18,13 +18,6 @@ and w = scale * q + minimum for q in 0 .. 15. The bytes of one output feature in
 Q4_1 block of GGUF.
 
 Output features after the last, in the last panel, are zero.
-
-An int4 weight may have a copy in bytes beside it, which takes less time for many rows. A copy has for each 16 output
-features and each 96 input features, which the last ones are filled up to,
-    quants    uint8 [24][16][4]: byte [b][c][d] belongs to output c and input 4 b + d
-    scales    float32 [16]
-and w is about scale * (q - 128) for q in 1 .. 255. A scale is a 127th of the greatest value that the groups of its
-output can hold there.
 """
 
 from collections.abc import Callable
@@ -42,7 +35,6 @@ PANEL = 64  # output features of a panel
 GROUP = 32  # input features that share a scale, and in int4 a minimum
 INT4_BLOCK_BYTES = PANEL * GROUP // 2 + 2 * 2 * PANEL
 INT8_BLOCK_BYTES = PANEL * GROUP + 2 * PANEL
-COPY_SPAN = 96  # input features that share a scale in a copy
 
 _SLICE_ROWS = 2048  # weights quantized at a time
 
@@ -84,11 +76,6 @@ def packed_bytes(kind: WeightKind, out_features: int, in_features: int) -> int:
     return count * packed_dtype(kind).itemsize
 
 
-def copy_bytes(out_features: int, in_features: int) -> int:
-    """Bytes of a copy of an int4 weight."""
-    return -(-out_features // PANEL) * PANEL * -(-in_features // COPY_SPAN) * (COPY_SPAN + 4)
-
-
 def check_packed(panels: Tensor, kind: WeightKind, out_features: int, in_features: int) -> None:
     """Raises ValueError if a tensor cannot hold such a weight."""
     shape, dtype = packed_shape(kind, out_features, in_features), packed_dtype(kind)
@@ -97,33 +84,6 @@ def check_packed(panels: Tensor, kind: WeightKind, out_features: int, in_feature
             f"a packed {kind} weight [{out_features}, {in_features}] is a contiguous {dtype} tensor {list(shape)}, "
             f"not {panels.dtype} {list(panels.shape)}"
         )
-
-
-def check_copy(copy: Tensor, kind: WeightKind, out_features: int, in_features: int) -> None:
-    """Raises ValueError if a tensor cannot hold the copy of such a weight."""
-    size = copy_bytes(out_features, in_features)
-    if kind != "int4" or copy.shape != (size,) or copy.dtype != torch.uint8 or not copy.is_contiguous():
-        raise ValueError(
-            f"a copy of an int4 weight [{out_features}, {in_features}] is a contiguous uint8 tensor [{size}], "
-            f"not {copy.dtype} {list(copy.shape)} of a weight in {kind}"
-        )
-
-
-def fill_copy(panels: Tensor, out_features: int, in_features: int, copy: Tensor) -> None:
-    """Fills the copy of a packed int4 weight."""
-    blocks = panels.view(-1, in_features // GROUP, INT4_BLOCK_BYTES)
-    factors = blocks[..., PANEL * GROUP // 2 :].contiguous().view(torch.float16).float()
-    scale, minimum = factors[..., :PANEL], factors[..., PANEL:]  # [panels, groups, 64]
-    most = torch.maximum(minimum.abs(), (15 * scale + minimum).abs()).transpose(1, 2).flatten(0, 1)
-    most = F.pad(most, (0, -most.shape[1] % (COPY_SPAN // GROUP))).unflatten(-1, (-1, COPY_SPAN // GROUP)).amax(-1)
-    rows = F.pad(_unpack_int4(blocks), (0, -in_features % COPY_SPAN)).unflatten(-1, (-1, COPY_SPAN))
-    inverse = 127 / most.clamp(min=1e-33)  # [outputs, spans]
-    quants = ((rows * inverse[..., None]).round_().clamp_(-127, 127) + 128).to(torch.uint8)
-    to = copy.view(len(rows) // 16, -1, 16 * (COPY_SPAN + 4))  # [sixteens, spans, bytes]
-    quants = quants.unflatten(0, (-1, 16)).unflatten(-1, (-1, 4))  # [sixteens, 16, spans, words, 4]
-    to[..., : 16 * COPY_SPAN].unflatten(-1, (-1, 16, 4)).copy_(quants.permute(0, 2, 3, 1, 4))
-    scales = (most * (1 / 127)).unflatten(0, (-1, 16)).transpose(1, 2).contiguous()
-    to[..., 16 * COPY_SPAN :].copy_(scales.view(torch.uint8))
 
 
 def panel_rows(panels: Tensor, out_features: int, first: int, count: int) -> Tensor:

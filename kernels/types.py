@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.packing import WeightKind, check_copy, check_packed, panel_rows
+from kernels.packing import WeightKind, check_packed, panel_rows
 
 
 @dataclass(frozen=True)
@@ -202,21 +202,15 @@ class PackedWeight:
     `panels` is one plain tensor, so it can be stored, shared and mapped like any other; `kernels.packing` says how it
     is laid out for each kind. Made by `pack_weight` and `pack_int4`, or from a tensor that one of them has filled.
     Raises ValueError if the tensor is not of the size and type that the kind and the features ask for.
-
-    Attributes:
-        copy: of an int4 weight a copy in bytes, filled by `copy_weight`; None for none.
     """
 
     panels: Tensor
     kind: WeightKind
     out_features: int
     in_features: int
-    copy: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_packed(self.panels, self.kind, self.out_features, self.in_features)
-        if self.copy is not None:
-            check_copy(self.copy, self.kind, self.out_features, self.in_features)
 
     def rows(self, first: int, count: int) -> "PackedWeight":
         """Some of its output features, as a weight that shares its memory, without a copy. Raises ValueError if they do

@@ -75,7 +75,7 @@ def plan_encoder(
             dtype = auto_dtype(config.decoder)
         arena = f"{name}.encoder.weights"
         try:
-            size = weight_bytes(config.decoder, dtype, 1, 0, copies=False)
+            size = weight_bytes(config.decoder, dtype, 1, 0)
             scratch = scratch_bytes(config.decoder, dtype, max(engine.chunk_tokens, max_model_len))
         except StartFailure as failure:
             raise loaded.error(f"{key}.dtype", str(failure)) from None

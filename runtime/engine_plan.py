@@ -105,8 +105,7 @@ def plan_engine(
             range(1) if each.replicated else shard_of(config, engine.tp, rank).kv_heads
             for rank, each in enumerate(formats)
         ]
-        copies = not model.deterministic
-        weights = [weight_bytes(config, dtype, engine.tp, rank, copies) for rank in range(engine.tp)]
+        weights = [weight_bytes(config, dtype, engine.tp, rank) for rank in range(engine.tp)]
     except StartFailure as failure:
         key = "kv_dtype" if "kv_dtype" in str(failure) else "tp"
         raise loaded.error(f"engine.{name}.{key}", str(failure)) from None

@@ -576,9 +576,8 @@ def build_executor(
     else:
         # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
         packed = config.device == "cpu" and kernels.backend() != "torch"
-        copies = packed and not config.deterministic and kernels.copies_pay()
         loaded = in_device_memory(
-            lambda: load_weights(path, model_config, config.dtype, shard, packed, weights, device, copies),
+            lambda: load_weights(path, model_config, config.dtype, shard, packed, weights, device),
             "the weights do",
             "choose a smaller model, or more ranks",
         )

@@ -17,11 +17,6 @@ HEADER_BYTES = 262_144
 """Before the tensors: what the arena holds. A checkpoint may have a thousand files, and as many types of matrices."""
 PANEL_ROWS = 64
 """Rows of a panel of `kernels.PackedWeight`."""
-COPY_SPAN = 96
-"""Inputs that share a scale in a copy of a `kernels.PackedWeight`."""
-MOST_COPIED_BYTES = 256 << 20
-"""Copies of int4 weights in bytes make steps of many rows faster, at 1.6 times the memory of the weights themselves:
-they are for small models."""
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "uint8": 1}
 
 
@@ -118,8 +113,6 @@ class Slot:
     dtype: WeightDType
     packed: bool
     offset: int
-    copied: bool = False
-    """Whether the copy of an int4 matrix in bytes follows (see `kernels.packing`)."""
 
     @property
     def stored_dtype(self) -> str:
@@ -140,20 +133,9 @@ class Slot:
         return (panels, columns, PANEL_ROWS)
 
     @property
-    def copy_bytes(self) -> int:
-        """Bytes of the copy: `kernels.copy_bytes`; 0 for none."""
-        rows, columns = self.shape if self.copied else (0, 0)
-        return -(-rows // PANEL_ROWS) * PANEL_ROWS * -(-columns // COPY_SPAN) * (COPY_SPAN + 4)
-
-    @property
-    def copy_offset(self) -> int:
-        """Where the copy begins: quantized tensors are multiples of ALIGNMENT."""
-        return self.offset + math.prod(self.stored_shape) * _ITEM_BYTES[self.stored_dtype]
-
-    @property
     def nbytes(self) -> int:
-        """Bytes of the stored tensor, and of its copy."""
-        return self.copy_offset + self.copy_bytes - self.offset
+        """Bytes of the stored tensor."""
+        return math.prod(self.stored_shape) * _ITEM_BYTES[self.stored_dtype]
 
 
 def layer_shapes(config: ModelConfig, shard: Shard, layer: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -219,9 +201,7 @@ def _expert_shapes(hidden: int, experts: Experts, shard: Shard) -> Iterator[tupl
         yield "shared_down", (hidden, len(shard.shared))
 
 
-def weight_layout(
-    config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool, copies: bool = False
-) -> tuple[list[Slot], int]:
+def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool) -> tuple[list[Slot], int]:
     """The places of all tensors of a shard, behind a header of HEADER_BYTES, and the bytes of the whole.
 
     The same for every incarnation of a rank: nothing but the arguments decides. The embedding is whole on every rank.
@@ -230,18 +210,7 @@ def weight_layout(
 
     Args:
         packed: store matrices of floats as panels; those of integers always are.
-        copies: add copies to the int4 matrices of layers, but the experts', if all of them together have no more than
-            MOST_COPIED_BYTES.
     """
-    slots, size = _layout(config, dtype, shard, packed, copies)
-    if copies and sum(slot.copy_bytes for slot in slots) > MOST_COPIED_BYTES:
-        return _layout(config, dtype, shard, packed, copies=False)
-    return slots, size
-
-
-def _layout(
-    config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool, copies: bool
-) -> tuple[list[Slot], int]:
     value_dim = config.latent.value_dim if config.latent else config.head_dim
     first = {
         "o": shard.heads.start * value_dim,
@@ -259,8 +228,7 @@ def _layout(
             in_panels = stored in ("int8", "int4") or (packed and kind != "embedding" and kind not in FLOATS)
         if name == "lm_head" and config.tie_embeddings and _shares_embedding(slots[0], in_panels, shard.vocab):
             continue
-        copied = copies and stored == "int4" and name != kind and not kind.startswith("experts_")
-        slots.append(Slot(name, shape, stored, in_panels, offset, copied))
+        slots.append(Slot(name, shape, stored, in_panels, offset))
         offset += -(-slots[-1].nbytes // ALIGNMENT) * ALIGNMENT
     return slots, offset
 
@@ -281,10 +249,9 @@ def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
     return rows.start % PANEL_ROWS == 0 and (rows.stop % PANEL_ROWS == 0 or rows.stop == embedding.shape[0])
 
 
-def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int, copies: bool = True) -> int:
+def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) -> int:
     """Bytes that the weights arena of a rank needs, whichever way its matrices of floats are stored.
 
-    copies: whether int4 matrices may have copies, as the processor likes it.
     Raises StartFailure as `shard_of` does, and for a type that the model cannot be loaded as.
     """
     shard = shard_of(config, tp, rank)
@@ -293,7 +260,7 @@ def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int, co
             whose = f"{config.architecture} is run by transformers' implementation"
             raise StartFailure(f'{whose}, which has no {dtype}: set model.dtype to "bfloat16"')
         return HEADER_BYTES + config.foreign.parameters * _ITEM_BYTES[dtype] + config.foreign.tensors * ALIGNMENT
-    return max(weight_layout(config, dtype, shard, packed, copies)[1] for packed in (False, True))
+    return max(weight_layout(config, dtype, shard, packed)[1] for packed in (False, True))
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: KVDType, kv_heads: int) -> int:

@@ -149,7 +149,6 @@ def load_weights(
     packed: bool,
     descriptor: int,
     device: torch.device | str = "cpu",
-    copies: bool = False,
 ) -> Weights:
     """The weights of a shard, from an arena if a former incarnation has packed them there, else from the checkpoint.
 
@@ -158,14 +157,13 @@ def load_weights(
     Args:
         packed: store matrices of floats as panels for `kernels.linear`.
         descriptor: of the arena, of at least `weight_bytes` bytes.
-        copies: give int4 matrices copies in bytes, as `weight_layout` says.
 
     Raises:
         StartFailure: the arena is too small or holds other weights.
         CheckpointError: the checkpoint is damaged.
     """
-    slots, size = weight_layout(config, dtype, shard, packed, copies)
-    identity = identity_of(path, dtype, shard.tp, shard.rank, packed, copies)
+    slots, size = weight_layout(config, dtype, shard, packed)
+    identity = identity_of(path, dtype, shard.tp, shard.rank, packed)
     check_room(descriptor, size)
     found = contents_of(descriptor)
     if found is None:
@@ -176,16 +174,12 @@ def load_weights(
         compare_identities(found.identity, identity)
     arena = sealed_arena(descriptor)
     views = {slot.name: _view(arena, slot).to(device) for slot in slots}
-    return _collect(views, {slot.name: _copy_view(arena, slot) for slot in slots if slot.copied}, slots, config, shard)
+    return _collect(views, slots, config, shard)
 
 
 def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots: list[Slot]) -> None:
     def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
         _fill(*task, source)
-
-    def copy(slot: Slot) -> None:
-        rows, columns = slot.shape
-        kernels.copy_weight(kernels.PackedWeight(_view(arena, slot), "int4", rows, columns), _copy_view(arena, slot))
 
     parts = {slot.name: parts_of(config, shard, slot.name) for slot in slots}
     if not shard.rank:  # it has a part of every tensor
@@ -198,8 +192,6 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
     try:
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(fill, tasks):
-                pass
-            for _ in pool.map(copy, (slot for slot in slots if slot.copied)):
                 pass
     finally:
         torch.set_num_threads(threads)
@@ -245,10 +237,6 @@ def _view(arena: Arena, slot: Slot) -> Tensor:
     count = math.prod(slot.stored_shape)
     flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, slot.stored_dtype), count=count, offset=slot.offset)
     return flat.view(slot.stored_shape)
-
-
-def _copy_view(arena: Arena, slot: Slot) -> Tensor:
-    return torch.frombuffer(arena.buffer, dtype=torch.uint8, count=slot.copy_bytes, offset=slot.copy_offset)
 
 
 def _rows_of(slot: Slot, view: Tensor, first: int, count: int) -> Tensor:
@@ -326,15 +314,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _collect(
-    views: dict[str, Tensor], copies: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard
-) -> Weights:
+def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
     def matrix(slot: Slot) -> Matrix:
         view = views[slot.name]
         if not slot.packed:
             return view
         rows, columns = slot.shape
-        return kernels.PackedWeight(view, slot.dtype, rows, columns, copies.get(slot.name))
+        return kernels.PackedWeight(view, slot.dtype, rows, columns)
 
     named: dict[str, Matrix] = {slot.name: matrix(slot) for slot in slots}
     layers: list[dict[str, Matrix]] = [{} for _ in range(config.num_layers)]
@@ -353,7 +339,7 @@ def _collect(
         final_norm=views["final_norm"],
         lm_head=named["lm_head"],
         layers=[_layer(layer, config) for layer in layers],
-        nbytes=sum(view.nbytes for view in (*views.values(), *copies.values())),
+        nbytes=sum(view.nbytes for view in views.values()),
     )
 
 

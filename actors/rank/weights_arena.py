@@ -21,7 +21,7 @@ from transport import Arena
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 _MAGIC = b"weights\0"
 _HEADER = struct.Struct("<8sQI")  # magic, state, bytes of the contents' description that follows
 _EMPTY, _PACKING, _READY = 0, 1, 2
@@ -36,7 +36,6 @@ class Identity(msgspec.Struct, frozen=True):
     tp: int
     rank: int
     packed: bool
-    copies: bool
     files: list[tuple[str, int, int]]
     """Name, bytes and time of change (ns) of each of the checkpoint's files."""
 
@@ -88,11 +87,9 @@ def contents_of(descriptor: int) -> Contents | None:
     return None
 
 
-def identity_of(path: Path, dtype: WeightDType, tp: int, rank: int, packed: bool, copies: bool) -> Identity:
+def identity_of(path: Path, dtype: WeightDType, tp: int, rank: int, packed: bool) -> Identity:
     """What the weights will be that are read from `path`."""
-    return Identity(
-        LAYOUT_VERSION, str(path), dtype, tp, rank, packed, copies, [_state(file) for file in weight_files(path)]
-    )
+    return Identity(LAYOUT_VERSION, str(path), dtype, tp, rank, packed, [_state(file) for file in weight_files(path)])
 
 
 def check_room(descriptor: int, size: int) -> None:

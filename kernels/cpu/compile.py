@@ -63,7 +63,7 @@ INSTRUCTION_SETS = {
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"),
     "avx2": ("avx2", "fma", "f16c"),
 }
-# The order of instructions that suits most processors of a set, in names that old compilers know too.
+# The processor whose order of instructions suits most of a set; used where the compiler knows the name.
 TUNE = {"avx512": "icelake-server", "avx2": "haswell"}
 # Used beside AVX-512 where processor and compiler have all of a group (names of /proc/cpuinfo, and of the compiler).
 EXTENSIONS = (
@@ -106,14 +106,14 @@ def build(instruction_set: str | None = None, progress: Callable[[int, int], Non
         if not known:
             raise BuildError("the processor has neither AVX-512 nor AVX2")
         instruction_set = known[0]
-    flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set]), f"-mtune={TUNE[instruction_set]}"]
-    extensions = []
+    flags = [*FLAGS, *(f"-m{name}" for name in INSTRUCTION_SETS[instruction_set])]
+    optional = [f"-mtune={TUNE[instruction_set]}"]
     if instruction_set == "avx512":
         processor = processor_flags()
         groups = [group for group in EXTENSIONS if processor.issuperset(group)]
-        extensions = [f"-m{name}" for group in groups for name in group.values()]
+        optional += [f"-m{name}" for group in groups for name in group.values()]
     here = Path(__file__).parent
-    content = hashlib.sha256("\0".join([*flags, *extensions]).encode())
+    content = hashlib.sha256("\0".join([*flags, *optional]).encode())
     for name in (*SOURCES, *HEADERS):
         content.update(b"\0" + name.encode() + b"\0" + (here / name).read_bytes())
     stem = f"{instruction_set}-{content.hexdigest()[:20]}"
@@ -132,10 +132,8 @@ def build(instruction_set: str | None = None, progress: Callable[[int, int], Non
                 for left in directory.glob("build-*"):  # by a process that was killed: only one builds at a time
                     shutil.rmtree(left, ignore_errors=True)
                 try:
-                    _compile(compiler, [*flags, *extensions], here, path, progress)
-                except BuildError:
-                    if not extensions:
-                        raise
+                    _compile(compiler, [*flags, *optional], here, path, progress)
+                except BuildError:  # an old compiler may not know them
                     _compile(compiler, flags, here, path, progress)
     return path
 

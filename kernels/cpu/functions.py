@@ -15,9 +15,6 @@ from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMas
 _NO_MEMORY, _BAD_INDEX = -1, -2
 _BITS = {"int8": 8, "int4": 4}
 
-COPY = 5
-"""The way of a linear layer that reads the copy of an int4 weight; the others stand in `kernels.cpu.paths`."""
-
 _CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 # The structs that the C++ functions take: P a pointer, q an int64, f a float.
@@ -30,7 +27,6 @@ _LINEAR = struct.Struct("@4P 10q")
 _LINEAR_QUANTIZED = struct.Struct("@4P 10q")
 _EMBEDDING_QUANTIZED = struct.Struct("@3P 5q")
 _QUANTIZE = struct.Struct("@4P 2q")
-_COPY = struct.Struct("@2P 3q")
 _GRAPH = struct.Struct("@P 2q P")
 _UNIFORM = struct.Struct("@3P q")
 _ARGMAX = struct.Struct("@P 3q P q")
@@ -227,15 +223,13 @@ def linear(
 def linear_quantized(
     library: ctypes.CDLL, x: Tensor, weight: PackedWeight, bias: Tensor | None, way: int, wide: bool = False
 ) -> Tensor:
-    """`way`: one of `kernels.cpu.paths`; COPY needs a copy."""
+    """`way`: one of `kernels.cpu.paths`."""
     rows, inputs = x.shape
-    stored = weight.copy if way == COPY else weight.panels
-    assert stored is not None
     out = torch.empty(rows, weight.out_features, dtype=torch.float32 if wide else x.dtype, device="cpu")
     result = library.linear_quantized(
         _LINEAR_QUANTIZED.pack(
             x.data_ptr(),
-            stored.data_ptr(),
+            weight.panels.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.stride(0),
@@ -252,12 +246,6 @@ def linear_quantized(
     )
     check(result)
     return out
-
-
-def copy_int4(library: ctypes.CDLL, weight: PackedWeight, copy: Tensor) -> None:
-    """Fills the copy of an int4 weight."""
-    outputs, inputs = weight.out_features, weight.in_features
-    library.copy_int4(_COPY.pack(weight.panels.data_ptr(), copy.data_ptr(), outputs, inputs, torch.get_num_threads()))
 
 
 def quantize_int4(library: ctypes.CDLL, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

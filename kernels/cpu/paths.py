@@ -1,10 +1,10 @@
 """Which of its ways a quantized linear layer takes, by the number of rows: a table measured on this machine.
 
-Products of vectors are best for few rows. For many, where there are matrix instructions, they are; elsewhere products
-of one byte an activation, half as exact as those of two and twice as fast. From how many rows on depends on the
-processor, its memory, the threads and the shape. `tune` measures it once and stores it beside the compiled library,
-under the names of library and processor, so that later processes, and a restarted one among them, choose the same.
-Shapes that were never measured take DEFAULT_ROWS.
+Products of vectors are best for few rows, and for any number where the processor has no matrix registers (AMX): there
+all rows go one way, and nothing is measured. With them, matrix instructions are best for many rows. From how many on
+depends on the processor, its memory, the threads and the shape. `tune` measures it once and stores it beside the
+compiled library, under the names of library and processor, so that later processes, and a restarted one among them,
+choose the same. Shapes that were never measured take DEFAULT_ROWS.
 """
 
 import ctypes
@@ -23,27 +23,23 @@ import torch
 from torch import Tensor
 
 from kernels.cpu.compile import EXTENSIONS, processor_flags
-from kernels.cpu.functions import COPY, linear_quantized
+from kernels.cpu.functions import linear_quantized
 from kernels.cpu.load import library
 from kernels.packing import packed_bytes
 from kernels.types import PackedWeight
 
-VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE = 0, 1, 2, 3, 4
+VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS = 0, 1, 2, 3
 # The ways that each kind has. The first two give the same bits. A library without instructions for tiles takes vectors
 # for them, in int4 PAIRS for BFLOAT16_TILES, and VECTORS for PAIRS without those that multiply pairs of bfloat16.
 WAYS = {
-    "int8": (VECTORS, BYTE_TILES, BFLOAT16_TILES, ONE_BYTE),
-    "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS, ONE_BYTE),
+    "int8": (VECTORS, BYTE_TILES, BFLOAT16_TILES),
+    "int4": (VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS),
 }
-# Without `deterministic`, few rows take these.
+# Without `deterministic`, few rows take these, and all rows without matrix registers.
 FEW = {"int8": VECTORS, "int4": PAIRS}
-# Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and `_many()` instead, if nothing was
-# measured.
+# Rows from which on BYTE_TILES are taken with `deterministic`, and without it, and BFLOAT16_TILES instead, if nothing
+# was measured.
 DEFAULT_ROWS = (12, 12, 32)
-# The same for COPY, whatever is taken otherwise.
-DEFAULT_COPY_ROWS = (8,)
-# Numbers in an entry of the table, by the first word of its key.
-LENGTHS = {"int8": len(DEFAULT_ROWS), "int4": len(DEFAULT_ROWS), "copy": len(DEFAULT_COPY_ROWS)}
 # Numbers of rows that are compared; NEVER if the last is not enough.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128)
 NEVER = 1 << 30
@@ -54,33 +50,19 @@ Table = dict[str, list[int]]
 
 
 def way(weight: PackedWeight, rows: int, deterministic: bool) -> int:
-    """The way of a layer: one of WAYS, or COPY. With `deterministic`, among those that give the same bits."""
-    kind, outputs, inputs = weight.kind, weight.out_features, weight.in_features
-    if weight.copy is not None and not deterministic and rows >= copy_rows(outputs, inputs):
-        return COPY
-    return way_without_copy(kind, outputs, inputs, rows, deterministic)
-
-
-def way_without_copy(kind: str, outputs: int, inputs: int, rows: int, deterministic: bool) -> int:
-    """The same for a weight that has no copy."""
-    few, byte_tiles, many, way_of_many = limits(kind, outputs, inputs, deterministic)
+    """The way of a layer, one of WAYS. With `deterministic`, among those that give the same bits."""
+    few, byte_tiles, many, way_of_many = limits(weight.kind, weight.out_features, weight.in_features, deterministic)
     return way_of_many if rows >= many else BYTE_TILES if rows >= byte_tiles else few
-
-
-def copy_rows(outputs: int, inputs: int) -> int:
-    """Rows from which on a layer takes the copy of its int4 weight."""
-    (rows,) = _table().get(_key("copy", outputs, inputs), DEFAULT_COPY_ROWS)
-    return rows
 
 
 def limits(kind: str, outputs: int, inputs: int, deterministic: bool) -> tuple[int, int, int, int]:
     """The way of a layer for few rows, the rows from which on it takes BYTE_TILES, those from which on it takes a third
     way, and that way."""
     few = VECTORS if deterministic else FEW[kind]
-    exact, some, many = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS)
     if not _has_tiles():
-        exact = some = NEVER
-    return (few, exact, NEVER, few) if deterministic else (few, some, many, _many())
+        return few, NEVER, NEVER, few
+    exact, some, many = _table().get(_key(kind, outputs, inputs), DEFAULT_ROWS)
+    return (few, exact, NEVER, few) if deterministic else (few, some, many, BFLOAT16_TILES)
 
 
 def tune(weights: Sequence[PackedWeight]) -> Table:
@@ -88,30 +70,27 @@ def tune(weights: Sequence[PackedWeight]) -> Table:
 
     Give all layers of a model, so that they come from memory as they do in use; other weights than int8 and int4 are
     passed over. Takes a few tenths of a second, and nothing if the table has them; processes that ask at the same
-    time measure once. Returns the table: rows as in DEFAULT_ROWS, by "kind outputs inputs threads". Without the C++
-    library, or a place to store it, it stays as it is.
+    time measure once. Returns the table: rows as in DEFAULT_ROWS, by "kind outputs inputs threads". Without matrix
+    registers, the C++ library, or a place to store it, it stays as it is.
     """
     native = library()
     path = _path()
-    if native is None or path is None:
+    if native is None or path is None or not _has_tiles():
         return dict(_table())
     shapes: dict[str, list[PackedWeight]] = {}
     for weight in weights:
         if weight.kind in WAYS and weight.panels.is_cpu:
-            for kind in (weight.kind,) if weight.copy is None else (weight.kind, "copy"):
-                shapes.setdefault(_key(kind, weight.out_features, weight.in_features), []).append(weight)
+            shapes.setdefault(_key(weight.kind, weight.out_features, weight.in_features), []).append(weight)
     if shapes.keys() <= _table().keys():
         return dict(_table())
     try:
         with open(path.parent / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             table = _read(path)
-            # Copies last: they are measured beside what is then known to be best without them.
-            for key, same in sorted(shapes.items(), key=lambda shape: shape[0].startswith("copy")):
+            for key, same in shapes.items():
                 if key not in table:
-                    table[key] = _measure_copy(native, same) if key.startswith("copy") else _measure(native, same)
+                    table[key] = _measure(native, same)
                     _write(path, table)
-                    _table.cache_clear()
     except OSError:
         pass
     _table.cache_clear()
@@ -125,11 +104,6 @@ def _key(kind: str, outputs: int, inputs: int) -> str:
 @cache
 def _has_tiles() -> bool:
     return processor_flags().issuperset(EXTENSIONS[-1])
-
-
-def _many() -> int:
-    """The way of many rows."""
-    return BFLOAT16_TILES if _has_tiles() else ONE_BYTE
 
 
 @cache
@@ -162,13 +136,13 @@ def _read(path: Path) -> Table:
         return {}
     if not isinstance(stored, dict):
         return {}
-    return {key: limits for key, limits in stored.items() if _is_entry(key, limits)}
+    return {key: limits for key, limits in stored.items() if _is_entry(limits)}
 
 
-def _is_entry(key: str, limits: object) -> bool:
+def _is_entry(limits: object) -> bool:
     return (
         isinstance(limits, list)
-        and len(limits) == LENGTHS.get(key.partition(" ")[0])
+        and len(limits) == len(DEFAULT_ROWS)
         and all(isinstance(rows, int) and rows > 0 for rows in limits)
     )
 
@@ -183,18 +157,10 @@ def _measure(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
     """An entry of the table."""
     weights = [part for weight in weights for part in _parts(weight)]
     few = FEW[weights[0].kind]
-    if not _has_tiles():
-        return [NEVER, NEVER, _first_faster(native, weights, lambda _: few, ONE_BYTE)]
     exact = _first_faster(native, weights, lambda _: VECTORS, BYTE_TILES)
     some = exact if few == VECTORS else _first_faster(native, weights, lambda _: few, BYTE_TILES)
     many = _first_faster(native, weights, lambda rows: BYTE_TILES if rows >= some else few, BFLOAT16_TILES)
     return [exact, some, many]
-
-
-def _measure_copy(native: ctypes.CDLL, weights: list[PackedWeight]) -> list[int]:
-    """The same of a shape of which there are copies: beside what is known of it without them."""
-    outputs, inputs = weights[0].out_features, weights[0].in_features
-    return [_first_faster(native, weights, lambda rows: way_without_copy("int4", outputs, inputs, rows, False), COPY)]
 
 
 def _parts(weight: PackedWeight) -> Iterator[PackedWeight]:

@@ -55,6 +55,14 @@ exec touch "$output"
 """
 
 
+OLD_COMPILER = """#!/bin/sh
+case " $* " in *" {option}"*) echo "error: {option} is not known" >&2; exit 1;; esac
+case " $* " in *" -shared "*) made={library};; *) made=/dev/null;; esac
+for argument; do [ "$previous" = -o ] && output=$argument; previous=$argument; done
+exec cp $made "$output"
+"""
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache that two processes have built at the same time."""
@@ -109,6 +117,20 @@ def test_failing_compiler(tmp_path: Path) -> None:
     assert out == "torch"
     assert errors.count("out of luck") == 1
     assert not libraries(tmp_path)
+
+
+@pytest.mark.parametrize("option", ["-mtune=", "-mavx512vnni"])
+def test_compiler_that_does_not_know_an_option(built: Path, tmp_path: Path, option: str) -> None:
+    """What only makes the kernels faster is left out then."""
+    if option == "-mavx512vnni" and "avx512_vnni" not in compile.processor_flags():
+        pytest.skip("this processor has no products of bytes")
+    compiler = tmp_path / "old"
+    compiler.write_text(OLD_COMPILER.format(option=option, library=built / "linked.so"))
+    compiler.chmod(0o755)
+    out, errors = finish(start(tmp_path, CXX=str(compiler)))
+    assert out == cpu.instruction_sets()[0]
+    assert "Warning" not in errors
+    assert len(libraries(tmp_path)) == 1
 
 
 def test_directory_of_others_is_not_used(tmp_path: Path) -> None:

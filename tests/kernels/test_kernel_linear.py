@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 import kernels
 from kernels import cpu, reference
+from kernels.cpu import functions
+from kernels.cpu.compile import EXTENSIONS, processor_flags
 
 SHAPES = [(1, 1), (17, 33), (64, 64), (576, 960), (129, 200), (1536, 70)]
 
@@ -121,6 +123,39 @@ def test_without_matrix_instructions(use_backend: Callable[[str], None], monkeyp
         exact = x.double() @ weight.double().T
         torch.testing.assert_close(results[0].double(), exact, atol=1e-4 * inputs**0.5, rtol=1e-2)
         assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", [2, 30, 34, 98, 576])
+def test_products_of_pairs(
+    inputs: int, dtype: torch.dtype, use_backend: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 weights, packed and not, where there are products of pairs and no matrix registers: each row by
+    itself, wherever in memory it lies."""
+    extensions = EXTENSIONS[:2]
+    if not processor_flags().issuperset(extensions[-1]) or "avx512" not in cpu.instruction_sets():
+        pytest.skip("this processor does not multiply pairs of bfloat16")
+    monkeypatch.setattr("kernels.cpu.compile.EXTENSIONS", extensions)
+    use_backend("avx512")
+    native = cpu.library()
+    assert native is not None
+    for outputs in (1, 33, 64, 200):
+        weight = torch.randn(outputs * inputs + 1).bfloat16()[1:].view(outputs, inputs)
+        x, bias = torch.randn(100, inputs + 1).to(dtype)[:, 1:], torch.randn(outputs).to(dtype)
+        exact = x.bfloat16().double() @ weight.double().T + bias.double()
+        torch.set_num_threads(1)
+        wide = functions.linear(native, x, weight, bias, True)
+        assert wide.dtype == torch.float32
+        torch.testing.assert_close(wide.double(), exact, atol=5e-6 * inputs**0.5, rtol=1e-5)
+        assert torch.equal(wide, functions.linear(native, x, weight, None, True) + bias.float())
+        for given in (weight, kernels.pack_weight(weight)):
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for rows in (0, *range(1, 14), 100):
+                    start = random.randrange(100 - rows + 1)
+                    part = functions.linear(native, x[start : start + rows], given, bias)
+                    assert torch.equal(part, wide[start : start + rows].to(dtype)), f"{rows} rows, {threads} threads"
 
 
 def test_beside_onednn() -> None:

@@ -135,22 +135,6 @@ def test_layouts_are_those_of_the_kernels(dtype: WeightDType) -> None:
             assert slot.offset + slot.nbytes <= (following.offset if following else size)
 
 
-def test_small_models_have_copies_of_int4_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = shard_of(MIXED, 1, 0)
-    plain, plain_size = weight_layout(MIXED, "int4", shard, True)
-    slots, size = weight_layout(MIXED, "int4", shard, True, copies=True)
-    assert size <= weight_bytes(MIXED, "int4", 1, 0)
-    of_layers = {slot.name for slot in plain if slot.dtype == "int4" and "." in slot.name}
-    assert {slot.name for slot in slots if slot.copied} == of_layers, "tables of the vocabulary have none"
-    for slot, following in zip(slots, [*slots[1:], None], strict=True):
-        if slot.copied:
-            assert slot.copy_offset == slot.offset + kernels.packed_bytes("int4", *slot.shape)
-            assert slot.copy_bytes == kernels.copy_bytes(*slot.shape)
-        assert slot.copy_offset + slot.copy_bytes <= (following.offset if following else size)
-    monkeypatch.setattr("actors.rank.shard.MOST_COPIED_BYTES", sum(slot.copy_bytes for slot in slots) - 1)
-    assert weight_layout(MIXED, "int4", shard, True, copies=True) == (plain, plain_size)
-
-
 def test_no_integers_on_a_gpu() -> None:
     config = RankConfig("/m", "int4", num_pages=1, max_slots=1, max_model_len=1, device="cuda")
     with pytest.raises(StartFailure, match="int4 weights are for the CPU: set dtype to bfloat16"):
@@ -211,18 +195,6 @@ def test_int4_of_smollm2_is_the_file(smollm2: Path) -> None:
             assert matrix.kind == "int4"
             wanted = torch.cat([stored(f"model.layers.{index}.{module}") for module in modules])
             torch.testing.assert_close(reference.dequantize(matrix), wanted, rtol=0, atol=0)
-            assert matrix.copy is None
-    again = Arena.create("weights", weight_bytes(config, "int4", 1, 0))
-    for _ in range(2):  # packed, and mapped
-        copied = load_weights(smollm2, config, "int4", shard, True, again, copies=True)
-        assert copied.nbytes > 1.9 * weights.nbytes
-        for matrix, same in zip(copied.packed, weights.packed, strict=True):
-            assert torch.equal(matrix.panels, same.panels)
-            if matrix.kind == "int4":
-                wanted = kernels.copy_weight(same).copy
-                assert matrix.copy is not None
-                assert wanted is not None
-                assert torch.equal(matrix.copy, wanted)
     table = weights.embedding
     assert isinstance(table, kernels.PackedWeight)
     assert isinstance(weights.lm_head, kernels.PackedWeight)

@@ -211,14 +211,6 @@ def test_types_of_numbers(
     assert engine.kv_bytes == [engine.num_pages * kv_format(config, kv_dtype, 16, 1, 0).page_bytes]
 
 
-def test_deterministic_engines_have_no_copies_of_weights(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = msgspec.structs.replace(MODEL, weight_type="Q4_K")
-    monkeypatch.setattr(model_plan, "read_config", lambda _: config)
-    (engine,) = plan_of("model.deterministic=true").engines
-    assert engine.weight_bytes == [weight_bytes(config, "int4", 1, 0, copies=False)]
-    assert engine.weight_bytes[0] < weight_bytes(config, "int4", 1, 0)
-
-
 def test_a_gpu_has_its_own_memory(plan_of: Any, tmp_path: Path) -> None:
     plan = plan_of("engine.main.device=cuda")
     assert set(arena_sizes(plan)) == {"main.pages", "ingress0.journal"}

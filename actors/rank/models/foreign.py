@@ -218,7 +218,7 @@ def _module(
 ) -> tuple[Any, int]:
     """The model, its weights those of the arena, and their bytes."""
     kind = getattr(transformers, config.architecture)
-    identity = identity_of(path, dtype, 1, 0, False, False)
+    identity = identity_of(path, dtype, 1, 0, False)
     found = contents_of(descriptor)
     options = {"dtype": getattr(torch, dtype), "attn_implementation": ATTENTION}
     if found is None:
