@@ -252,9 +252,9 @@ def linear(
     x's type before, but with a bias or `deterministic` on CUDA devices.
 
     Sums are float32. On the CPU x is rounded on the way, where the C++ kernels run: for a bfloat16 weight to bfloat16,
-    where the processor multiplies pairs of it or has matrix registers (AMX); for int8 and int4 to 16 bits with a scale
-    for 32 features each, or without `deterministic` to bfloat16, for int4 where the processor multiplies pairs of it,
-    and for both in matrix registers, as is faster.
+    where there are matrix registers (AMX); for int8 and int4 to 16 bits with a scale for 32 features each, or without
+    `deterministic` to bfloat16, for int4 where the processor multiplies pairs of it, and for both in matrix registers,
+    as is faster.
     """
     if isinstance(weight, Tensor) and not deterministic:
         if wide and bias is None and x.is_cuda and x.dtype == torch.bfloat16:

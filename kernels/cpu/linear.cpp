@@ -394,7 +394,7 @@ void linear_bf16(const Call& c) {
     if (c.inputs % 2 == 0 && amx_granted()) return linear_amx<X>(c);
 #endif
 #ifdef __AVX512BF16__
-    if (c.inputs % 2 == 0) return linear_pairs<X>(c);
+    if (sizeof(X) == 2 && c.inputs % 2 == 0) return linear_pairs<X>(c);  // float32 keeps its bits
 #endif
     linear<bf16, X>(c);
 }
