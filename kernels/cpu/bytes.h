@@ -36,10 +36,7 @@ INLINE W16 shift_left(W16 a) { return {_mm512_slli_epi32(a.v, BITS)}; }
 INLINE V16 to_floats(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Sixteen float16.
 INLINE V16 load_halves(const void* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-// Whole numbers of -128 .. 127 to bytes, and of -32768 .. 32767 to half words.
-INLINE void store_bytes(int8_t* p, V16 a) {
-    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
-}
+// Whole numbers of -32768 .. 32767 to half words.
 INLINE void store_half_words(int16_t* p, V16 a) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
@@ -79,12 +76,6 @@ INLINE V16 to_floats(W16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32
 INLINE V16 load_halves(const void* p) {
     const __m128i* halves = (const __m128i*)p;
     return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
-}
-INLINE void store_bytes(int8_t* p, V16 a) {
-    __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);
-    __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    _mm_storeu_si128((__m128i*)p, bytes);
 }
 INLINE void store_half_words(int16_t* p, V16 a) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.low), _mm256_cvtps_epi32(a.high));

@@ -1,4 +1,4 @@
-// int4 and int8 weights in matrix instructions: of bytes, with the bits of the vectors of bytes, and of bfloat16.
+// int4 and int8 weights in matrix instructions: of bytes, with the bits of the vectors, and of bfloat16.
 #pragma once
 
 #include "amx.h"
