@@ -237,8 +237,8 @@ def test_a_stream_survives_many_kills(grow: Grow) -> None:
 
 
 def exchange(tree: Tree, whole: bytes, during: Callable[[], None] = lambda: None) -> Response:
-    """Sends a request, does something meanwhile, and gives the response as soon as the engine knows that it has arrived:
-    else that would count as the end of the next request, see `half_done`."""
+    """Sends a request, does something meanwhile, and gives the response once the engine knows that it has arrived: told
+    later, that would count as the end of the next request in `half_done`."""
     with tree.connect() as connection, connection.makefile("rb") as file:
         connection.sendall(whole)
         during()
