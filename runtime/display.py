@@ -145,7 +145,7 @@ class Display:
             "generate": (
                 "chat/completions",
                 {
-                    "messages": [{"role": "user", "content": "Name the capital of France."}],
+                    "messages": [{"role": "user", "content": "What is the capital of France?"}],
                     "temperature": 0,
                     "max_tokens": 64,
                     "stream": True,

@@ -149,6 +149,7 @@ def load_weights(
     packed: bool,
     descriptor: int,
     device: torch.device | str = "cpu",
+    check_head: bool = True,
 ) -> Weights:
     """The weights of a shard, from an arena if a former incarnation has packed them there, else from the checkpoint.
 
@@ -157,6 +158,8 @@ def load_weights(
     Args:
         packed: store matrices of floats as panels for `kernels.linear`.
         descriptor: of the arena, of at least `weight_bytes` bytes.
+        check_head: refuse a checkpoint whose head is another than its configuration says. Of no use to who computes no
+            logits, and takes the head for the embedding whatever the configuration says.
 
     Raises:
         StartFailure: the arena is too small or holds other weights.
@@ -169,7 +172,10 @@ def load_weights(
     if found is None:
         contents = Contents(identity, config, checkpoint_identity(path, config))
         with packing(descriptor, contents) as arena:
-            _pack(arena, open_source(path, config), config, shard, slots)
+            source = open_source(path, config)
+            if check_head and not shard.rank:
+                _check_head(config, source)
+            _pack(arena, source, config, shard, slots)
     else:
         compare_identities(found.identity, identity)
     arena = sealed_arena(descriptor)
@@ -184,7 +190,6 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
     parts = {slot.name: parts_of(config, shard, slot.name) for slot in slots}
     if not shard.rank:  # it has a part of every tensor
         _check_names(config, source, {part.name for each in parts.values() for part in each})
-        _check_head(config, source)
     tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts[slot.name])]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  runtime chat\n"
         "  runtime chat topology/smollm2.toml --temperature 0\n"
-        '  echo "Name the capital of France." | runtime chat --url http://127.0.0.1:8000\n'
+        '  echo "What is the capital of France?" | runtime chat --url http://127.0.0.1:8000\n'
         f"{_HELP}\n"
         "Without a terminal, standard input is one prompt."
     )

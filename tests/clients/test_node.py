@@ -18,7 +18,7 @@ from ingress.test_tools import TOOLS
 from pydantic import BaseModel, Field
 
 MODEL = "smollm2-135m-instruct"
-FRANCE: Any = [{"role": "user", "content": "Name the capital of France."}]
+FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
 PARIS = "Paris"
 
 

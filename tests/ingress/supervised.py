@@ -11,6 +11,7 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +28,7 @@ def heard(event: Event) -> None:
 
 def main() -> None:
     arguments = json.loads(sys.argv[1])
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below nohup, which leaves it ignored
     gc.disable()
     importlib.import_module("actors.ingress")
     descriptors = dict(arguments["descriptors"])

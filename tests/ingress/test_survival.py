@@ -237,11 +237,14 @@ def test_a_stream_survives_many_kills(grow: Grow) -> None:
 
 
 def exchange(tree: Tree, whole: bytes, during: Callable[[], None] = lambda: None) -> Response:
-    """Sends a request, does something once the engine has it, and gives the response."""
+    """Sends a request, does something meanwhile, and gives the response once the engine knows that it has arrived: told
+    later, that would count as the end of the next request in `half_done`."""
     with tree.connect() as connection, connection.makefile("rb") as file:
         connection.sendall(whole)
         during()
-        return Response(file)
+        response = Response(file)
+    wait_for(lambda: not tree.fakes._running, "the acknowledgement")
+    return response
 
 
 def half_done(tree: Tree, tokens: int = 20, ended: int | None = None) -> None:

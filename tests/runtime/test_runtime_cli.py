@@ -84,7 +84,7 @@ class Cli:
     def processes(self) -> dict[str, dict[str, Any]]:
         return {each["name"]: each for each in walk(self.status()["tree"])}
 
-    def ask(self, prompt: str = "Name the capital of France.", model: str = "smollm2-135m-instruct") -> str:
+    def ask(self, prompt: str = "What is the capital of France?", model: str = "smollm2-135m-instruct") -> str:
         """A question whose answer has a wide margin at every token, in every type of weights."""
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0}
         request = urllib.request.Request(

@@ -13,7 +13,7 @@ from llm_tools import DEADLINE_S, ROOT, wait_until
 
 from runtime import LLM
 
-QUESTION = "Name the capital of France."
+QUESTION = "What is the capital of France?"
 
 
 def command(llm: LLM, *arguments: str) -> list[str]:

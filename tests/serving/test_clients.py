@@ -13,7 +13,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from serving_node import MODEL, Node
 
 # Each token of the answer is nearly 1 ahead of the next likely one, in every type of weights.
-FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Name the capital of France."}]
+FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 def test_a_chat_answers_paris_token_by_token(node: Node) -> None:

@@ -88,7 +88,7 @@ def test_structured_output(llm: LLM) -> None:
 
 
 def test_chat(llm: LLM) -> None:
-    question = [{"role": "user", "content": "Name the capital of France."}]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
     (result,) = llm.chat(question, SamplingParams(max_tokens=16, temperature=0))
     assert "Paris" in result.text
     assert result.finish_reason == "stop"

@@ -37,7 +37,8 @@ class Decoder:
         assert config.decoder is not None
         self.config = config
         shard = shard_of(config.decoder, 1, 0)
-        loaded = load_weights(path, config.decoder, dtype, shard, kernels.backend() != "torch", weights)
+        packed = kernels.backend() != "torch"
+        loaded = load_weights(path, config.decoder, dtype, shard, packed, weights, check_head=False)
         kernels.tune(loaded.packed)
         self._model = model_class(config.decoder.architecture)(
             config.decoder, shard, loaded, max_model_len, False, lambda part: part

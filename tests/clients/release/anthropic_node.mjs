@@ -6,7 +6,7 @@ import { z } from "zod";
 
 const { NODE_URL: url, NODE_MODEL: model } = process.env;
 const client = new Anthropic({ baseURL: url, apiKey: "none", maxRetries: 0, timeout: 120_000 });
-const messages = [{ role: "user", content: "Name the capital of France." }];
+const messages = [{ role: "user", content: "What is the capital of France?" }];
 const ask = { model, max_tokens: 60, messages };
 
 const message = await client.messages.create({ ...ask, temperature: 0 });

@@ -44,7 +44,7 @@ def chat() -> None:
     lm = LocalChatCompletion(model=MODEL, base_url=f"{URL}/v1/chat/completions", max_length=512)
     from lm_eval.models.api_models import JsonChatStr
 
-    question = JsonChatStr('[{"role": "user", "content": "Name the capital of France."}]')
+    question = JsonChatStr('[{"role": "user", "content": "What is the capital of France?"}]')
     (text,) = lm.generate_until([asked("generate_until", question, {"until": ["\n\n"], "max_gen_toks": 32})])
     assert "Paris" in text
 

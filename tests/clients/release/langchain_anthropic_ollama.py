@@ -24,7 +24,7 @@ def get_weather(city: Literal["Paris", "Rome"]) -> str:
     return f"Sunny in {city}."
 
 
-ASK = [SystemMessage("You are a geographer."), HumanMessage("Name the capital of France.")]
+ASK = [SystemMessage("You are a geographer."), HumanMessage("What is the capital of France?")]
 
 
 def conversation(chat: Any, **choice: Any) -> None:

@@ -4,7 +4,7 @@ import { Ollama } from "ollama";
 
 const { NODE_URL: url, NODE_MODEL: model } = process.env;
 const client = new Ollama({ host: url });
-const messages = [{ role: "user", content: "Name the capital of France." }];
+const messages = [{ role: "user", content: "What is the capital of France?" }];
 const options = { temperature: 0, num_predict: 40, num_ctx: 4096 };
 
 const whole = (await client.chat({ model, messages, options })).message.content;
