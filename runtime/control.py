@@ -109,7 +109,10 @@ class ControlServer:
     def restore(self) -> None:
         """Makes the socket's file again if it was removed. Raises OSError."""
         if not self._path.exists():
-            self._bind()
+            try:
+                self._bind()
+            except zmq.ZMQError as error:  # the directory was removed too, just now
+                raise OSError(error.errno, error.strerror) from None
 
     def serve(self) -> None:
         """Answers all questions that have arrived; the descriptor does not become readable again before."""

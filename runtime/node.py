@@ -164,7 +164,7 @@ class _Root:
         extra: dict[int, Callable[[], None]] = {control.fd: control.serve, self.status.fd: self.status.serve}
         watch = self.watch_run_dir()
         if watch is not None:
-            extra[watch.fd] = lambda: self.restore(watch)
+            extra[watch.fd] = lambda: watch.handle(self.restore)
         if self.owner is not None:
             extra[self.owner.pidfd] = self.owner_ended
         try:
@@ -243,14 +243,12 @@ class _Root:
             logger.warning("removals in the run directory will not be noticed (%s)", error.strerror)
             return None
 
-    def restore(self, watch: RemovalWatch) -> None:
+    def restore(self) -> None:
         """Makes again what was removed from the run directory. Actors see to their own sockets."""
-        watch.renew()
         try:
             if not self.run_dir.restore():
                 logger.error("another node has the run directory %s now", self.run_dir.path)
                 return
-            watch.renew()
             self.control.restore()
             if not (self.run_dir.path / STATUS_SOCKET).exists():
                 status = self.status_socket()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _IN_MOVED_FROM, _IN_DELETE, _IN_DELETE_SELF, _IN_MOVE_SELF = 0x40, 0x200, 0x400, 0x800
@@ -26,17 +27,24 @@ class RemovalWatch:
         """Readable when something has been removed."""
         if self.fd < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        self.renew()
+        self._watches: list[int] = []
+        self._watch()
 
-    def renew(self) -> None:
-        """Forgets what has been told, and watches the directories that are there now."""
-        try:
+    def handle(self, restore: Callable[[], None]) -> None:
+        """Forgets what has been told and calls `restore`, once more after it has made a directory: that is watched only
+        from then on. What is removed while it works is told again."""
+        with contextlib.suppress(BlockingIOError):
             while os.read(self.fd, 65_536):
                 pass
-        except BlockingIOError:
-            pass
-        for directory in self._directories:  # one that is watched already stays so
-            _libc.inotify_add_watch(self.fd, os.fsencode(directory), _REMOVALS)
+        restore()
+        while self._watch():
+            restore()
+
+    def _watch(self) -> bool:
+        """Watches the directories that are there now; whether one was not watched before."""
+        before = self._watches
+        self._watches = [_libc.inotify_add_watch(self.fd, os.fsencode(each), _REMOVALS) for each in self._directories]
+        return any(each >= 0 and each not in before for each in self._watches)
 
     def close(self) -> None:
         os.close(self.fd)

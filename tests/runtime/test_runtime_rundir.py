@@ -136,12 +136,13 @@ def test_what_is_removed_is_made_again(base: Path, how: str, monkeypatch: pytest
     monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
     run_dir = node("n")
     watch = RemovalWatch([run_dir.path, base])
+    made: list[bool] = []
     assert not select.select([watch.fd], [], [], 0)[0]
     for _ in range(2):
         lost(base, how)
         assert select.select([watch.fd], [], [], 10)[0]
-        assert run_dir.restore()
-        watch.renew()
+        watch.handle(lambda: made.append(run_dir.restore()))
+        assert made.pop()
         assert {path.name for path in run_dir.path.iterdir()} == {"node.json", "sockets", "logs", "crashes"}
         assert {path.stat().st_mode & 0o777 for path in (base, run_dir.path)} == {0o700}
         assert find_node("n") == run_dir.path
@@ -151,6 +152,28 @@ def test_what_is_removed_is_made_again(base: Path, how: str, monkeypatch: pytest
     watch.close()
     run_dir.remove(keep_logs=False)
     assert not base.exists()
+
+
+@pytest.mark.parametrize("how", ["files", "node", "all"])
+def test_what_is_removed_while_it_is_made_again(base: Path, how: str) -> None:
+    """Whoever cleans the directory has not ended yet."""
+    run_dir = node("n")
+    watch = RemovalWatch([run_dir.path, base])
+    calls = 0
+
+    def restore() -> None:
+        nonlocal calls
+        calls += 1
+        assert run_dir.restore()
+        if calls == 1:
+            lost(base, "files")
+
+    lost(base, how)
+    while select.select([watch.fd], [], [], 0)[0]:
+        watch.handle(restore)
+    assert {path.name for path in run_dir.path.iterdir()} == {"node.json", "sockets", "logs", "crashes"}
+    watch.close()
+    run_dir.remove(keep_logs=False)
 
 
 def test_a_node_without_its_file_is_found_by_its_lock(base: Path) -> None:
@@ -203,6 +226,19 @@ class Server:
         self._thread.join(10)
         os.close(self._stop)
         os.close(self._wake)
+
+
+def test_a_control_socket_whose_directory_is_gone(tmp_path: Path) -> None:
+    directory = tmp_path / "n"
+    directory.mkdir()
+    control = ControlServer(directory, lambda question, reply: reply(Done()))
+    shutil.rmtree(directory)
+    with pytest.raises(OSError, match="No such file"):
+        control.restore()
+    directory.mkdir()
+    control.restore()
+    assert (directory / "control").exists()
+    control.close()
 
 
 @pytest.fixture
