@@ -1,12 +1,18 @@
 """This runtime beside vLLM and llama.cpp: one machine, one run, one client, rounds in turn.
 
-    python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--base DIR] [--quick]
+    python benchmarks/serving.py [--vllm BIN --vllm-model DIR] [--llama-server BIN] [--base DIR]
+                                 [--also NAME:KEY=VALUE,…] [--prompts random] [--temperature 0] [--quick]
 
 Peers are left out where they are not found (also looked for in $VLLM, $VLLM_MODEL and $LLAMA_SERVER; `peers.py` makes
 the directory for vLLM). All serve SmolLM2-135M-Instruct: vLLM in bfloat16, llama.cpp the GGUF file as it is, this
 runtime as the topology says. In each round every server gets the same prompts, which no server has seen before, as
-token ids; peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the
-targets. `--base` is another working tree of this runtime, such as the one before a change: nothing is to be slower.
+token ids: passages of natural text (prose, this repository's documentation, Python's language reference), answered at
+temperature 0.8 unless said otherwise. Random tokens and greedy answers soon repeat themselves, which flatters guessing.
+Peers are stopped (SIGSTOP) while another one is measured. Medians over the rounds, and ratios beside the targets.
+
+`--also` is one more row of this runtime with other settings: `bfloat16:model.dtype=bfloat16` is equal precision, and
+`plain:engine.main.speculation=off` guesses nothing. `--base` is another working tree of this runtime, such as the one
+before a change: nothing is to be slower.
 """
 
 from __future__ import annotations
@@ -20,15 +26,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 from statistics import median
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peers import Server, embedded_gguf, llama_server, ours, vllm
+from peers import ROOT, Server, embedded_gguf, llama_server, ours, vllm
 
+from actors.vocabulary import load_vocabulary
 from runtime.bench.figures import percentile
 from runtime.bench.serving import Outcome, run_prompts
 
@@ -51,11 +60,11 @@ COLUMNS: dict[str, tuple[str, float]] = {
 """Figure: heading and factor."""
 
 TARGETS: list[tuple[str, str, str, float, float | None]] = [
-    ("c=1 TPOT", "tpot", "llama.cpp", 0.65, 0.5),
-    ("c=1 TTFT", "ttft", "vLLM", 0.5, 0.4),
-    ("c=16 output tok/s", "throughput", "vLLM", 2.5, 3.5),
+    ("c=1 TPOT", "tpot", "llama.cpp", 0.45, None),
+    ("c=1 TTFT", "ttft", "vLLM", 0.45, 0.4),
+    ("c=16 output tok/s", "throughput", "vLLM", 3.0, 3.5),
     ("c=16 output tok/s", "throughput", "llama.cpp", 4.0, 6.0),
-    ("c=16 ITL p99", "itl", "vLLM", 0.7, 0.5),
+    ("c=16 ITL p99", "itl", "vLLM", 0.6, 0.5),
     ("shared prefix, total time", "prefix", "vLLM", 0.5, None),
     ("start to first token, s", "start", "", 4.0, 2.0),
     ("memory (PSS), GB", "memory", "", 1.2, 0.8),
@@ -64,33 +73,47 @@ TARGETS: list[tuple[str, str, str, float, float | None]] = [
 """What, figure, beside whom (nobody: the figure itself), target, stretch. Throughput is to be above, the rest below."""
 
 
-class Prompts:
-    """Random token ids, the same for every server, new for every round."""
+@cache
+def natural_text() -> list[int]:
+    """Tokens of English prose, of this repository's documentation, and of Python's language reference."""
+    paths = [ROOT / "runtime/bench/prose.txt", ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = [path.read_text() for path in paths] + [topics[name] for name in sorted(topics)]
+    vocabulary = load_vocabulary(embedded_gguf())
+    return [token for text in texts for token in vocabulary.encode(text, False)]
 
-    def __init__(self, seed: int) -> None:
+
+class Prompts:
+    """Token ids, the same for every server, new for every round: passages of natural text, or drawn at random."""
+
+    def __init__(self, seed: int, natural: bool) -> None:
         self._draw = np.random.default_rng(seed)
+        self._text = natural_text() if natural else []
 
     def take(self, count: int, length: int = INPUT, prefix: Sequence[int] = ()) -> list[str | list[int]]:
         """`count` prompts of `length` tokens after the prefix."""
+        if self._text:
+            starts = self._draw.integers(0, len(self._text) - length, count).tolist()
+            return [[*prefix, *self._text[start : start + length]] for start in starts]
         drawn = self._draw.integers(FIRST_TOKEN, VOCABULARY, (count, length)).tolist()
         return [[*prefix, *each] for each in drawn]
 
 
 def send(
-    server: Server, prompts: Sequence[str | list[int]], concurrency: int, output: int
+    server: Server, prompts: Sequence[str | list[int]], concurrency: int, output: int, temperature: float
 ) -> tuple[list[Outcome], float]:
     """Sends prompts; outcomes and seconds from first to last."""
-    return asyncio.run(run_prompts(server.url, None, None, prompts, concurrency, output))
+    return asyncio.run(run_prompts(server.url, None, None, prompts, concurrency, output, temperature=temperature))
 
 
 def measure(server: Server, seed: int, options: argparse.Namespace) -> Figures:
     """One round of one server."""
-    prompts = Prompts(seed)
-    send(server, prompts.take(2), 2, 8)  # warms up
-    alone, _ = send(server, prompts.take(options.alone), 1, OUTPUT)
-    many, many_s = send(server, prompts.take(options.many), 16, OUTPUT)
+    prompts, temperature = Prompts(seed, options.prompts == "natural"), options.temperature
+    send(server, prompts.take(2), 2, 8, temperature)  # warms up
+    alone, _ = send(server, prompts.take(options.alone), 1, OUTPUT, temperature)
+    many, many_s = send(server, prompts.take(options.many), 16, OUTPUT, temperature)
     (prefix,) = prompts.take(1, PREFIX)
-    sharing, prefix_s = send(server, prompts.take(PREFIX_REQUESTS, OWN, prefix), PREFIX_REQUESTS, PREFIX_OUTPUT)
+    own = prompts.take(PREFIX_REQUESTS, OWN, prefix)  # type: ignore[arg-type]
+    sharing, prefix_s = send(server, own, PREFIX_REQUESTS, PREFIX_OUTPUT, temperature)
     good = [[each for each in outcomes if not each.error] for outcomes in (alone, many)]
     return {
         "ttft": percentile([each.ttft for each in good[0]], 50),
@@ -105,7 +128,8 @@ def measure(server: Server, seed: int, options: argparse.Namespace) -> Figures:
 
 def crowd(server: Server, options: argparse.Namespace) -> float:
     """How many of 64 concurrent requests fail."""
-    outcomes, _ = send(server, Prompts(10_000).take(64 if options.quick else 128), 64, 32 if options.quick else OUTPUT)
+    prompts = Prompts(10_000, options.prompts == "natural").take(64 if options.quick else 128)
+    outcomes, _ = send(server, prompts, 64, 32 if options.quick else OUTPUT, options.temperature)
     for outcome in outcomes:
         if outcome.error:
             print(f"{server.name}: {outcome.error}")
@@ -149,6 +173,10 @@ def servers_of(options: argparse.Namespace, logs: Path) -> list[Server]:
         print("llama.cpp is left out: give --llama-server BIN")
     if options.base:
         servers.append(ours(options.port + 3, options.set, logs / "base.log", options.base.resolve(), "base"))
+    for number, also in enumerate(options.also):
+        name, _, settings = also.partition(":")
+        more = [*options.set, *filter(None, settings.split(","))]
+        servers.append(ours(options.port + 4 + number, more, logs / f"{name}.log", name=name))
     return servers
 
 
@@ -201,8 +229,13 @@ def main() -> None:
         help="more options for it, such as --no-repack where it dies of an illegal instruction for want of AMX",
     )
     parser.add_argument("--base", type=Path, metavar="DIR", help="another working tree of this runtime")
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME:KEY=VALUE,…", help="this runtime with other settings, too"
+    )
+    parser.add_argument("--prompts", choices=("natural", "random"), default="natural", help="(%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of all answers (%(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the topology")
-    parser.add_argument("--port", type=int, default=8970, help="and the three above it")
+    parser.add_argument("--port", type=int, default=8970, help="and those above it")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, of which medians are shown (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short round: about two minutes once all have started")
     options = parser.parse_args()

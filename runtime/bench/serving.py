@@ -107,6 +107,7 @@ async def run_prompts(
     *,
     rate: float = 0.0,
     draw: random.Random | None = None,
+    temperature: float = 0.0,
 ) -> tuple[list[Outcome], float]:
     """The same for given prompts: texts, or lists of token ids. `draw` gives the times between arrivals.
 
@@ -122,7 +123,7 @@ async def run_prompts(
 
         async def one(prompt: Prompt) -> Outcome:
             async with slots:
-                return await _request(session, url, name, prompt, output_tokens)
+                return await _request(session, url, name, prompt, output_tokens, temperature)
 
         began = time.perf_counter()
         tasks = [asyncio.create_task(one(prompt)) async for prompt in _paced(prompts, rate, draw or random.Random(0))]
@@ -148,12 +149,14 @@ async def _first_model(session: aiohttp.ClientSession, url: str) -> str:
         ) from None
 
 
-async def _request(session: aiohttp.ClientSession, url: str, model: str, prompt: Prompt, tokens: int) -> Outcome:
+async def _request(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: Prompt, tokens: int, temperature: float
+) -> Outcome:
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": tokens,
-        "temperature": 0,
+        "temperature": temperature,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
