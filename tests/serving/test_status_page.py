@@ -16,6 +16,17 @@ from runtime import LLM
 BUTTON = "document.querySelector('[data-action=\"{}\"]')"
 HEALTH = "document.querySelector('tr[data-name=\"main.scheduler\"]')?.dataset.health"
 
+ENDLESS = """
+const send = fetch;
+window.fetch = (url, options) => {
+  if (!String(url).includes("chat/completions")) return send(url, options);
+  const body = {...JSON.parse(options.body), ignore_eos: true, max_tokens: 7000};
+  return send(url, {...options, body: JSON.stringify(body)});
+};
+0
+"""
+"""Answers that are drawn at random may end before the page shows their requests: these do not."""
+
 
 @pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium: apt-get install chromium")
 def test_the_page_shows_the_node_live(llm: LLM, tmp_path: Path) -> None:
@@ -55,6 +66,7 @@ async def _look(llm: LLM, profile: Path) -> None:
         await page.value(f"{BUTTON.format('log main')}.click()")
         await page.wait_for("document.getElementById('log-text').textContent.includes('main.scheduler')")
 
+        await page.value(ENDLESS)
         await page.value(
             "document.getElementById('prompt').value = 'Tell a long story of a king and his three sons.';"
             "document.getElementById('ask').requestSubmit()"
