@@ -181,7 +181,7 @@ void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf
     }
 }
 
-constexpr int PAIR_ROWS = 6;  // of a tile, at most
+constexpr int PAIR_ROWS = 6;  // of a tile, at most: with a whole panel, its sums fill the registers
 constexpr int64_t PAIRS_AHEAD = 4096;  // elements ahead of its use that a weight is fetched
 
 // Rows of x in bfloat16, in tiles of one size, or some one larger than others; of a tile, 32 features by 32 features the
@@ -211,9 +211,10 @@ struct PairedRows {
     }
 };
 
-// sums[row][0 .. 16 VECTORS - 1] = ROWS rows of a tile times as many outputs of a panel, in order.
-template <int ROWS, int VECTORS>
+// sums[row][0 .. 63] = ROWS rows of a tile times a panel, in order.
+template <int ROWS>
 void multiply_pairs(const bf16* x, const bf16* panel, int64_t inputs, float* sums) {
+    constexpr int VECTORS = PANEL / LANES;
     V16 total[ROWS][VECTORS];
 #pragma GCC unroll 16
     for (int r = 0; r < ROWS; ++r)
@@ -264,11 +265,7 @@ void linear_pairs(const Call& c) {
         for (int64_t tile = chunk * x.tiles / chunks; tile < (chunk + 1) * x.tiles / chunks; ++tile) {
             int64_t first = x.first(tile), rows = x.first(tile + 1) - first;
             const bf16* a = x.words + first * x.depth;
-            for_rows_of_tile<PAIR_ROWS>(rows, [&]<int ROWS>() {
-                constexpr int VECTORS = 4;
-                for (int n = 0; n < PANEL; n += VECTORS * LANES)
-                    multiply_pairs<ROWS, VECTORS>(a, b + 2 * n, c.inputs, sums + n);
-            });
+            for_rows_of_tile<PAIR_ROWS>(rows, [&]<int ROWS>() { multiply_pairs<ROWS>(a, b, c.inputs, sums); });
             for (int64_t r = 0; r < rows; ++r) finish_row<X>(c, first + r, panel, sums + r * PANEL);
         }
     });
@@ -394,7 +391,8 @@ void linear_bf16(const Call& c) {
     if (c.inputs % 2 == 0 && amx_granted()) return linear_amx<X>(c);
 #endif
 #ifdef __AVX512BF16__
-    if (sizeof(X) == 2 && c.inputs % 2 == 0) return linear_pairs<X>(c);  // float32 keeps its bits
+    if constexpr (sizeof(X) == 2)  // float32 keeps its bits
+        if (c.inputs % 2 == 0) return linear_pairs<X>(c);
 #endif
     linear<bf16, X>(c);
 }

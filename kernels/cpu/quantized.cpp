@@ -1,6 +1,6 @@
 // Linear layers with int4 and int8 weights, laid out as packing.py says.
 //
-// Ways whose results differ are exact to more than bfloat16 shows; which of them a layer takes says paths.py.
+// Activations keep at least what bfloat16 has of them, in every way; which way a layer takes says paths.py.
 
 #include "quantized_tiles.h"
 #include "quantized_vectors.h"
