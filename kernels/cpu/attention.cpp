@@ -170,7 +170,9 @@ class Attention {
             }
         }
         threads = cost < ALONE_COST ? 1 : int(c.threads);
-        if (threads > 1 && int64_t(units.size()) < wanted) split_units(units.size() < size_t(threads) ? threads : int(wanted));
+        // Fewer than threads are not cut finer: a block is fetched while the one before it, of the same unit, is attended to.
+        if (threads > 1 && int64_t(units.size()) < wanted)
+            split_units(int(units.size()) < threads ? threads : int(wanted));
         std::sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.cost() > b.cost(); });
     }
 

@@ -69,9 +69,6 @@ INLINE W16 low_bits(W16 a, int shift) {
     __m256i mask = _mm256_set1_epi16((1 << BITS) - 1);
     return {_mm256_and_si256(_mm256_srli_epi16(a.low, shift), mask), _mm256_and_si256(_mm256_srli_epi16(a.high, shift), mask)};
 }
-INLINE W16 operator+(W16 a, W16 b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
-template <int BITS>
-INLINE W16 shift_left(W16 a) { return {_mm256_slli_epi32(a.low, BITS), _mm256_slli_epi32(a.high, BITS)}; }
 INLINE V16 to_floats(W16 a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 INLINE V16 load_halves(const void* p) {
     const __m128i* halves = (const __m128i*)p;

@@ -1,8 +1,8 @@
 // Linear layers whose rows do not depend on each other, to the bit.
 //
 // An output is summed over the input features in blocks of 128: in order within a block, then block after block, in
-// float32; with AMX in the order of its instruction, 32 features at a time. Tiles, chunks of rows and threads only
-// decide who computes an output, never how.
+// float32; bfloat16 by instructions that multiply pairs of features pair after pair, and with AMX in the order of its
+// instruction, 32 features at a time. Tiles, chunks of rows and threads only decide who computes an output, never how.
 
 #include <algorithm>
 
@@ -15,8 +15,6 @@ namespace {
 
 constexpr int DEPTH = 128;
 constexpr int CHUNK_ROWS = 96;
-constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // of x, for fewer of which no thread is woken to prepare them
-constexpr int64_t CHUNK_TILES = 64;
 constexpr int WIDEN_FROM = 13;  // rows from which on a bfloat16 panel is widened first
 
 struct Call : LinearCall {
@@ -154,9 +152,9 @@ void linear(const Call& c) {
     });
 }
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
 
-constexpr int PAIR_LINE = 2 * PANEL;   // elements of two input features of a panel
+constexpr int PAIR_LINE = 2 * PANEL;    // elements of two input features of a panel
 constexpr int PAIRS_DEPTH = 2 * LANES;  // input features of a row of x that lie side by side
 
 // Pairs of input features of `count` output features, from rows of a weight; zero beyond.
@@ -181,24 +179,27 @@ void pack_pairs(const bf16* weight, int64_t stride, int count, int64_t depth, bf
     }
 }
 
-constexpr int PAIR_ROWS = 6;  // of a tile, at most: with a whole panel, its sums fill the registers
-constexpr int64_t PAIRS_AHEAD = 4096;  // elements ahead of its use that a weight is fetched
+#endif
 
-// Rows of x in bfloat16, in tiles of one size, or some one larger than others; of a tile, 32 features by 32 features the
-// words [rows][16 pairs], with zeros beyond the last feature.
-struct PairedRows {
+#ifdef __AVX512BF16__
+
+constexpr int PAIR_ROWS = 6;           // of a tile, at most: with a whole panel, its sums fill the registers
+constexpr int64_t PAIRS_AHEAD = 4096;  // elements ahead of its use that a weight is fetched
+constexpr int64_t CHUNK_TILES = 64;
+
+// Rows of x in bfloat16; of a tile, 32 features by 32 features the words [rows][16 pairs], with zeros beyond the last
+// feature.
+struct PairedRows : RowTiles<PAIR_ROWS> {
     bf16* words;
-    int64_t rows, depth, tiles;
+    int64_t depth;
 
     explicit PairedRows(const Call& c)
-        : rows(c.rows), depth((c.inputs + PAIRS_DEPTH - 1) / PAIRS_DEPTH * PAIRS_DEPTH),
-          tiles((c.rows + PAIR_ROWS - 1) / PAIR_ROWS) {
+        : RowTiles(c.rows), depth((c.inputs + PAIRS_DEPTH - 1) / PAIRS_DEPTH * PAIRS_DEPTH) {
         words = scratch(0).take<bf16>(rows * depth);
     }
-    int64_t first(int64_t tile) const { return tile * rows / tiles; }
     template <class X>
     void put(const Call& c, int64_t tile) const {
-        int64_t from = first(tile), count = first(tile + 1) - from;
+        int64_t from = first(tile), count = size(tile);
         for (int64_t r = 0; r < count; ++r) {
             const X* x = (const X*)c.x + (from + r) * c.x_stride;
             bf16* to = words + from * depth + r * PAIRS_DEPTH;
@@ -263,10 +264,10 @@ void linear_pairs(const Call& c) {
             b = space;
         }
         for (int64_t tile = chunk * x.tiles / chunks; tile < (chunk + 1) * x.tiles / chunks; ++tile) {
-            int64_t first = x.first(tile), rows = x.first(tile + 1) - first;
+            int64_t first = x.first(tile);
             const bf16* a = x.words + first * x.depth;
-            for_rows_of_tile<PAIR_ROWS>(rows, [&]<int ROWS>() { multiply_pairs<ROWS>(a, b, c.inputs, sums); });
-            for (int64_t r = 0; r < rows; ++r) finish_row<X>(c, first + r, panel, sums + r * PANEL);
+            x.of_size(tile, [&]<int ROWS>() { multiply_pairs<ROWS>(a, b, c.inputs, sums); });
+            for (int64_t r = 0; r < x.size(tile); ++r) finish_row<X>(c, first + r, panel, sums + r * PANEL);
         }
     });
 }

@@ -5,6 +5,8 @@
 
 #include "simd.h"
 
+constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken to prepare them
+
 struct LinearCall {
     const void *x, *weight, *bias;
     void* out;

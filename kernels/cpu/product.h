@@ -54,13 +54,24 @@ INLINE void for_tiles(int rows, F f) {
     }
 }
 
-// Calls f.template operator()<ROWS>() for `rows`, of 1 .. MOST.
-template <int MOST, class F>
-INLINE void for_rows_of_tile(int64_t rows, F f) {
-    [&]<int... LESS>(std::integer_sequence<int, LESS...>) {
-        ((rows == LESS + 1 ? f.template operator()<LESS + 1>() : void()), ...);
-    }(std::make_integer_sequence<int, MOST>());
-}
+// Rows in tiles of at most MOST, of one size, or some one larger than others.
+template <int MOST>
+struct RowTiles {
+    int64_t rows, tiles;
+
+    explicit RowTiles(int64_t rows_) : rows(rows_), tiles((rows_ + MOST - 1) / MOST) {}
+    // The first row of a tile, and how many it has.
+    int64_t first(int64_t tile) const { return tile * rows / tiles; }
+    int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
+    // Calls f.template operator()<ROWS>() for the rows that a tile has.
+    template <class F>
+    INLINE void of_size(int64_t tile, F f) const {
+        int64_t count = size(tile);
+        [&]<int... LESS>(std::integer_sequence<int, LESS...>) {
+            ((count == LESS + 1 ? f.template operator()<LESS + 1>() : void()), ...);
+        }(std::make_integer_sequence<int, MOST>());
+    }
+};
 
 // Sixteen rows of sixteen become sixteen columns: to[c * stride + r] = rows[r][c].
 #ifdef __AVX512F__

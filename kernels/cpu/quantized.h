@@ -18,7 +18,6 @@ constexpr int PIECES = 8;  // of the work of a thread, so that none waits long f
 constexpr int REST_BITS = 8;  // of the lower byte of an activation of 16 bits
 constexpr float REST = 1 << REST_BITS;
 constexpr float SMALLEST = 1e-33f;  // groups with nothing above it are zeros: its inverse is a number still
-constexpr int64_t SERIAL_ELEMENTS = 1 << 12;  // activations, for fewer of which no thread is woken
 
 struct Call : QuantizedCall {
     int64_t groups() const { return (inputs + GROUP - 1) / GROUP; }
@@ -101,6 +100,15 @@ INLINE Steps round_to_words(const T* x, int count, int16_t* words) {
     float steps = sum(sums);
     bool numbers = steps == steps;  // else there are values that are none, and nor shall the results be
     return {!numbers ? steps : none ? 0 : largest_size / MOST, numbers ? steps : 0};
+}
+
+// A group of a row's activations; the scale, and the sum of what the words stand for. Rows behind the last are zeros.
+INLINE Steps round_group(const Call& c, int64_t row, int64_t group, int16_t* words) {
+    int64_t at = row * c.x_stride + group * GROUP;
+    int count = row < c.rows ? c.group_inputs(group) : 0;
+    Steps steps = c.narrow ? round_to_words((const bf16*)c.x + at, count, words)
+                           : round_to_words((const float*)c.x + at, count, words);
+    return {steps.scale, steps.sum == 0 ? 0 : steps.scale * steps.sum};  // the scale may be no number
 }
 
 template <class T>

@@ -95,18 +95,15 @@ struct TileRows {
     int8_t* from(int64_t row, int64_t group, int part) const { return quants + (part * rows + row) * stride + group * GROUP; }
     void put(const Call& c, int64_t row) const {
         for (int64_t g = 0; g < c.groups(); ++g) {
-            int64_t at = row * c.x_stride + g * GROUP;
-            int count = row < c.rows ? c.group_inputs(g) : 0;  // rows behind the last fill a tile
             int16_t words[GROUP];
-            Steps steps = c.narrow ? round_to_words((const bf16*)c.x + at, count, words)
-                                   : round_to_words((const float*)c.x + at, count, words);
+            Steps steps = round_group(c, row, g, words);  // rows behind the last fill a tile
             int8_t *first = from(row, g, 0), *second = from(row, g, 1);
             for (int i = 0; i < GROUP; ++i) {
                 second[i] = int8_t(words[i]);
                 first[i] = int8_t((words[i] - second[i]) >> REST_BITS);
             }
             scales[g * rows + row] = steps.scale;
-            sums[g * rows + row] = steps.sum == 0 ? 0 : steps.scale * steps.sum;  // the scale may be no number
+            sums[g * rows + row] = steps.sum;
         }
     }
 };

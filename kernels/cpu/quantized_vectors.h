@@ -59,14 +59,11 @@ struct Words : Pairing<BITS_> {
     using Sums = W16;
 
     INLINE static void put(const Call& c, int64_t row, int64_t group, int32_t* pairs, float (&steps)[STEPS]) {
-        int64_t at = row * c.x_stride + group * GROUP;
-        int count = c.group_inputs(group);
         int16_t words[GROUP];
-        Steps rounded = c.narrow ? round_to_words((const bf16*)c.x + at, count, words)
-                                 : round_to_words((const float*)c.x + at, count, words);
+        Steps rounded = round_group(c, row, group, words);
         Pairing<BITS>::reorder(words, pairs);
         steps[0] = rounded.scale;
-        steps[1] = rounded.sum == 0 ? 0 : rounded.scale * rounded.sum;  // the scale may be no number
+        steps[1] = rounded.sum;
     }
     INLINE static W16 weights(W16 words, int pair) { return low_bits<BITS>(words, BITS * pair); }
     INLINE static W16 none() { return no_words(); }
@@ -117,24 +114,21 @@ struct Pairs : Pairing<4> {
 
 #endif
 
-// Rows of x in tiles of one size, or some one larger than others; of a tile, group by group the pairs [rows][16] and the
-// steps [STEPS][rows].
+// Rows of x; of a tile, group by group the pairs [rows][16] and the steps [STEPS][rows].
 template <class Kind>
-struct VectorRows {
+struct VectorRows : RowTiles<VECTOR_ROWS> {
     int32_t* pairs;
     float* steps;
-    int64_t rows, groups, tiles;
+    int64_t groups;
 
-    explicit VectorRows(const Call& c)
-        : rows(c.rows), groups(c.groups()), tiles((c.rows + VECTOR_ROWS - 1) / VECTOR_ROWS) {
+    explicit VectorRows(const Call& c) : RowTiles(c.rows), groups(c.groups()) {
         pairs = scratch(0).take<int32_t>(rows * groups * (GROUP_PAIRS + Kind::STEPS));
         steps = (float*)(pairs + rows * groups * GROUP_PAIRS);
     }
-    int64_t first(int64_t tile) const { return tile * rows / tiles; }
     int32_t* pairs_from(int64_t row) const { return pairs + row * groups * GROUP_PAIRS; }
     float* steps_from(int64_t row) const { return steps + row * groups * Kind::STEPS; }
     void put(const Call& c, int64_t tile) const {
-        int64_t from = first(tile), count = first(tile + 1) - from;
+        int64_t from = first(tile), count = size(tile);
         for (int64_t r = 0; r < count; ++r)
             for (int64_t g = 0; g < groups; ++g) {
                 float of_group[Kind::STEPS];
@@ -200,7 +194,7 @@ void by_vectors(const Call& c) {
             int sixteen = int(strip % 2) * SIXTEENS, count = whole ? 2 * SIXTEENS : SIXTEENS;
             for (int64_t tile = 0; tile < x.tiles; ++tile) {
                 int64_t first = x.first(tile);
-                for_rows_of_tile<VECTOR_ROWS>(x.first(tile + 1) - first, [&]<int ROWS>() {
+                x.of_size(tile, [&]<int ROWS>() {
                     constexpr int MOST = ROWS * 4 <= TILE_SUMS ? 4 : ROWS * 2 <= TILE_SUMS ? 2 : 1;
                     if (MOST > count)
                         vector_tile<Kind, ROWS, std::min(MOST, SIXTEENS)>(c, x, strip / 2, sixteen, first);
