@@ -30,6 +30,8 @@ from transport import Arena, Codec, Mailbox
 
 PEERS = ("ingress0", "main.rank0", "detokenizer", "bootstrap")
 DEADLINE_S = 10.0
+ON_THE_WAY_S = 1.0
+"""How long a message may be on its way; what was sent to an incarnation that is gone does not arrive."""
 NUM_PAGES, PAGE_SIZE = 32, 4
 
 
@@ -122,8 +124,8 @@ class Stage:
         self.mailboxes[peer].send("main.scheduler", message)
 
     def until(self, condition: Callable[[], Any]) -> Any:
-        """Lets everything run until the condition holds; its value."""
-        deadline = time.monotonic() + DEADLINE_S
+        """Lets everything run until nothing is on its way, to whomever, and the condition holds; its value."""
+        start = time.monotonic()
         while True:
             self.scheduler.mailbox.poll(0.002)
             self.scheduler.drain()
@@ -131,10 +133,20 @@ class Stage:
             self.scheduler.turn()
             for peer, mailbox in self.mailboxes.items():
                 self.received[peer] += [envelope.body for envelope in mailbox.receive()]
-            value = condition()
-            if value:
-                return value
-            assert time.monotonic() < deadline, {peer: got[-3:] for peer, got in self.received.items()}
+            late = time.monotonic() - start
+            if late > ON_THE_WAY_S or self._all_arrived():
+                value = condition()
+                if value:
+                    return value
+            assert late < DEADLINE_S, {peer: got[-3:] for peer, got in self.received.items()}
+
+    def _all_arrived(self) -> bool:
+        mine, name = self.scheduler.mailbox, "main.scheduler"
+        return all(
+            theirs._next_in.get(name, 0) == mine._next_out.get(peer, 0)
+            and mine._next_in.get(peer, 0) == theirs._next_out.get(name, 0)
+            for peer, theirs in self.mailboxes.items()
+        )
 
     def expect(self, peer: str, kind: type, skip: int = 0) -> Any:
         """The message of a type that a peer gets after `skip` others of it."""
