@@ -41,6 +41,16 @@ class State(NamedTuple):
     digits: int = 0
     exponent: bool = False
 
+    @property
+    def full(self) -> bool:
+        """No digit more may follow."""
+        return not self.string and self.digits >= (EXPONENT_DIGITS if self.exponent else DIGITS)
+
+    @property
+    def deep(self) -> bool:
+        """No list or object more may be opened."""
+        return not self.string and self.depth >= LEVELS
+
     def after(self, text: bytes) -> State:
         """Where it is with more text."""
         string, escaped, depth, digits, exponent = self
@@ -72,11 +82,9 @@ class Limits:
 
     def apply(self, state: State, mask: Int32s) -> None:
         """Takes tokens from a mask."""
-        if state.string:
-            return
-        if state.digits >= (EXPONENT_DIGITS if state.exponent else DIGITS):
+        if state.full:
             self._without(mask, self._digits)
-        if state.depth >= LEVELS:
+        if state.deep:
             self._without(mask, self._openings)
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import kernels
 from actors.rank.models import Model
+from actors.rank.sampler import Drawing
 from kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SamplingTensors, StepGraph
 
 logger = logging.getLogger(__name__)
@@ -43,16 +44,25 @@ class DecodeGraphs:
         self._offsets = torch.arange(rows + 1, dtype=torch.int32)
         self.ids, self.offsets = self._ids.numpy(), self._offsets.numpy()
         self.starts, self.slots = self._starts.numpy(), self._slots.numpy()
+        self._drawing: Drawing | None = None
+        self._sampling = SamplingTensors.build([0.0] * rows)
+        self._seeds, self._positions = (torch.zeros(rows, dtype=torch.int64) for _ in range(2))
+        self._of_tokens = self._positions.numpy()
         self._memory = GraphMemory()
-        self._graphs: OrderedDict[tuple[int, int, bool], StepGraph[tuple[Tensor, Tensor | None]]] = OrderedDict()
+        self._graphs: OrderedDict[tuple[int, int, bool | None], StepGraph[tuple[Tensor, Tensor | None]]] = OrderedDict()
         self._refused = False
 
-    def run(self, n: int, tokens: int, greedy: bool) -> tuple[Tensor, Tensor | None] | None:
+    def run(self, n: int, tokens: int, drawing: Drawing | None) -> tuple[Tensor, Tensor | None] | None:
         """Runs a step of n rows with T `tokens` in all, at least one in each.
 
-        Returns the logits float32 [T, V] and, if `greedy`, the most likely tokens int32 [T], both valid until the next
-        step; None if this model's steps cannot be recorded.
+        drawing: how each row draws its token, if all have one and draw it from the logits as they are.
+
+        Returns the logits float32 [T, V] and what was drawn, int32 [T], both valid until the next step; None if this
+        model's steps cannot be recorded.
         """
+        greedy = None if drawing is None else drawing.params.all_greedy
+        if drawing is not None and not greedy:
+            self._draw_as(drawing, n)
         key = (n, tokens, greedy)
         graph = self._graphs.get(key)
         if graph is not None:
@@ -71,11 +81,13 @@ class DecodeGraphs:
             max_query=tokens - n + 1,
             max_context=self._max_context,
         )
-        most_likely = SamplingTensors.build([0.0] * tokens)
+        params = SamplingTensors.build([0.0] * n) if greedy else _first(self._sampling, n)
 
         def step() -> tuple[Tensor, Tensor | None]:
             logits = self._model.decode(ids, meta, self._cache)
-            return logits, kernels.sample(logits, most_likely, ids, ids) if greedy else None
+            if greedy is None:
+                return logits, None
+            return logits, kernels.sample(logits, params, self._seeds[:n], self._positions[:n])
 
         try:
             graph = StepGraph(step, self._memory)
@@ -88,7 +100,23 @@ class DecodeGraphs:
             self._graphs.popitem(last=False)
         return graph.result
 
+    def _draw_as(self, drawing: Drawing, n: int) -> None:
+        self._of_tokens[:n] = self.starts[:n] + 1
+        if drawing is self._drawing:
+            return
+        self._drawing = drawing
+        self._seeds[:n] = drawing.seeds
+        mine, theirs = self._sampling, drawing.params
+        for name in ("temperature", "top_k", "top_p", "log_min_p"):
+            getattr(mine, name)[:n] = getattr(theirs, name)
+
     def timed(self, n: int) -> list[tuple[str, float]]:
         """Runs the last greedy step of n rows and tokens again: each kernel's name and seconds; none before one."""
         graph = self._graphs.get((n, n, True))
         return [] if graph is None else list(zip(graph.names, graph.timed(), strict=True))
+
+
+def _first(params: SamplingTensors, n: int) -> SamplingTensors:
+    return SamplingTensors(
+        params.temperature[:n], params.top_k[:n], params.top_p[:n], params.log_min_p[:n], all_greedy=False
+    )

@@ -25,7 +25,7 @@ from actors.rank.group import Group
 from actors.rank.hidden import HiddenGraphs
 from actors.rank.models import Model, model_class
 from actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
-from actors.rank.sampler import Int32s, Sampler, prompt_logprobs
+from actors.rank.sampler import Drawing, Int32s, Sampler, prompt_logprobs
 from actors.rank.shard import kv_format, shard_of, split, weight_bytes
 from actors.rank.weights import load_weights
 from actors.rank.weights_arena import contents_of
@@ -62,7 +62,7 @@ class DecodingSlots:
     packed: bytes
     slots: Int32s  # [n]
     places: Int32s  # [n]: where each slot's tokens begin among those drawn
-    greedy: bool
+    drawing: Drawing | None  # if tokens are drawn from the logits as they are, at first at least
     plain: bool  # tokens are all that is asked for, and none depends on those before
 
 
@@ -249,7 +249,7 @@ class Executor:
         graphs.starts[:n] = starts
         graphs.offsets[: n + 1] = self._one_each[: n + 1]
         ready = time.perf_counter()
-        outcome = graphs.run(n, n, batch.greedy)
+        outcome = graphs.run(n, n, batch.drawing)
         if outcome is None:
             return None
         logits, tokens = outcome
@@ -276,9 +276,9 @@ class Executor:
             return None
         if not self._opened[slots].all():
             return None
-        self._decoding = DecodingSlots(
-            packed, slots, slots * REMEMBERED, self._sampler.is_greedy(slots), self._sampler.draws_only(slots)
-        )
+        drawing = self._sampler.drawing(slots)
+        plain = not len(drawing.reported) and self._sampler.with_history.isdisjoint(slots.tolist())
+        self._decoding = DecodingSlots(packed, slots, slots * REMEMBERED, None if drawing.changed else drawing, plain)
         return self._decoding
 
     # -- from message to arrays -----------------------------------------------------------------------------------
@@ -452,16 +452,15 @@ class Executor:
         return drawn
 
     def _draw(
-        self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s, tokens: Tensor | None = None
+        self, logits: Tensor, slots: Int32s, positions: Int32s, rows: Int32s, first: Tensor | None = None
     ) -> tuple[Int32s, list[TopLogprobs]]:
         """Draws the tokens for `positions` of `slots`, which are `rows` of the step, and remembers them: int32 [B].
 
-        tokens: they, if they have been drawn already.
+        first: as for `Sampler.sample`.
         """
         logprobs: list[TopLogprobs] = []
         if self.group.rank == 0:
-            if tokens is None:
-                tokens = self._sampler.sample(logits, slots, positions)
+            tokens = self._sampler.sample(logits, slots, positions, first)
             logprobs = self._sampler.logprobs(logits, slots, rows, tokens)
         else:
             tokens = torch.empty(len(rows), dtype=torch.int32, device=self.device)

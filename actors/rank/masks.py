@@ -1,12 +1,14 @@
 """Constraints at work: which tokens each constrained slot may draw next.
 
-A slot's matcher follows the tokens of its output, wherever they have come from: tokens that are new to it are accepted,
-and when others take their place it goes back. So a position's mask is a function of the tokens before it.
+A mask of all tokens takes a tenth of a millisecond and more; to ask about one token takes a few microseconds. A slot's
+matcher follows the tokens of its output, wherever they have come from: tokens that are new to it are accepted, and when
+others take their place it goes back. So what may be drawn at a position is a function of the tokens before it.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +40,20 @@ class Constrained:
         self.lost = matcher is None
         self._room = room
         self._first = 0  # output tokens before the first one that it was shown
-        self._count = 0  # tokens accepted
+        self._taken: list[int] = []  # tokens accepted
 
-    def note(self, index: int) -> None:
-        """Output tokens from `index` on may be others than before."""
-        valid = max(index - self._first, 0)
-        if self.matcher is not None and valid < self._count:
-            self.matcher.rollback(self._count - valid)
-            self._count = valid
+    def note(self, index: int, tokens: Sequence[int] = ()) -> None:
+        """Output tokens from `index` on may be others than before: `tokens`, and then who knows."""
+        if self.matcher is None:
+            return
+        at = index - self._first
+        valid = max(at, 0)
+        for token in tokens[valid - at :]:
+            if valid >= len(self._taken) or self._taken[valid] != token:
+                break
+            valid += 1
+        if valid < len(self._taken):
+            self._back(len(self._taken) - valid)
             if self._room is not None:
                 self._room.forget()
 
@@ -59,16 +67,28 @@ class Constrained:
             return
         self.note(len(output) if first == self._first else 0)
         self._first = first
-        self._accept(output[first + self._count :].tolist())
-        self.lost = self.matcher.over or first + self._count < len(output)
+        self._accept(output[first + len(self._taken) :].tolist())
+        self.lost = self.matcher.over or first + len(self._taken) < len(output)
         if self._room is not None and not self.lost:
             back = self._room.unknown(len(output), first)
             if back:  # it wants to see the answer as it was so many tokens ago
-                self.matcher.rollback(back)
-                self._count -= back
+                self._back(back)
             self._room.look(self.matcher, len(output) - back)
             if back:
-                self._accept(output[first + self._count :].tolist())
+                self._accept(output[first + len(self._taken) :].tolist())
+
+    def takes(self, token: int) -> bool:
+        """Whether a token may come next; False also where only a mask can tell, whatever the token is. After
+        `follow`."""
+        if self.lost or self.matcher is None:
+            return token in self.stops
+        if self.matcher.limited or not self.matcher.accept(token):
+            return False
+        if self.near_end:
+            self.matcher.rollback(1)
+        else:  # it stays: most probably it comes next
+            self._taken.append(token)
+        return True
 
     def closing(self, token: int) -> int | None:
         """The token that must come in place of the one that was drawn, so that the answer can still end. After
@@ -82,12 +102,17 @@ class Constrained:
         """Whether drawn tokens must be shown to `closing`. After `follow`."""
         return self._room is not None and not self.lost and self._room.near
 
+    def _back(self, count: int) -> None:
+        assert self.matcher is not None
+        self.matcher.rollback(count)
+        del self._taken[-count:]
+
     def _accept(self, tokens: list[int]) -> None:
         assert self.matcher is not None
         for token in tokens:
             if not self.matcher.accept(token):
                 break
-            self._count += 1
+            self._taken.append(token)
             if self._room is not None:
                 self._room.accepted(self.matcher, token)
 
@@ -129,12 +154,19 @@ class Masks:
             stops = [token for token in sampling.stop_token_ids if token < self._vocab_size]
         self._slots[opened.slot] = Constrained(matcher, np.array(stops, np.int32), room)
 
-    def note(self, slot: int, index: int) -> None:
-        """Tokens of a constrained slot's output from `index` on may be others than before."""
-        self._slots[slot].note(index)
+    def note(self, slot: int, index: int, tokens: Sequence[int]) -> None:
+        """Tokens of a constrained slot's output from `index` on are `tokens`, and behind them others than before."""
+        self._slots[slot].note(index, tokens)
+
+    def takes(self, slot: int, token: int, output: Int32s, first: int = 0) -> bool:
+        """Whether a token may follow an output, of which the `first` tokens may be free. False also where only the mask
+        of `allowed` can tell, whatever the token is."""
+        found = self._slots[slot]
+        found.follow(output, first)
+        return found.takes(token)
 
     def lost(self, slot: int) -> bool:
-        """Whether the output of the slot, as `allowed` was told it, is not what its constraint allows, or is over."""
+        """Whether the output of the slot, as last told, is not what its constraint allows, or is over."""
         return self._slots[slot].lost
 
     def near_end(self, slot: int) -> bool:

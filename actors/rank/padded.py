@@ -17,6 +17,7 @@ from torch import Tensor
 
 import kernels
 from actors.rank.models import Model
+from actors.rank.sampler import Drawing
 from kernels import AttentionMeta, KVCache, SamplingTensors
 
 R = TypeVar("R")
@@ -110,11 +111,13 @@ class PaddedDecode:
         # The largest first: it takes the memory that all others share.
         self._graphs = {size: record(self._step(size)) for size in reversed(self._sizes)}
 
-    def run(self, n: int, tokens: int, greedy: bool) -> tuple[Tensor, Tensor | None] | None:
+    def run(self, n: int, tokens: int, drawing: Drawing | None) -> tuple[Tensor, Tensor | None] | None:
         """Runs a step of n rows with one token each.
 
-        Returns the logits float32 [n, V] and, if `greedy`, the most likely tokens int32 [n], both valid until the next
-        step; None if there is no graph for such a step.
+        drawing: how each row draws its token, if all draw it from the logits as they are.
+
+        Returns the logits float32 [n, V] and, if all take the most likely tokens, these, int32 [n], both valid until
+        the next step; None if there is no graph for such a step.
         """
         if n != tokens or n > self._sizes[-1]:
             return None
@@ -124,6 +127,7 @@ class PaddedDecode:
         self.offsets[: size + 1] = self._one_each[: size + 1]
         self._inputs.send()
         logits, drawn = self._graphs[size]()
+        greedy = drawing is not None and drawing.params.all_greedy
         return logits[:n], drawn[:n] if greedy else None
 
     def _step(self, size: int) -> Replay:

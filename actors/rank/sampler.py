@@ -1,17 +1,20 @@
 """Drawing tokens: each slot's sampling parameters, and what they ask to be done with a row of logits.
 
-The logits of a row are changed in this order: penalties, bias, minimum length, constraint; then temperature, top-k,
-top-p and min-p choose. What ends a reasoning that is too long, or an answer that runs out of room, takes the place of
-the chosen token. The random number of
-a token is a pure function of the request's seed and the token's position, and everything else here is a function of the
-tokens before it, so a step that is run again draws the same tokens.
+The logits of a row are changed in this order: penalties, bias, minimum length; then temperature, top-k, top-p and min-p
+choose. A token that the row's constraint does not allow is drawn again, with another random number, from those that it
+allows: without top-k, top-p and min-p that is a draw from the allowed ones, and seldom does a mask have to be made.
+What ends a reasoning that is too long, or an answer that runs out of room, takes the place of the chosen token.
+
+The random numbers of a token are a pure function of the request's seed and the token's position, and everything else
+here is a function of the tokens before it, so a step that is run again draws the same tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, KeysView, Sequence
+from collections.abc import Callable, Container, Iterable, KeysView, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -33,6 +36,8 @@ Int32s = NDArray[np.int32]
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
+SECOND_DRAW = 1 << 32
+"""Added to a token's position for the random number of its second draw."""
 DENSE_BIAS = 1024
 """A bias for so many tokens is added as a vector, which slots with the same one share."""
 
@@ -75,6 +80,24 @@ class Bias:
     """What is added to the logits of a slot with a long bias: float32 [V]."""
 
     vector: Tensor
+
+
+_NO_TOKENS: list[int] = []
+
+
+class Answer(NamedTuple):
+    """A row that must keep to its constraint.
+
+    Attributes:
+        output: the slot's tokens so far, of which the `first` ones are free.
+        openings: tokens that may come next whatever the constraint says.
+    """
+
+    row: int
+    slot: int
+    output: Int32s
+    first: int
+    openings: list[int]
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,7 @@ class Sampler:
         history.tokens[start : start + (1 if isinstance(tokens, int) else len(tokens))] = tokens
         index = start - history.prompt_len
         if self._masks is not None and slot in self._masks:
-            self._masks.note(slot, index)
+            self._masks.note(slot, index, [tokens] if isinstance(tokens, int) else tokens.tolist())
         thought = self._thought(slot)
         if thought is not None:
             thought.note(index)
@@ -214,46 +237,79 @@ class Sampler:
         """Whether one of the slots draws no more than one token in a step."""
         return any(slot in self._histories and self._params[slot].one_by_one for slot in slots)
 
-    def sample(self, logits: Tensor, slots: Int32s, positions: Int32s) -> Tensor:
+    def sample(self, logits: Tensor, slots: Int32s, positions: Int32s, first: Tensor | None = None) -> Tensor:
         """Draws a token for each row: int32 [B].
 
-        logits: float32 [B, V], not changed; slots, positions: [B], each row's slot and the position of its token.
+        Args:
+            logits: float32 [B, V], not changed.
+            slots, positions: [B], each row's slot and the position of its token.
+            first: what `drawing` draws from the logits as they are, int32 [B], if that is done.
         """
-        drawing = self._drawing(slots)
-        if drawing.changed or drawing.constrained:
-            logits, masks, masked = self._prepared(drawing, logits, slots, positions)
-        else:
-            masks, masked = None, []
-        at = self._to_device(positions.astype(np.int64))
-        tokens = kernels.sample(logits, drawing.params, drawing.seeds, at, masks)
-        forced = self._closing(masked, slots, tokens) + self._forced(drawing.thinking, slots, positions)
-        if forced:
-            rows, ids = self._to_device(np.array(forced)).unbind(1)
-            tokens[rows] = ids.to(tokens.dtype)
-        return tokens
+        drawing = self.drawing(slots)
+        if first is None:
+            changed = self._changed(drawing.changed, logits, slots, positions)
+            at = self._to_device(positions.astype(np.int64))
+            first = kernels.sample(changed, drawing.params, drawing.seeds, at)
+        if not drawing.constrained and not drawing.thinking:
+            return first
+        answers = self._answers(drawing.constrained, slots, positions)
+        drawn: Int32s = first.cpu().numpy()
+        refused = [answer for answer in answers if not self._takes(answer, int(drawn[answer.row]))]
+        if refused:
+            drawn = drawn.copy()
+            drawn[[answer.row for answer in refused]] = self._drawn_again(refused, logits, slots, positions)
+        replaced = self._closing(answers, drawn) + self._forced(drawing.thinking, slots, positions)
+        if replaced:
+            rows, tokens = zip(*replaced, strict=True)
+            drawn = drawn.copy()
+            drawn[list(rows)] = tokens
+        return self._to_device(drawn) if refused or replaced else first
 
-    def is_greedy(self, slots: Int32s) -> bool:
-        """Whether all of the slots take the most likely token of the logits as they are."""
-        drawing = self._drawing(slots)
-        return drawing.params.all_greedy and not (drawing.changed or drawing.constrained or drawing.thinking)
+    def _takes(self, answer: Answer, token: int) -> bool:
+        assert self._masks is not None
+        taken = self._masks.takes(answer.slot, token, answer.output, answer.first)
+        if answer.openings:
+            return token in answer.openings or (taken and not self._masks.lost(answer.slot))
+        return taken
 
-    def draws_only(self, slots: Int32s) -> bool:
-        """Whether none of the slots reports logprobs or depends on the tokens before."""
-        return not len(self._drawing(slots).reported) and self._histories.keys().isdisjoint(slots.tolist())
+    def _drawn_again(self, answers: list[Answer], logits: Tensor, slots: Int32s, positions: Int32s) -> Int32s:
+        """Tokens that the rows' constraints allow: int32 [len(answers)]."""
+        masks = self._masks
+        assert masks is not None
+        allowed = masks.allowed(
+            [each.slot for each in answers], [each.output for each in answers], [each.first for each in answers]
+        )
+        ended = set()
+        for at, answer in enumerate(answers):
+            if answer.openings:
+                if masks.lost(answer.slot):
+                    allowed[at] = 0
+                allow(allowed[at], np.array(answer.openings, np.int32))
+            if answer.slot in self._min_lengths and masks.over(answer.slot, allowed[at]):
+                ended.add(answer.slot)  # a constraint that leaves nothing to say ends the answer, however short it is
+        rows = np.array([answer.row for answer in answers])
+        slots, positions = slots[rows], positions[rows]
+        changed = np.flatnonzero(self._changes[slots]).tolist()
+        one = answers[0].row  # mostly there is but one, and a slice copies nothing
+        logits = logits[one : one + 1] if len(rows) == 1 else logits[self._to_device(rows)]
+        logits = self._changed(changed, logits, slots, positions, ended)
+        tokens = kernels.sample(
+            logits,
+            self._params_of(slots),
+            self._to_device(self._seeds[slots]),
+            self._to_device(positions.astype(np.int64) + SECOND_DRAW),
+            TokenMasks(self._to_device(np.arange(len(rows), dtype=np.int32)), self._to_device(allowed)),
+        )
+        drawn: Int32s = tokens.cpu().numpy()
+        return drawn
 
-    def _drawing(self, slots: Int32s) -> Drawing:
-        """Decode steps have the slots of the step before, mostly."""
+    def drawing(self, slots: Int32s) -> Drawing:
+        """How slots are sampled. The same object for the slots of the step before, as long as none is opened."""
         key = slots.tobytes()
         if self._last_drawing is None or self._last_drawing.slots != key:
             self._last_drawing = Drawing(
                 key,
-                SamplingTensors(
-                    temperature=self._to_device(self._temperature[slots]),
-                    top_k=self._to_device(self._top_k[slots]),
-                    top_p=self._to_device(self._top_p[slots]),
-                    log_min_p=self._to_device(self._log_min_p[slots]),
-                    all_greedy=not self._temperature[slots].any(),
-                ),
+                self._params_of(slots),
                 self._to_device(self._seeds[slots]),
                 np.flatnonzero(self._changes[slots]).tolist(),
                 [row for row, slot in enumerate(slots.tolist()) if self._masks and slot in self._masks],
@@ -262,12 +318,21 @@ class Sampler:
             )
         return self._last_drawing
 
+    def _params_of(self, slots: Int32s) -> SamplingTensors:
+        return SamplingTensors(
+            temperature=self._to_device(self._temperature[slots]),
+            top_k=self._to_device(self._top_k[slots]),
+            top_p=self._to_device(self._top_p[slots]),
+            log_min_p=self._to_device(self._log_min_p[slots]),
+            all_greedy=not self._temperature[slots].any(),
+        )
+
     def logprobs(self, logits: Tensor, slots: Int32s, rows: Int32s, tokens: Tensor) -> list[TopLogprobs]:
         """What the slots ask to know of their drawn tokens, from the logits as the model gave them.
 
         logits: float32 [B, V]; slots, rows: [B], `rows` being each row's number in the step; tokens: int32 [B].
         """
-        wanted = self._drawing(slots).reported
+        wanted = self.drawing(slots).reported
         if not len(wanted):
             return []
         tops = np.minimum(self._logprobs[slots[wanted]], self.vocab_size)
@@ -283,29 +348,25 @@ class Sampler:
         """How many of the most probable tokens a slot wants to know for each token of its prompt."""
         return min(max(self._params[slot].prompt_logprobs, 0), self.vocab_size)
 
-    def _prepared(
-        self, drawing: Drawing, logits: Tensor, slots: Int32s, positions: Int32s
-    ) -> tuple[Tensor, TokenMasks | None, list[int]]:
-        """The logits, or a copy with what the slots want to have changed, masks of what they may draw, and the rows
-        that have one."""
-        masked, allowed = self._allowed(drawing.constrained, slots, positions)
+    def _changed(
+        self, rows: list[int], logits: Tensor, slots: Int32s, positions: Int32s, ended: Container[int] = ()
+    ) -> Tensor:
+        """The logits, or a copy with what the slots of `rows` want to have changed.
+
+        ended: slots that have no minimum length.
+        """
         penalized: list[tuple[int, Int32s, Int32s]] = []
         biased: list[tuple[int, Int32s, NDArray[np.float32]]] = []
-        for row in drawing.changed:
+        for row in rows:
             slot, position = int(slots[row]), int(positions[row])
             if self._params[slot].penalizes:
                 penalized.append((row, *self._histories[slot].entries(position)))
             if slot in self._bias:
                 biased.append((row, *self._bias[slot]))
-            if slot in self._min_lengths and position < self._min_lengths[slot][0]:
-                # A constraint that leaves nothing to say ends the answer all the same.
-                if self._masks is not None and row in masked and self._masks.over(slot, allowed[masked.index(row)]):
-                    continue
+            if slot in self._min_lengths and position < self._min_lengths[slot][0] and slot not in ended:
                 stops = self._min_lengths[slot][1]
                 biased.append((row, stops, np.full(len(stops), -np.inf, np.float32)))
-        dense = [
-            (row, self._dense_bias[slot]) for row in drawing.changed if (slot := int(slots[row])) in self._dense_bias
-        ]
+        dense = [(row, self._dense_bias[slot]) for row in rows if (slot := int(slots[row])) in self._dense_bias]
         if penalized or biased or dense:
             logits = logits.clone()
         if penalized:
@@ -321,58 +382,36 @@ class Sampler:
             logits[row].add_(bias.vector)
         if biased:
             kernels.add_bias(logits, *self._entries(biased))
-        if not masked:
-            return logits, None, []
-        places = np.full(len(slots), -1, np.int32)
-        places[masked] = np.arange(len(masked))
-        return logits, TokenMasks(self._to_device(places), self._to_device(allowed)), masked
+        return logits
 
-    def _allowed(self, constrained: list[int], slots: Int32s, positions: Int32s) -> tuple[list[int], Int32s]:
-        """Of the constrained rows those that are not free to reason, and masks of the tokens that these may draw."""
-        masks = self._masks
-        rows: list[int] = []
-        outputs: list[Int32s] = []
-        firsts: list[int] = []
-        openings: dict[int, list[int]] = {}
+    def _answers(self, constrained: list[int], slots: Int32s, positions: Int32s) -> list[Answer]:
+        """Of the constrained rows those that are not free to reason."""
+        answers = []
         for row in constrained:
             slot = int(slots[row])
-            output, first = self._output(slot, int(positions[row])), 0
+            output, first, openings = self._output(slot, int(positions[row])), 0, _NO_TOKENS
             thought = self._thought(slot)
             if thought is not None:
                 thought.follow(output)
                 before = thought.answer(len(output))
                 if before is None:
                     continue
-                first = before
-                openings[len(rows)] = thought.openings
-            rows.append(row)
-            outputs.append(output)
-            firsts.append(first)
-        if masks is None or not rows:
-            return [], np.empty((0, 0), np.int32)
-        allowed = masks.allowed(slots[rows].tolist(), outputs, firsts)
-        for at, tokens in openings.items():
-            if tokens:
-                if masks.lost(int(slots[rows[at]])):
-                    allowed[at] = 0
-                allow(allowed[at], np.array(tokens, np.int32))
-        return rows, allowed
+                first, openings = before, thought.openings
+            answers.append(Answer(row, slot, output, first, openings))
+        return answers
 
-    def _closing(self, masked: list[int], slots: Int32s, tokens: Tensor) -> list[tuple[int, int]]:
-        """Of the rows with a mask those whose drawn token would leave no room to end the answer, with the token that
-        takes its place."""
+    def _closing(self, answers: list[Answer], drawn: Int32s) -> list[tuple[int, int]]:
+        """The rows whose drawn token would leave no room to end the answer, with the token that takes its place."""
         masks = self._masks
         if masks is None:
             return []
         found = []
-        for row in masked:
-            slot, drawn = int(slots[row]), int(tokens[row])
-            thought = self._thought(slot)
-            if not masks.near_end(slot) or (thought is not None and drawn in thought.openings):
+        for answer in answers:
+            if not masks.near_end(answer.slot) or drawn[answer.row] in answer.openings:
                 continue
-            token = masks.closing(slot, drawn)
+            token = masks.closing(answer.slot, int(drawn[answer.row]))
             if token is not None:
-                found.append((row, token))
+                found.append((answer.row, token))
         return found
 
     def _forced(self, rows: Sequence[int], slots: Int32s, positions: Int32s) -> list[tuple[int, int]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from msgspec import structs
 from rank_tools import Driver, Sequence, rank_config
 
 from actors.grammar import Backend, closing, load_backend
-from actors.messages import Constraint, SamplingParams
+from actors.messages import Constraint, OpenSlot, SamplingParams
 from actors.rank import Executor, build_executor
 from actors.rank.masks import allow, unpacked
 
@@ -92,7 +94,7 @@ def test_every_token_is_allowed(compiler: Backend, together: list[Sequence]) -> 
         text(compiler, each) for each in constrained
     ]
     person = json.loads(text(compiler, together[0]))
-    assert list(person) == ["name", "age", "tags"]
+    assert list(person)[:3] == ["name", "age", "tags"], "what is required, and then whatever else"
     assert re.fullmatch("[0-9]{2,4}(-[a-f]{1,5})?", text(compiler, together[1]))
     assert text(compiler, together[2]) in ("yes", "no", "perhaps")
     assert together[3].output != together[0].output
@@ -287,3 +289,32 @@ def test_masks_are_those_of_the_library(compiler: Backend, deterministic: Execut
     allow(allowed, added)
     expected = {token for token in range(49152) if words[token // 32] >> (token % 32) & 1} | set(added.tolist())
     assert np.flatnonzero(unpacked(allowed, 49152)).tolist() == sorted(expected)
+
+
+def test_draws_have_the_odds_of_the_allowed_tokens(deterministic: Executor, compiler: Backend) -> None:
+    sampler = deterministic._sampler
+    constraint = Constraint("choice", json.dumps(["no", "yes", "yeah", "perhaps"]))
+    firsts = [compiler.tokens.spell(text)[0] for text in (b"no", b"yes", b"yeah", b"perhaps")]
+    allowed = np.zeros(49152 // 32, np.int32)
+    compiler.compile(constraint).matcher([EOS]).fill(allowed)
+    logits = torch.full((8, 49152), -3.0)
+    logits[:, 77] = 5.0  # what the constraint does not allow has most of the odds
+    logits[:, firsts] = torch.tensor([3.0, 4.0, 2.0, 3.5])
+    bits = unpacked(allowed, 49152)
+    weights = np.where(bits, np.exp(logits[0].double().numpy()), 0.0)
+    odds = weights / weights.sum()
+    slots, at = np.arange(8, dtype=np.int32), np.full(8, len(PROMPT), np.int32)
+    counts = np.zeros(49152)
+    rounds = 250
+    for turn in range(rounds):
+        for slot in range(8):
+            params = sampling(constraint, seed=8 * turn + slot)
+            sampler.open(OpenSlot(slot, len(PROMPT), params, np.array(PROMPT, "<i4").tobytes()))
+        drawn = sampler.sample(logits, slots, at)
+        assert torch.equal(drawn, sampler.sample(logits, slots, at)), "asked again, they are the same"
+        counts += np.bincount(drawn.numpy(), minlength=49152)
+    draws = 8 * rounds
+    assert not counts[~bits].any()
+    for token in firsts:
+        deviation = math.sqrt(draws * odds[token] * (1 - odds[token]))
+        assert abs(counts[token] - draws * odds[token]) < 4 * deviation

@@ -276,8 +276,8 @@ def test_no_budget_costs_nothing(deterministic: Executor) -> None:
     driver = Driver(deterministic)
     deterministic.execute(driver.step([(driver.sequence(0, PROMPT), len(PROMPT))]))
     sampler = deterministic._sampler
-    assert sampler.draws_only(np.array([0], np.int32))
-    assert sampler._drawing(np.array([0], np.int32)).thinking == []
+    assert 0 not in sampler.with_history
+    assert sampler.drawing(np.array([0], np.int32)).thinking == []
 
 
 def test_budgets_that_make_no_sense(deterministic: Executor) -> None:

@@ -444,3 +444,43 @@ def test_xgrammar_is_loaded_without_transformers_and_does_not_ask_for_cuda_devic
 )
 def test_examples_of_patterns(pattern: str, expected: list[str]) -> None:
     assert examples(pattern) == expected
+
+
+NAMED = schema_of({"properties": {"name": {"type": "string", "maxLength": 9}}, "additionalProperties": True})
+STATES = [
+    (NAMED, text)
+    for text in ("", "{", '{"na', '{"name":', '{"name": "', '{"name": "abcdefg', '{"name": "x"', '{"name": "x", "')
+] + [
+    (schema_of({"type": "array", "items": {"type": "number"}}), "[1.5e3"),
+    (Constraint("regex", "[0-9]{2,4}(-[a-fü]{1,5})?"), "123"),
+    (Constraint("choice", json.dumps(["yes", "no", "né"])), "n"),
+]
+
+
+@pytest.mark.parametrize(("constraint", "text"), STATES)
+def test_a_matcher_takes_what_its_mask_allows(backend: Backend, constraint: Constraint, text: str) -> None:
+    matcher = backend.compile(constraint).matcher(backend.tokens.ends)
+    for token in backend.tokens.spell(text.encode()):
+        assert matcher.accept(token)
+    mask = np.zeros(49152 // 32, np.int32)
+    matcher.fill(mask)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little").view(np.bool_)
+    taken = np.zeros_like(bits)
+    for token in range(49152):
+        if matcher.accept(token):
+            taken[token] = True
+            matcher.rollback(1)
+    assert bits.any()
+    assert np.flatnonzero(bits != taken).tolist() == []
+
+
+def test_a_matcher_says_where_its_mask_allows_less_than_it_takes(backend: Backend) -> None:
+    matcher = backend.compile(schema_of({"type": "array"})).matcher(backend.tokens.ends)
+    for token in backend.tokens.spell(b"[1234567890123456"):
+        assert matcher.accept(token)
+        assert not matcher.limited
+    (seven,) = backend.tokens.spell(b"7")
+    assert matcher.accept(seven)
+    assert matcher.limited, "a number has seventeen digits at most"
+    matcher.rollback(1)
+    assert not matcher.limited

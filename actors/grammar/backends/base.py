@@ -20,6 +20,7 @@ class Matcher(Protocol):
     Attributes:
         stops: ids that may follow a complete answer.
         complete: the answer may end here. over: a stop token has ended it.
+        limited: `fill` leaves out tokens here that `accept` takes.
     """
 
     stops: list[int]
@@ -29,6 +30,9 @@ class Matcher(Protocol):
 
     @property
     def over(self) -> bool: ...
+
+    @property
+    def limited(self) -> bool: ...
 
     def accept(self, token: int) -> bool:
         """Takes the next token. False, and nothing happens, if it is not allowed."""

@@ -154,6 +154,10 @@ class _Matcher:
     def over(self) -> bool:
         return self._over
 
+    @property
+    def limited(self) -> bool:
+        return bool(self._states) and (self._states[-1].full or self._states[-1].deep)
+
     def accept(self, token: int) -> bool:
         if self._over:
             return False

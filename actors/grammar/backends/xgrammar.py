@@ -167,6 +167,10 @@ class _Matcher:
     def over(self) -> bool:
         return bool(self.inner.is_terminated())
 
+    @property
+    def limited(self) -> bool:
+        return bool(self._states) and (self._states[-1].full or self._states[-1].deep)
+
     def accept(self, token: int) -> bool:
         if self.over or not self.inner.accept_token(token):
             return False
