@@ -1,11 +1,13 @@
 """Where each microsecond of a decode step goes, process by process.
 
     python benchmarks/profile [FILE] [--batch 16] [--set model.dtype=bfloat16] [--port 8960]
+    python benchmarks/profile --batch 1 --timeline          # who has each core between two tokens; with perf, as root
 
 A node serves as many streams as `--batch` says. While all of them decode, three things are looked at and divided by
 the number of steps: the processor time of every thread and how long it waited for a core (the kernel's accounting),
 the time that each actor waited for messages, and the rank's own account of its steps. Then the bare executor runs the
-same batch and times every kernel of a step.
+same batch and times every kernel of a step. With --timeline, perf's record of the kernel's scheduler shows the time
+lines of all cores between two tokens as well.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ import aiohttp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from timeline import SwitchTrace, show_timeline, thread_names
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "profile"
@@ -60,6 +64,7 @@ class Snapshot:
     at: float
     threads: dict[str, Threads]
     stats: dict[str, dict[str, float]]
+    pids: dict[str, int]
 
     @classmethod
     def take(cls, run_dir: Path) -> Snapshot:
@@ -67,18 +72,23 @@ class Snapshot:
 
         processes = [each for each in node_report(run_dir).tree.walk() if each.pid is not None]
         stats = {each.name: {k: v for k, v in each.stats.items() if not isinstance(v, str)} for each in processes}
-        threads = {each.name: Threads.of(each.pid) for each in processes if each.pid is not None}
-        return cls(time.perf_counter(), {**threads, "client": Threads.of(os.getpid())}, stats)
+        pids = {each.name: each.pid for each in processes if each.pid is not None}
+        threads = {name: Threads.of(pid) for name, pid in {**pids, "client": os.getpid()}.items()}
+        return cls(time.perf_counter(), threads, stats, pids)
 
 
-async def decode(url: str, run_dir: Path, options: argparse.Namespace) -> tuple[Snapshot, Snapshot, float]:
-    """Snapshots at the beginning and the end of a time in which all streams decode, and the steps between them."""
+async def decode(
+    url: str, run_dir: Path, options: argparse.Namespace, trace: SwitchTrace | None
+) -> tuple[Snapshot, Snapshot, float, list[float]]:
+    """Snapshots at the beginning and the end of a time in which all streams decode, the steps between them, and when
+    tokens arrived."""
     started, tokens, ended = 0, 0, asyncio.Event()
     all_started = asyncio.Event()
+    arrivals: list[float] = []
 
     async def stream(session: aiohttp.ClientSession, prompt: list[int]) -> None:
         nonlocal started, tokens
-        body = {"model": model, "prompt": prompt, "max_tokens": options.output, "temperature": 0}
+        body = {"model": model, "prompt": prompt, "max_tokens": options.output, "temperature": options.temperature}
         body |= {"ignore_eos": True, "stream": True}
         first = True
         async with session.post(f"{url}/v1/completions", json=body) as response:
@@ -86,6 +96,7 @@ async def decode(url: str, run_dir: Path, options: argparse.Namespace) -> tuple[
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     tokens += 1
+                    arrivals.append(time.monotonic())
                     started += first
                     first = False
                     if started == options.batch:
@@ -101,13 +112,17 @@ async def decode(url: str, run_dir: Path, options: argparse.Namespace) -> tuple[
         await asyncio.sleep(REPORTED_AFTER_S)
         before, tokens_before = Snapshot.take(run_dir), tokens
         after, tokens_after = before, tokens_before
+        if trace is not None:
+            trace.start()
         while not ended.is_set():
             after, tokens_after = Snapshot.take(run_dir), tokens
             await asyncio.sleep(0.25)
+        if trace is not None:
+            trace.stop()
         await asyncio.gather(*streams)
     if tokens_after == tokens_before:
         sys.exit("the streams ended too soon: give a larger --output")
-    return before, after, (tokens_after - tokens_before) / options.batch
+    return before, after, (tokens_after - tokens_before) / options.batch, arrivals
 
 
 def show_node(before: Snapshot, after: Snapshot, steps: float, batch: int) -> None:
@@ -199,6 +214,8 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=512, help="output tokens (%(default)s)")
     parser.add_argument("--port", type=int, default=8960)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key of the topology")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the streams (%(default)s)")
+    parser.add_argument("--timeline", action="store_true", help="show who has each core between two tokens")
     parser.add_argument("--kernels", action="store_true", help="time the kernels only, without a node")
     options = parser.parse_args()
     if options.kernels:
@@ -206,6 +223,8 @@ def main() -> None:
         return
     from runtime.rundir import base_directory
 
+    scratch = tempfile.TemporaryDirectory()
+    trace = SwitchTrace(Path(scratch.name) / "switches") if options.timeline else None
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     runtime = [sys.executable, "-m", "runtime"]
     up = [*runtime, "up", str(options.file), "--detach", "--port", str(options.port), "--set", f"node.name={NAME}"]
@@ -214,12 +233,17 @@ def main() -> None:
     subprocess.run(up, check=True, env=environment, stdout=subprocess.DEVNULL)
     try:
         run_dir = base_directory() / NAME
-        before, after, steps = asyncio.run(decode(f"http://127.0.0.1:{options.port}", run_dir, options))
+        url = f"http://127.0.0.1:{options.port}"
+        before, after, steps, arrivals = asyncio.run(decode(url, run_dir, options, trace))
+        if trace is not None:
+            show_timeline(thread_names({**after.pids, "client": os.getpid()}), trace.switches(), arrivals)
     finally:
+        if trace is not None:
+            trace.stop()
         subprocess.run([*runtime, "down", "--node", NAME], env=environment, stdout=subprocess.DEVNULL)
     show_node(before, after, steps, options.batch)
     show_rank(before, after)
-    subprocess.run([sys.executable, "-P", __file__, *sys.argv[1:], "--kernels"], check=True, env=environment)
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--kernels"], check=True, env=environment)
 
 
 if __name__ == "__main__":
