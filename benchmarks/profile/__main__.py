@@ -211,13 +211,14 @@ def main() -> None:
     parser.add_argument("file", nargs="?", type=Path, default=ROOT / "topology" / "smollm2.toml")
     parser.add_argument("--batch", type=int, default=16, help="streams (%(default)s)")
     parser.add_argument("--input", type=int, default=256, help="prompt tokens (%(default)s)")
-    parser.add_argument("--output", type=int, default=512, help="output tokens (%(default)s)")
+    parser.add_argument("--output", type=int, help="output tokens (512, and more for few streams: they are fast)")
     parser.add_argument("--port", type=int, default=8960)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replace a key of the topology")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the streams (%(default)s)")
     parser.add_argument("--timeline", action="store_true", help="show who has each core between two tokens")
     parser.add_argument("--kernels", action="store_true", help="time the kernels only, without a node")
     options = parser.parse_args()
+    options.output = options.output or max(512, 2048 // options.batch)
     if options.kernels:
         show_kernels(options)
         return
