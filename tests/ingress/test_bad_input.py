@@ -74,6 +74,7 @@ COMMON: dict[str, list[Any]] = {
     "response_format": [
         {"type": "json_schema", "json_schema": {}},
         {"type": "json_schema"},
+        {"type": "json_schema", "schema": 7},
         {"type": "json_schema", "json_schema": {"name": "n", "schema": 7}},
         {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "foo": 1}},
         {"type": "structural_tag"},
