@@ -235,7 +235,7 @@ NOT_JSON: list[bytes] = [
     b'{"prompt": "hi"} x',
     b'{"prompt": "hi"',
     b'{prompt: "hi"}',
-    b'\xef\xbb\xbf{"prompt": "hi"}',
+    b'\xef\xbb\xbf\xef\xbb\xbf{"prompt": "hi"}',
     b'{"prompt": "\xff"}',
     b'{"prompt": "\xc3"}',
     b'{"prompt": "\xed\xa0\x80"}',
