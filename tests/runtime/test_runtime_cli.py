@@ -127,6 +127,19 @@ def test_usage(cli: Cli) -> None:
     assert mistaken.returncode == 2
     assert "there is no command serv: did you mean `runtime serve`?" in mistaken.stderr
     assert "`runtime --help` lists them" in cli("xyz").stderr
+    assert "did you mean `runtime down`?" in cli("stop").stderr
+    assert "a GGUF file or a Hugging Face id." in " ".join(cli("serve", "--help").stdout.split())
+
+
+def test_options_of_other_servers(cli: Cli) -> None:
+    answer = cli("serve", "x", "--tensor-parallel-size", "2", "--host=0.0.0.0")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("usage: runtime serve")
+    assert answer.stderr.endswith(
+        "unrecognized arguments: --tensor-parallel-size 2 --host=0.0.0.0: "
+        "give --set engine.main.tp=VALUE --set ingress.host=VALUE\n"
+    )
+    assert cli("status", "--host", "x").stderr.endswith("runtime status: error: unrecognized arguments: --host x\n")
 
 
 def test_errors_are_one_line_each(cli: Cli, tmp_path: Path) -> None:
