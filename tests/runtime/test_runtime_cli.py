@@ -376,6 +376,20 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
 
 
 @needs_model
+def test_a_node_whose_reader_leaves_goes_on(cli: Cli) -> None:
+    process = cli.start("up", "topology/smollm2.toml", "--port", str(cli.port))
+    assert process.stdout is not None
+    while "ready at" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    process.stdout.close()
+    assert cli("kill", "tokenizer").returncode == 0  # the root says so, and nobody hears it
+    wait_for(lambda: cli.processes()["tokenizer"]["restarts"] == 1, "the new tokenizer")
+    assert cli.ask()
+    assert cli("down").returncode == 0
+    assert process.wait(DEADLINE_S) == 0
+
+
+@needs_model
 @pytest.mark.skipif(Path("/proc/driver/nvidia").exists(), reason="this machine has a GPU")
 def test_a_start_that_fails_says_why(cli: Cli) -> None:
     answer = cli.up("--set", "engine.main.device=cuda", "--set", "node.name=broken")
