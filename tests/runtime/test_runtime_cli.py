@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from runtime.cli import COMMANDS
+from runtime.cli.logs import _as_text
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -373,6 +374,11 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
         assert Path(output.name).read_text().endswith("stopped\n")
     wait_for(lambda: not any(each.is_running() for each in family), "the end of all processes")
     assert not (cli.run_dir / "r").exists()
+
+
+def test_a_line_of_a_json_log_stays_one() -> None:
+    entry = {"time": "2026-01-01T00:00:00Z", "level": "info", "logger": "n", "message": "x\n\x1b[2J forged"}
+    assert _as_text(json.dumps(entry)).endswith(" INFO n: x\\x0a\\x1b[2J forged")
 
 
 @needs_model
