@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -28,6 +29,15 @@ _MARKS = {
 }
 
 
+class _Terminal(Console):
+    """A console on which nothing ends the program: who reads may leave, and the node goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """Is silent from now on. The library would end the program."""
+        with contextlib.suppress(SystemExit):
+            super().on_broken_pipe()
+
+
 class Display:
     """Shows the progress of one node.
 
@@ -38,7 +48,7 @@ class Display:
     """
 
     def __init__(self, live: bool | None = None) -> None:
-        self._console = Console(highlight=False)
+        self._console = _Terminal(highlight=False)
         self._live_wanted = self._console.is_terminal if live is None else live
         self._live: Live | None = None
         self._note = ""

@@ -157,7 +157,7 @@ def _chat_template(loaded: LoadedTopology, index: int) -> Path | None:
     if not path.is_file():
         raise loaded.error(key, f"there is no file {path}; give a Jinja file or remove the key")
     try:
-        ChatTemplate({"default": path.read_text("utf-8")}, {})
+        ChatTemplate({"default": path.read_text("utf-8-sig")}, {})
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
         raise loaded.error(key, f"{path} is no Jinja template ({error}); mend it or remove the key") from None
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -42,6 +43,7 @@ EMBEDDED_SAMPLING = SamplingDefaults(temperature=0.2, top_p=0.9, max_tokens=1024
 """Temperature and top_p of its model card: at temperature 1 a model of this size rambles, and some answers never
 end."""
 _HUGGING_FACE_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:hf\.co|huggingface\.co)/([^/?#]+/[^/?#]+)(?:[/?#].*)?")
 _HUB_FILES = [
     "config.json",
     "generation_config.json",
@@ -98,6 +100,7 @@ def resolve_model(text: str, base: Path, download: bool = True, note: TellNote =
 
     Raises UserError.
     """
+    text = _without_address(text)
     if text == EMBEDDED:
         return ResolvedModel(EMBEDDED, _embedded(download, note), EMBEDDED_SAMPLING)
     if text == TINY_DEEPSEEK:
@@ -113,6 +116,10 @@ def resolve_model(text: str, base: Path, download: bool = True, note: TellNote =
         return ResolvedModel(name, path)
     if _HUGGING_FACE_ID.fullmatch(text) and not text.endswith(".gguf"):
         return ResolvedModel(text, _from_hub(text, download, note))
+    near = [each for each in (EMBEDDED, MINILM, TINY_DEEPSEEK) if text and each.startswith(text.lower())]
+    near += difflib.get_close_matches(text.lower(), (EMBEDDED, MINILM, TINY_DEEPSEEK), 1)
+    if near:
+        raise UserError(f'there is no model "{text}", and no such file or directory; did you mean "{near[0]}"?')
     raise UserError(
         f'there is no model "{text}": no such file or directory ({path}), and it is neither "{EMBEDDED}", '
         f'"{MINILM}", "{TINY_DEEPSEEK}" nor a Hugging Face id such as Qwen/Qwen3-0.6B'
@@ -121,10 +128,17 @@ def resolve_model(text: str, base: Path, download: bool = True, note: TellNote =
 
 def default_name(text: str, base: Path) -> str:
     """What a model is called unless the topology says otherwise; arguments as above."""
+    text = _without_address(text)
     path = _local(text, base)
     if text in (EMBEDDED, TINY_DEEPSEEK, MINILM) or not path.exists():
         return text
     return path.name if path.is_dir() else re.sub(r"-\d{5}-of-\d{5}$", "", path.stem)
+
+
+def _without_address(text: str) -> str:
+    """A model's id, where its page on the Hugging Face hub is given."""
+    found = _HUB_ADDRESS.fullmatch(text)
+    return found[1] if found else text
 
 
 def local_models() -> list[LocalModel]:
@@ -144,6 +158,10 @@ def local_models() -> list[LocalModel]:
 
 
 def _local_model(name: str) -> LocalModel:
+    from runtime.tiny_model import DIRECTORY
+
+    if name == TINY_DEEPSEEK and not (cache_dir() / DIRECTORY).is_dir():  # to look for it would make it
+        return LocalModel(name, "", 0, f"`runtime pull {name}`")
     try:
         path = resolve_model(name, Path.cwd(), download=False).path
     except UserError:

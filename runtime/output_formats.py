@@ -30,7 +30,7 @@ def chat_template_source(model: Path, replaced_by: Path | None = None) -> str:
     the tokenizer to say."""
     try:
         if replaced_by is not None:
-            return replaced_by.read_text("utf-8")
+            return replaced_by.read_text("utf-8-sig")
         if model.is_dir():
             return _of_directory(model)
         template = GGUFFile(model).metadata.get("tokenizer.chat_template")
@@ -41,9 +41,9 @@ def chat_template_source(model: Path, replaced_by: Path | None = None) -> str:
 
 def _of_directory(path: Path) -> str:
     files = [path / "chat_template.jinja", *sorted((path / "additional_chat_templates").glob("*.jinja"))]
-    templates = [file.read_text("utf-8") for file in files if file.is_file()]
+    templates = [file.read_text("utf-8-sig") for file in files if file.is_file()]
     settings = path / "tokenizer_config.json"
-    config: Any = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    config: Any = json.loads(settings.read_text("utf-8-sig")) if settings.is_file() else {}
     template = config.get("chat_template") if isinstance(config, dict) else None
     if isinstance(template, str):
         templates.append(template)

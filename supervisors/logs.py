@@ -118,13 +118,30 @@ def is_json() -> bool:
 
 def formatter(actor: str, incarnation: int) -> logging.Formatter:
     """What writes the lines of a process."""
-    return JsonLines(actor, incarnation) if is_json() else logging.Formatter(TEXT)
+    return JsonLines(actor, incarnation) if is_json() else TextLines(TEXT)
 
 
 def name_process(actor: str, incarnation: int) -> None:
     """Has the lines of this process say which actor it is."""
     for handler in logging.root.handlers:
         handler.setFormatter(formatter(actor, incarnation))
+
+
+def one_line(text: str) -> str:
+    """A text with its control characters and line ends as escapes. Clients' words stand in messages: they must not make
+    lines of their own, nor tell a terminal what to do."""
+    return text.translate(_ESCAPES)
+
+
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(10, 32), *range(127, 160))}
+_ESCAPES |= {0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+class TextLines(logging.Formatter):
+    """A line of text a record, and those of an exception below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return one_line(super().formatMessage(record))
 
 
 class JsonLines(logging.Formatter):

@@ -22,9 +22,18 @@ def read_json(path: Path, kind: Any, empty: Any = None) -> Any:
     Raises CheckpointError.
     """
     try:
-        text = path.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
-        if not text and empty is not None:
-            return empty
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse_json(path, text, kind, empty)
+
+
+def parse_json(path: Path, text: bytes, kind: Any, empty: Any = None) -> Any:
+    """What has been read of a file, as above."""
+    text = text.removeprefix(codecs.BOM_UTF8).strip()
+    if not text and empty is not None:
+        return empty
+    try:
         try:
             return msgspec.json.decode(text, type=kind)
         except msgspec.ValidationError:
@@ -33,7 +42,5 @@ def read_json(path: Path, kind: Any, empty: Any = None) -> Any:
             if b"NaN" not in text and b"Infinity" not in text:
                 raise
             return msgspec.convert(json.loads(text), kind)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {error}") from None

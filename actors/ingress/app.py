@@ -286,7 +286,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     scope = request.scope
     what = f"{request.method} {scope['path']}"
-    messages = {404: f"Unknown request URL: {what}.", 405: f"Method not allowed: {what}."}
+    messages = {
+        404: f"Unknown request URL: {what}.{_meant(scope['path'], scope['app'])}",
+        405: f"Method not allowed: {what}.",
+    }
     if request.method == "OPTIONS" and "origin" in request.headers:
         messages[405] = (
             f"The page at '{request.headers['origin']}' may not ask: add its origin to ingress.cors_origins."
@@ -296,3 +299,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     names = ("x-request-id", *(name.decode() for name in wire.identity_headers))
     headers = {**(error.headers or {}), **dict.fromkeys(names, request_id(scope))}
     return Response(body, error.status_code, headers, "application/json")
+
+
+def _meant(path: str, app: Starlette) -> str:
+    """The endpoint of a path that has a part too few or too many, as a wrong base URL makes it."""
+    known = [each.path for each in app.routes if isinstance(each, Route) and len(each.path) > 1]
+    near = [each for each in known if path.endswith(each) or (len(path) > 1 and each.endswith(path))]
+    return f" Did you mean {max(near, key=len)}?" if near else ""

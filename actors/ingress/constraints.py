@@ -108,6 +108,9 @@ def _response_format(value: Any, param: str) -> Constraint | None:
             return (
                 Constraint("json") if schema is None or schema == {} else schema_constraint(schema, f"{param}.schema")
             )
+        case "json_schema" if not value.get("json_schema") and isinstance(value.get("schema"), dict | bool):
+            _only(value, param, "type", "schema")  # llama.cpp's and Together's way
+            return schema_constraint(value["schema"], f"{param}.schema")
         case "json_schema":
             _only(value, param, "type", "json_schema")
             inner, where = value.get("json_schema"), f"{param}.json_schema"

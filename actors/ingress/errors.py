@@ -97,7 +97,8 @@ def from_decoding(error: Exception, within: str | None = None) -> ApiError:
     reason, param = text, None
     if match is not None:
         reason = match["reason"]
-        param = (match["path"] or match["container"] or "").removeprefix("$").removeprefix(".") or None
+        path = match["path"] or match["container"] or ""
+        param = path.replace("[...]", "").removeprefix("$").removeprefix(".") or None
     if within is not None:
         param = within if param is None else f"{within}.{param}"
     unknown = _UNKNOWN_FIELD.match(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import logging
 import re
 import time
@@ -104,6 +105,7 @@ class Exchange:
         data = await self._read(max_bytes)
         if coding:
             data = decompressed(data, coding, max_bytes)
+        data = data.removeprefix(codecs.BOM_UTF8)  # which editors and shells of Windows write
         document = decoded(data, decoder)
         if self.on_body is not None:
             self.on_body(data)

@@ -167,7 +167,7 @@ class Tokenizer(Actor):
         if self.config.chat_template is not None:
             file = Path(self.config.chat_template)
             try:
-                templates = {"default": file.read_text("utf-8")}
+                templates = {"default": file.read_text("utf-8-sig")}
             except (OSError, UnicodeDecodeError) as error:
                 raise StartFailure(f"The chat template {file} cannot be read: {error}.") from None
         try:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
 from actors.checkpoint import CheckpointError
+from actors.checkpoint.json_file import parse_json, read_json
 from actors.vocabulary.byte_alphabet import tokens_to_bytes
 from actors.vocabulary.sentencepiece import piece_to_bytes
 from actors.vocabulary.vocabulary import Vocabulary
-
-Kind = TypeVar("Kind")
 
 _MAX_ID = 1 << 24
 
@@ -92,10 +91,10 @@ def vocabulary_from_directory(path: Path) -> Vocabulary:
             f"{path}: has no tokenizer.json; save the tokenizer with a version of transformers that writes one"
         )
     source = _read(file)
-    tokenizer_file = _parse(file, source, _TokenizerFile)
-    config_file = path / "tokenizer_config.json"
-    config = _parse(config_file, _read(config_file), _TokenizerConfig) if config_file.is_file() else None
-    config = config or _TokenizerConfig()
+    tokenizer_file: _TokenizerFile = parse_json(file, source, _TokenizerFile)
+    config_file, config = path / "tokenizer_config.json", _TokenizerConfig()
+    if config_file.is_file():
+        config = read_json(config_file, _TokenizerConfig, empty=config)
 
     spelling = _spelling(file, tokenizer_file)
     ids = _ids(tokenizer_file.model)
@@ -204,7 +203,7 @@ def _eos_ids(path: Path, eos: int | None, size: int) -> list[int]:
     for name in ("generation_config.json", "config.json"):
         file = path / name
         if file.is_file():
-            stated = _parse(file, _read(file) or b"{}", _EosConfig).eos_token_id
+            stated = read_json(file, _EosConfig, empty=_EosConfig()).eos_token_id
             found += stated if isinstance(stated, list) else [] if stated is None else [stated]
     return [token for token in dict.fromkeys(found) if 0 <= token < size]
 
@@ -225,7 +224,7 @@ def _chat_templates(path: Path, config: _TokenizerConfig) -> dict[str, str]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise CheckpointError(f"{file}: is not UTF-8 text") from None
 
@@ -233,10 +232,3 @@ def _read_text(file: Path) -> str:
 def _read(file: Path) -> bytes:
     """Without a byte order mark."""
     return file.read_bytes().removeprefix(codecs.BOM_UTF8).strip()
-
-
-def _parse(file: Path, source: bytes, kind: type[Kind]) -> Kind:
-    try:
-        return msgspec.json.decode(source, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error})") from None

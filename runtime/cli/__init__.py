@@ -36,15 +36,27 @@ COMMANDS = {
     "pull": "download a model",
     "completion": "print the completion script of a shell",
 }
+_ELSEWHERE = {
+    **dict.fromkeys(("run", "start", "launch"), "serve"),
+    **dict.fromkeys(("stop", "quit"), "down"),
+    **dict.fromkeys(("ps", "tree"), "status"),
+    **dict.fromkeys(("list", "ls"), "models"),
+    "download": "pull",
+}
+"""What commands are called in other programs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status. Errors of the user are one sentence on standard error."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     prepare()
-    parser, command = _parser(arguments)
-    options = parser.parse_args(arguments)
+    parser, chosen, command = _parser(arguments)
+    options, unknown = parser.parse_known_args(arguments)
     assert command is not None  # the parser demands one
+    assert chosen is not None
+    if unknown:
+        meant = _settings(unknown) if hasattr(options, "set") else ""
+        chosen.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
     try:
         return int(command.run(options))
     except UserError as error:
@@ -60,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
-    """The parser, with the options of the command that the arguments name, and that command's module."""
+def _parser(
+    arguments: Sequence[str],
+) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser | None, ModuleType | None]:
+    """The parser, with the options of the command that the arguments name, and that command's own parser and module."""
     parser = argparse.ArgumentParser(
         prog="runtime",
         description="Serves language models from supervised processes.",
@@ -72,22 +86,33 @@ def _parser(arguments: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleTy
     word = next((each for each in arguments if not each.startswith("-")), None)
     chosen = word if word in COMMANDS else None
     if word is not None and chosen is None:
-        nearest = difflib.get_close_matches(word, COMMANDS, 1)
+        nearest = [_ELSEWHERE[word]] if word in _ELSEWHERE else difflib.get_close_matches(word, COMMANDS, 1)
         hint = f"did you mean `runtime {nearest[0]}`?" if nearest else "`runtime --help` lists them"
         parser.error(f"there is no command {word}: {hint}")
     gc.disable()  # imports make much and drop little: looking for it costs a tenth of the start
     module = None if chosen is None else importlib.import_module(f"runtime.cli.{chosen}")
     gc.enable()
+    own = None
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
             name,
             help=summary,
-            description=summary.capitalize() + ".",
+            description=f"{summary[:1].upper()}{summary[1:]}.",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if module is not None and name == chosen:
             module.configure(command)
-    return parser, module
+            own = command
+    return parser, own, module
+
+
+def _settings(unknown: Sequence[str]) -> str:
+    """Which `--set` does what other servers' options do, and keys that were taken for options."""
+    from runtime.offline.settings import key_of_option
+
+    words = [each for each in unknown if each.startswith("--")]
+    keys = [key for key in map(key_of_option, words) if key]
+    return f": give {' '.join(f'--set {key}=VALUE' for key in keys)}" if keys else ""
 
 
 def _version() -> str:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             _converse(conversation)
         else:
-            prompt = sys.stdin.read().strip()
+            prompt = sys.stdin.buffer.read().decode("utf-8", "replace").strip()
             if not prompt:
                 raise UserError("standard input is empty: give it a prompt")
             _show(conversation, prompt)

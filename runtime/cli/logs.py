@@ -19,6 +19,7 @@ from runtime.cli.output import say
 from runtime.errors import UserError
 from runtime.rundir import find_node, is_running
 from supervisors.exits import CrashReport, read_crashes
+from supervisors.logs import one_line
 
 _HEAD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -156,7 +157,7 @@ class _Logs:
         return record.at >= self._since and record.level in self._levels
 
     def _print(self, record: _Record) -> None:
-        for line in record.lines:
+        for line in map(one_line, record.lines):
             say(line if self.actor else f"{record.actor:<16} | {line}")
 
 
@@ -169,7 +170,7 @@ def _as_text(line: str) -> str:
         at = datetime.fromisoformat(entry["time"]).astimezone()
         head = f"{at:%Y-%m-%d %H:%M:%S},{at.microsecond // 1000:03d} {entry['level'].upper()} {entry['logger']}"
         request = f" [request {entry['request']}]" if "request" in entry else ""
-        return "\n".join([f"{head}: {entry['message']}{request}", *filter(None, [entry.get("exception")])])
+        return "\n".join([one_line(f"{head}: {entry['message']}{request}"), *filter(None, [entry.get("exception")])])
     except (ValueError, KeyError, AttributeError):
         return line
 

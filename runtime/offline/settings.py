@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.errors import UserError
-from runtime.topology.schema import Engine, Model
+from runtime.topology.schema import Engine, Ingress, Model, Node
 
 _MODEL_KEYS = Model.__struct_fields__
 _ENGINE_KEYS = Engine.__struct_fields__
@@ -61,6 +61,15 @@ _NEUTRAL = {
     "swap_space": 0,
 }
 """Values of those that ask for nothing."""
+
+
+def key_of_option(option: str) -> str:
+    """The key of a topology with one engine that does what an option of other servers does, or that was meant by an
+    option of its name; empty if there is none."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    name = {**_OTHER_NAMES, "model": "path"}.get(name, name)
+    tables = (("model", Model), ("engine.main", Engine), ("ingress", Ingress), ("node", Node))
+    return next((f"{table}.{name}" for table, kind in tables if name in kind.__struct_fields__), "")
 
 
 def as_arguments(keys: Mapping[str, Any], dotted: Mapping[str, Any], file: Path | None) -> list[str]:

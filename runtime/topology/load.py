@@ -115,7 +115,7 @@ class _Sources:
 
 def _read(file: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         names = ", ".join(topologies())
         raise TopologyError([f"{file}: no such file, and none that comes with the runtime ({names})"]) from None

@@ -74,6 +74,7 @@ COMMON: dict[str, list[Any]] = {
     "response_format": [
         {"type": "json_schema", "json_schema": {}},
         {"type": "json_schema"},
+        {"type": "json_schema", "schema": 7},
         {"type": "json_schema", "json_schema": {"name": "n", "schema": 7}},
         {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "foo": 1}},
         {"type": "structural_tag"},
@@ -234,7 +235,7 @@ NOT_JSON: list[bytes] = [
     b'{"prompt": "hi"} x',
     b'{"prompt": "hi"',
     b'{prompt: "hi"}',
-    b'\xef\xbb\xbf{"prompt": "hi"}',
+    b'\xef\xbb\xbf\xef\xbb\xbf{"prompt": "hi"}',
     b'{"prompt": "\xff"}',
     b'{"prompt": "\xc3"}',
     b'{"prompt": "\xed\xa0\x80"}',

@@ -91,6 +91,18 @@ def test_what_is_wrong_stays_wrong(shared: Served) -> None:
     assert "custom" in refused(shared, CHAT, {**base, "tools": [{"type": "custom", "custom": {"name": "x"}}]})
 
 
+def test_a_byte_order_mark_counts_for_nothing(shared: Served) -> None:
+    body = b"\xef\xbb\xbf" + json.dumps({"messages": [USER], "max_tokens": 2}).encode()
+    assert shared.client.post(CHAT, content=body, headers={"content-type": "application/json"}).status_code == 200
+
+
+def test_errors_within_objects_name_the_field(shared: Served) -> None:
+    body = {"messages": [USER], "logit_bias": {"1": 101}}
+    error = shared.client.post(CHAT, json=body).json()["error"]
+    assert error["param"] == "logit_bias"
+    assert "'logit_bias'" in error["message"]
+
+
 @pytest.mark.parametrize(
     "tool",
     [

@@ -55,6 +55,22 @@ def test_unknown_routes_and_methods(shared: Served, method: str, path: str, stat
     assert path in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/messages", "/v1/messages"),
+        ("//v1/models", "/v1/models"),
+        ("/v1/api/chat", "/api/chat"),
+    ],
+)
+def test_a_wrong_base_url_is_told_the_right_path(shared: Served, path: str, meant: str) -> None:
+    response = shared.client.get(f"http://127.0.0.1:{shared.port}{path}")
+    assert response.status_code == 404
+    assert f"Did you mean {meant}?" in response.text
+    assert "Did you mean" not in shared.client.get("/nothing").text
+
+
 def test_health_generate(serve: Serve) -> None:
     served = serve()
     assert served.client.get("/health_generate").status_code == 200

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from runtime.cli import COMMANDS
+from runtime.cli.logs import _as_text
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 60.0
@@ -127,6 +128,19 @@ def test_usage(cli: Cli) -> None:
     assert mistaken.returncode == 2
     assert "there is no command serv: did you mean `runtime serve`?" in mistaken.stderr
     assert "`runtime --help` lists them" in cli("xyz").stderr
+    assert "did you mean `runtime down`?" in cli("stop").stderr
+    assert "a GGUF file or a Hugging Face id." in " ".join(cli("serve", "--help").stdout.split())
+
+
+def test_options_of_other_servers(cli: Cli) -> None:
+    answer = cli("serve", "x", "--tensor-parallel-size", "2", "--host=0.0.0.0")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("usage: runtime serve")
+    assert answer.stderr.endswith(
+        "unrecognized arguments: --tensor-parallel-size 2 --host=0.0.0.0: "
+        "give --set engine.main.tp=VALUE --set ingress.host=VALUE\n"
+    )
+    assert cli("status", "--host", "x").stderr.endswith("runtime status: error: unrecognized arguments: --host x\n")
 
 
 def test_errors_are_one_line_each(cli: Cli, tmp_path: Path) -> None:
@@ -360,6 +374,25 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
         assert Path(output.name).read_text().endswith("stopped\n")
     wait_for(lambda: not any(each.is_running() for each in family), "the end of all processes")
     assert not (cli.run_dir / "r").exists()
+
+
+def test_a_line_of_a_json_log_stays_one() -> None:
+    entry = {"time": "2026-01-01T00:00:00Z", "level": "info", "logger": "n", "message": "x\n\x1b[2J forged"}
+    assert _as_text(json.dumps(entry)).endswith(" INFO n: x\\x0a\\x1b[2J forged")
+
+
+@needs_model
+def test_a_node_whose_reader_leaves_goes_on(cli: Cli) -> None:
+    process = cli.start("up", "topology/smollm2.toml", "--port", str(cli.port))
+    assert process.stdout is not None
+    while "ready at" not in (line := process.stdout.readline()):
+        assert line, process.communicate()
+    process.stdout.close()
+    assert cli("kill", "tokenizer").returncode == 0  # the root says so, and nobody hears it
+    wait_for(lambda: cli.processes()["tokenizer"]["restarts"] == 1, "the new tokenizer")
+    assert cli.ask()
+    assert cli("down").returncode == 0
+    assert process.wait(DEADLINE_S) == 0
 
 
 @needs_model

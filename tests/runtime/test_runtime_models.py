@@ -17,7 +17,7 @@ from actors.checkpoint import read_config
 from actors.vocabulary import load_vocabulary
 from runtime import models, tiny_model
 from runtime.errors import UserError
-from runtime.models import EMBEDDED, NotLocal, ResolvedModel, resolve_model
+from runtime.models import EMBEDDED, NotLocal, ResolvedModel, default_name, local_models, resolve_model
 from runtime.tiny_model import make_tiny_model
 
 TINY_SHA256 = "c85ce78f5c61cf8debdb404a8925be0e754be17709c52fd1cd20831a98d09664"
@@ -144,6 +144,25 @@ def test_a_directory_with_a_missing_shard(tmp_path: Path) -> None:
     index.write_text("[]")
     with pytest.raises(UserError, match=r"a readable model\.safetensors\.index\.json is missing"):
         resolve_model(str(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["smollm2", "SmolLM2-135M", "all-minilm", "deepseek-v3"])
+def test_a_model_that_is_nearly_right(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf'did you mean "\S*{text.lower()}\S*"\?'):
+        resolve_model(text, tmp_path)
+
+
+@pytest.mark.parametrize("address", ["https://huggingface.co/org/name/tree/main?x=1", "hf.co/org/name"])
+def test_the_address_of_a_model_on_the_hub(address: str, tmp_path: Path, hub_offline: Path) -> None:
+    with pytest.raises(NotLocal, match="the model org/name is not on this machine"):
+        resolve_model(address, tmp_path, download=False)
+    assert default_name(address, tmp_path) == "org/name"
+
+
+def test_a_list_of_models_makes_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_offline: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tiny,) = (each for each in local_models() if each.name == "deepseek-v3-tiny")
+    assert (tiny.path, tiny.remedy) == ("", "`runtime pull deepseek-v3-tiny`")
 
 
 @pytest.mark.parametrize("text", ["nothing-here", "./a/b", "/no/such/dir", "a/b/c", "missing/file.gguf"])

@@ -123,6 +123,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_topology(tmp_path / "b.toml")
 
 
+def test_a_byte_order_mark_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_text(MINIMAL + "tp = 2\n", encoding="utf-8-sig")
+    assert load_topology(tmp_path / "b.toml").topology.engine["main"].tp == 2
+
+
 def test_lines_of_keys() -> None:
     text = "\n".join(
         [

@@ -28,6 +28,10 @@ def test_piped_input_is_one_prompt(llm: LLM) -> None:
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "Paris" in ran.stdout
+    latin1 = subprocess.run(
+        command(llm, "--max-tokens", "2"), input=b"Gr\xfc\xdfe", capture_output=True, env=environment, timeout=60
+    )
+    assert (latin1.returncode, latin1.stderr) == (0, b"")
     refused = subprocess.run(
         [*command(llm), "--api-key", "wrong"], input="x", capture_output=True, text=True, env=environment, timeout=60
     )

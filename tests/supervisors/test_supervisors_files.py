@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,18 @@ def test_a_log_is_rotated_while_it_is_written(tmp_path: Path, monkeypatch: pytes
         -len(old + new) :
     ]
     assert sorted(each.name for each in path.parent.iterdir()) == ["a.log", "a.log.1"]
+
+
+def test_words_of_clients_make_no_lines_of_a_log():
+    words = "x\n2026-01-01 ERROR forged\r\x1b[2J\x85\u2028\tü"
+    record = logging.LogRecord("n", logging.INFO, "f.py", 1, "GET %s", (words,), None)
+    (line,) = logs.TextLines(logs.TEXT).format(record).splitlines()
+    assert line.endswith("GET x\\x0a2026-01-01 ERROR forged\\x0d\\x1b[2J\\x85\\u2028\tü")
+    try:
+        raise ValueError("reason")
+    except ValueError:
+        record.exc_info = sys.exc_info()
+    assert logs.TextLines(logs.TEXT).format(record).splitlines()[-1] == "ValueError: reason"
 
 
 def test_a_log_that_was_removed_is_made_anew(tmp_path: Path):

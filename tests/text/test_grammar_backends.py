@@ -140,6 +140,24 @@ KEPT: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "an open pattern": ({"type": "string", "pattern": "^https?://"}, ["http://x", "https://"], ["ftp://"]),
     "a pattern within": ({"type": "string", "pattern": "b"}, ["abc"], ["ac"]),
     "counted": ({"type": "string", "pattern": "^[a-z]{1,129}$"}, ["a" * 129], ["a" * 130]),
+    "[ in a class": ({"type": "string", "pattern": r"^[^[\]]$"}, ["a"], ["[", "]"]),
+    "what looks like a class in a class": ({"type": "string", "pattern": "^[[ab]]$"}, ["a]", "[]"], ["a", "["]),
+    "signs of sets in a class": ({"type": "string", "pattern": "^[a-z&&~~-]$"}, ["b", "&", "~", "-"], ["A"]),
+    "a range up to a sign": ({"type": "string", "pattern": "^[+--]$"}, ["+", ",", "-"], ["*", "."]),
+    "a sign behind a set": ({"type": "string", "pattern": r"^[\w-.]$"}, ["a", "-", "."], ["+"]),
+    "any and no character": ({"type": "string", "pattern": "^[^](a|[])$"}, ["\na"], ["a", "ab"]),
+    "escapes of ECMAScript": (
+        {"type": "string", "pattern": r"^\<\/p\>\cI\0[\b]$"},
+        ["</p>\t\0\b"],
+        ["</p>", "p\t\0\b"],
+    ),
+    "braces that count nothing": ({"type": "string", "pattern": r"^{{\w{1,2}}}{,3}$"}, ["{{ab}}{,3}"], ["{{abc}}{,3}"]),
+    "halves of a character": ({"type": "string", "pattern": r"^[\ud83d\ude00-\uD83D\uDE4F]$"}, ["🙂"], ["🚀"]),
+    "names by a class": (
+        {"type": "object", "patternProperties": {"^[[]$": {"type": "null"}}, "additionalProperties": False},
+        [{"[": None}],
+        [{"[": 1}, {"a": None}],
+    ),
     "pattern and length": ({"type": "string", "pattern": "^a*$", "maxLength": 3}, ["aaa", ""], ["aaaa"]),
     "URL of pydantic": (
         {"format": "uri", "minLength": 1, "maxLength": 2083, "type": "string"},
@@ -370,6 +388,7 @@ def test_numbers_and_nesting_end(backend: Backend) -> None:
         found = mask_behind(backend, constraint, f'{{"a": {number}')
         assert not [token for token in found if backend.tokens.texts[token][:1].isdigit()]
     assert mask_behind(backend, constraint, '{"a": "' + "1" * 30) & set(backend.tokens.spell(b"1"))
+    assert mask_behind(backend, schema_of({"type": "number"}), "1e123") == set(backend.tokens.ends)
     deep = mask_behind(backend, constraint, '{"a": ' + "[" * 31)
     assert set(backend.tokens.spell(b"]")) <= deep
     assert not [token for token in deep if b"[" in backend.tokens.texts[token]]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
+from actors.grammar.backends.ecmascript import library_pattern
 from actors.grammar.backends.json_analysis import Analysis
 from actors.grammar.errors import BadGrammar
 
@@ -224,6 +225,10 @@ def _strings(schema: dict[str, Any]) -> None:
     for pattern in (schema.get("pattern"), *(names if isinstance(names, dict) else ())):
         if isinstance(pattern, str) and re.search(r"\(\?<?[=!]", _LITERAL.sub("", pattern)):
             raise BadGrammar("The JSON schema has a pattern with a lookahead or lookbehind, which is not supported.")
+    if isinstance(schema.get("pattern"), str):
+        schema["pattern"] = library_pattern(schema["pattern"])
+    if isinstance(names, dict):
+        schema["patternProperties"] = {library_pattern(name): each for name, each in names.items()}
     form = schema.get("format")
     if form is None or form in _LIBRARY_FORMATS:
         return
@@ -275,7 +280,7 @@ def _property_names(schema: dict[str, Any], names: Any) -> None:
     known = schema.get("properties", {})
     if isinstance(known, dict) and known:
         schema["properties"] = {name: each if _matches(pattern, name) else False for name, each in known.items()}
-    schema["patternProperties"] = {pattern: schema.get("additionalProperties", True)}
+    schema["patternProperties"] = {library_pattern(pattern): schema.get("additionalProperties", True)}
     schema["additionalProperties"] = False
 
 

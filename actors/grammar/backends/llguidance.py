@@ -191,11 +191,11 @@ class _Matcher:
         mask[:] = own[: len(mask)] if not self.inner.is_error() else 0
         if end >> 5 < len(mask):
             mask.view(np.uint32)[end >> 5] &= np.uint32(~(1 << (end & 31)) & 0xFFFFFFFF)
-        if self._states:
-            self._backend.limits.apply(self._states[-1], mask)
         if self.complete and not self.inner.is_error():
             for token in self.stops:
                 mask.view(np.uint32)[token >> 5] |= np.uint32(1 << (token & 31))
+        if self._states:  # last, for a number that is the whole answer may only end
+            self._backend.limits.apply(self._states[-1], mask)
 
     def forced(self) -> bytes:
         return bytes(self.inner.compute_ff_bytes())
