@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import msgspec
 import zmq
 
+from actors.errors import StartFailure as StartFailure
 from actors.messages import ActorStats, Hello, Message
 from actors.spans import Spans
 from transport import Codec, Faults, FaultyMailbox, Mailbox, Network
@@ -63,10 +64,6 @@ class Context(Protocol):
 
 class BadMessage(ValueError):
     """A well-formed message whose content makes no sense. Raised by handlers; counted, logged and dropped."""
-
-
-class StartFailure(Exception):
-    """The actor cannot start, and trying again would not help. The text is one sentence that says what to do."""
 
 
 class ActorArgs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -27,7 +27,7 @@ LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
 MAX_JOURNALLED = 2**14
 """Connections of one ingress worker that outlive it while they have a request, at most."""
-_SCHEDULERS = {"unified": "Scheduler", "prefill": "PrefillScheduler", "decode": "DecodeScheduler"}
+_SCHEDULERS = {"unified": "actor:Scheduler", "prefill": "prefill:PrefillScheduler", "decode": "decode:DecodeScheduler"}
 _STOP_MARGIN_S = 5.0
 """What an ingress may take to stop beyond the time it has for running answers."""
 
@@ -301,7 +301,7 @@ class _Builder:
         return self._worker(
             name,
             "scheduler",
-            f"actors.scheduler:{_SCHEDULERS[role]}",
+            f"actors.scheduler.{_SCHEDULERS[role]}",
             peers=[
                 *engine.rank_names,
                 *([engine.transfer_actor] if engine.transfer_actor else []),

@@ -51,6 +51,8 @@ from actors.messages import (
     TokenizerDescribed,
     Unknown,
 )
+from actors.parsers.reasoning import reasoning_format
+from actors.parsers.tool_calls import tool_call_format
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +123,10 @@ class Ingress(Actor):
         self._server = Server(config, listener, self._journal(), self.context, self.metrics.counters)
 
     def _served(self, model: ServedModel) -> Served:
+        if model.tool_call_parser is not None:
+            tool_call_format(model.tool_call_parser)  # so that it is refused now if it cannot be used
+        if model.reasoning_parser is not None:
+            reasoning_format(model.reasoning_parser)
         stall_s = self.config.stall_s
         return Served(
             model,

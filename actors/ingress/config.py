@@ -8,8 +8,6 @@ from msgspec import Meta, Struct
 
 from actors.checkpoint import CheckpointFacts, SamplingDefaults
 from actors.ingress.tracing import TracingConfig
-from actors.parsers.reasoning import ReasoningFormat
-from actors.parsers.tool_calls import ToolCallFormat
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]
@@ -41,8 +39,8 @@ class ServedModel(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     eos_token_ids: list[Annotated[int, Meta(ge=0, lt=2**31)]] = []
     sampling: SamplingDefaults = SamplingDefaults()
     tokenizer: str = "tokenizer"
-    tool_call_parser: ToolCallFormat | None = None
-    reasoning_parser: ReasoningFormat | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     task: Literal["generate", "embed", "classify"] = "generate"
     encoders: list[str] = []
     vector_size: Annotated[int, Meta(ge=0)] = 0

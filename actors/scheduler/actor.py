@@ -249,7 +249,7 @@ class Scheduler(EngineScheduler):
     def _finish(self, request: Request, reason: FinishReason) -> None:
         """No more tokens; kept until the ingress has them all."""
         request.finish = reason
-        request.lookup = None
+        request.drafter = None
         _end_phases(request)
         self.batch.remove(request)
         self.finished.append((time.monotonic(), request.rid))

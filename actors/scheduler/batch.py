@@ -11,7 +11,7 @@ from typing import Literal
 from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
 from actors.scheduler.config import Config
 from actors.scheduler.pages import PagePool
-from actors.scheduler.policy import admission_order
+from actors.scheduler.policies import POLICIES
 from actors.scheduler.request import Lease, Request
 from actors.scheduler.speculation import Speculation
 from actors.scheduler.step_times import StepTimes
@@ -100,6 +100,7 @@ class Batch:
         place: Callable[[Request, int], Place] | None = None,
     ) -> None:
         self._config = config
+        self._order = POLICIES.get(config.policy)
         self._pool = pool
         self._times = times
         self._speculation = speculation
@@ -312,7 +313,7 @@ class Batch:
             return budget
         pool = self._pool
         promised = self._promised()
-        for request in admission_order(self.waiting, self._config.policy, pool.tree):
+        for request in self._order(self.waiting, pool.tree):
             if not self._slots or (budget <= 0 and self._place is None):
                 break
             if request.pending or request.held:

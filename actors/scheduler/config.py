@@ -34,12 +34,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             allows.
         max_running: requests that may have a slot at a time.
         max_queue: requests that may wait; one more is refused with 429.
-        policy: order of the waiting queue: first come first served, or longest prefix match first.
+        policy: order of the waiting queue; a name of `POLICIES`.
         run_ahead: send the next step while the rank works on one.
         poison_limit: deaths of the ranks in a row, with a request in the unanswered step, after which it is suspected
             of being the cause; see `Bisection`.
         prefix_cache: keep the pages of finished requests for later ones with the same prefix.
-        speculation: guess tokens by prompt lookup and verify several in one step, where that is faster.
+        speculation: what guesses tokens, several of which one step verifies where that is faster; a name of
+            `DRAFTERS`, or `off`.
         num_speculative_tokens: guesses of one request that a step verifies at most.
         prompt_lookup_min, prompt_lookup_max: lengths of the runs of last tokens that are looked for.
     """
@@ -66,11 +67,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     max_step_ms: Annotated[int, Meta(ge=0, le=1_000_000)] = 50
     max_running: Positive = 64
     max_queue: Positive = 1024
-    policy: Literal["fcfs", "lpm"] = "fcfs"
+    policy: str = "fcfs"
     poison_limit: Positive = 3
     run_ahead: bool = True
     prefix_cache: bool = True
-    speculation: Literal["off", "ngram"] = "ngram"
+    speculation: str = "ngram"
     num_speculative_tokens: Positive = 15
     prompt_lookup_min: Positive = 2
     prompt_lookup_max: Positive = 8

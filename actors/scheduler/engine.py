@@ -101,7 +101,7 @@ class EngineScheduler(Actor):
         self.ledger = PageLedger(arena, config.num_pages, config.page_size)
         self.pool = PagePool(self.ledger, config.prefix_cache)
         self.times = StepTimes()
-        self.speculation = Speculation(config, self.times) if config.speculation == "ngram" else None
+        self.speculation = Speculation(config, self.times) if config.speculation != "off" else None
         self.batch = self.new_batch()
         self.grammars = Grammars(config, self.send)
         self.requests: dict[str, Request] = {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
-from actors.scheduler.lookup import Lookup
+from actors.scheduler.drafters import Drafter
 from actors.scheduler.pages import page_digest, root_digest
 from actors.scheduler.radix import Node
 
@@ -56,7 +56,7 @@ class Request:
         arrived: monotonic time. admitted: whether it has had a slot.
         failed_transfers: how often its KV was computed by another engine and got lost.
         speculates: whether its next tokens may be guessed. Not with penalties or a constraint.
-        lookup: guesses its next tokens; None until it is wanted.
+        drafter: guesses its next tokens; None until it is wanted.
         events: what has been sent to the detokenizer, kept until the ingress acknowledges.
         room: tokens that the output may have in the end, if others compute the rest; 0 if not.
         whole: its tokens need not be sent as they come. A stop string, though, is to be found at once.
@@ -95,7 +95,7 @@ class Request:
         self.held = False
         self.failed_transfers = 0
         self.speculates = not message.sampling.one_by_one
-        self.lookup: Lookup | None = None
+        self.drafter: Drafter | None = None
         self.computed = 0
         self.scheduled = 0
         self.pending = 0

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from actors.scheduler.config import Config
-from actors.scheduler.lookup import Lookup
+from actors.scheduler.drafters import DRAFTERS, Drafter
 from actors.scheduler.request import Request
 from actors.scheduler.step_times import StepTimes
 
@@ -45,7 +45,7 @@ class Speculation:
     def __init__(self, config: Config, times: StepTimes) -> None:
         self.times = times
         self._limit = config.num_speculative_tokens
-        self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
+        self._config, self._new_drafter = config, DRAFTERS.get(config.speculation)
         self._max_model_len = config.max_model_len
         self._pauses = int(config.run_ahead)
         self._longest_s = config.max_step_ms / 1000
@@ -61,7 +61,7 @@ class Speculation:
         chosen = self._chosen([request for request in running if not request.pending and _decodes(request)], 0)
         if chosen:
             self._trial = False
-        return {request: lookup.guess(count) for request, (lookup, count) in chosen.items()}
+        return {request: drafter.guess(count) for request, (drafter, count) in chosen.items()}
 
     def worth_waiting(self, running: Iterable[Request]) -> bool:
         """Whether the next step should wait for the answer of the one under way, to verify guesses then."""
@@ -91,13 +91,13 @@ class Speculation:
             "spec_accept_length": 1 + self.accepted_tokens / self.drafts if self.drafts else 0.0,
         }
 
-    def _chosen(self, requests: list[Request], ahead: int) -> dict[Request, tuple[Lookup, int]]:
+    def _chosen(self, requests: list[Request], ahead: int) -> dict[Request, tuple[Drafter, int]]:
         """How many guesses of which requests should be verified, after `ahead` tokens that are still to come."""
-        matches: list[tuple[Request, Lookup]] = []
+        matches: list[tuple[Request, Drafter]] = []
         for request in requests:
-            lookup = self._lookup(request)
-            if lookup is not None and lookup.matched:
-                matches.append((request, lookup))
+            drafter = self._drafter(request)
+            if drafter is not None and drafter.rate:
+                matches.append((request, drafter))
         rows = len(requests)
         plain_s = self.times.seconds(rows)
         if not matches or not plain_s:
@@ -111,33 +111,33 @@ class Speculation:
         if self._trial:
             needed, most_each = min(needed, GOOD_CHANCE), self._limit
         gain, total = 0.0, 0
-        chosen: dict[Request, tuple[Lookup, int]] = {}
-        for request, lookup in matches:
-            if lookup.rate < needed:
+        chosen: dict[Request, tuple[Drafter, int]] = {}
+        for request, drafter in matches:
+            if drafter.rate < needed:
                 continue
-            chances = lookup.chances(min(self._room(request, ahead), most_each) + ahead)
+            chances = drafter.chances(min(self._room(request, ahead), most_each) + ahead)
             first = chances[0] if ahead and chances else 1.0
             useful = [chance for chance in chances[ahead:] if chance >= needed * first]
             if useful:
-                chosen[request] = lookup, len(useful)
+                chosen[request] = drafter, len(useful)
                 gain += sum(useful)
                 total += len(useful)
         pauses_s = self.pause_s * self._pauses * (1 + ahead)
         if self._trial or (rows + gain) * plain_s > GAIN * rows * (self.times.seconds(rows + total) + pauses_s):
             return chosen
-        if ahead and any(lookup.rate >= GOOD_CHANCE for _, lookup in matches):
+        if ahead and any(drafter.rate >= GOOD_CHANCE for _, drafter in matches):
             self._refusals = (self._refusals + 1) % TRY_AGAIN
             self._trial = not self._refusals
         return {}
 
-    def _lookup(self, request: Request) -> Lookup | None:
-        """The request's index, brought up to its tokens; None if they are not guessed."""
+    def _drafter(self, request: Request) -> Drafter | None:
+        """The request's drafter, brought up to its tokens; None if they are not guessed."""
         if not request.speculates:
             return None
-        if request.lookup is None:
-            request.lookup = Lookup(request.tokens, self._shortest, self._longest)
-        request.lookup.follow()
-        return request.lookup
+        if request.drafter is None:
+            request.drafter = self._new_drafter(request.tokens, self._config)
+        request.drafter.follow()
+        return request.drafter
 
     def _room(self, request: Request, ahead: int) -> int:
         """Most guesses for a request: with the token after them they must fit into what it may still have."""

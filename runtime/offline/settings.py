@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from actors.scheduler.drafters import DRAFTERS
 from runtime.errors import UserError
 from runtime.topology.schema import Engine, Ingress, Model, Node
 
@@ -32,6 +33,7 @@ _OTHER_NAMES = {
     "schedule_policy": "policy",
 }
 """vLLM's and SGLang's names of keys."""
+_SPECULATION = "give speculation=NAME, which is one of " + ", ".join((*DRAFTERS.reserved, *DRAFTERS.names))
 _INSTEAD = {
     "gpu_memory_utilization": "give kv_tokens=N, the tokens that the KV pool holds",
     "mem_fraction_static": "give kv_tokens=N, the tokens that the KV pool holds",
@@ -40,8 +42,8 @@ _INSTEAD = {
     "quantization": 'give dtype="int8" or dtype="int4"',
     "disable_radix_cache": "give prefix_cache=False",
     "disable_overlap_schedule": "give run_ahead=False",
-    "speculative_algorithm": 'give speculation="ngram" or speculation="off"',
-    "speculative_config": 'give speculation="ngram" or speculation="off"',
+    "speculative_algorithm": _SPECULATION,
+    "speculative_config": _SPECULATION,
     "tokenizer": "the tokenizer is the one in the model's directory",
     "tokenizer_path": "the tokenizer is the one in the model's directory",
     "trust_remote_code": "code of a checkpoint is never run",

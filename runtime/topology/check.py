@@ -15,6 +15,8 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
+from actors.errors import StartFailure
+from actors.registry import Registry
 from runtime.models import default_name
 from runtime.topology.positions import KeyPath
 from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Node, Topology, describe, fields_of
@@ -152,6 +154,8 @@ class Check:
                 self._report(where, f"{given}give {describe(infos[key].type)}")
             else:
                 values[key] = converted
+                if problem := _problem_of_name(infos[key].type, converted):
+                    self._report(where, problem)
         for key, info in infos.items():
             if info.required and key not in content and len(path) == 2 and path[0] != "model":
                 self._report((*path, key), f"missing; give {describe(info.type)}")
@@ -352,6 +356,18 @@ def _first_valid(candidates: Sequence[Any], hint: Any) -> Any:
         if not isinstance(value, float) or math.isfinite(value):
             return value
     return None
+
+
+def _problem_of_name(info: msgspec.inspect.Type, name: Any) -> str:
+    """Why a name of an implementation cannot be used; empty if it can, or if the key is no such name. Imports what
+    another package has under that name."""
+    match info:
+        case msgspec.inspect.Metadata(extra={"registry": Registry() as registry}) if name not in registry.reserved:
+            try:
+                registry.get(name)
+            except StartFailure as failure:
+                return str(failure)
+    return ""
 
 
 def _nearest_table(name: str) -> str:

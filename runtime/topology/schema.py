@@ -5,13 +5,17 @@ The types are what is checked, the descriptions are what docs/topology.md says; 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct, field
 
 from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
 from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
+from actors.registry import Registry
+from actors.scheduler.drafters import DRAFTERS
+from actors.scheduler.policies import POLICIES
 from runtime.api_keys import KEY
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
@@ -26,15 +30,6 @@ Key = Annotated[str, Meta(pattern=KEY)]
 URL = r"^https?://[^\s/]+(/[^\s]*)?$"
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-
-if TYPE_CHECKING:
-    from typing import TypeAlias
-
-    ToolCallSetting: TypeAlias = str
-    ReasoningSetting: TypeAlias = str
-else:
-    ToolCallSetting = Literal[("auto", "none", *TOOL_CALL_FORMATS.names)]
-    ReasoningSetting = Literal[("auto", "none", *REASONING_FORMATS.names)]
 
 
 class Node(Struct, frozen=True, forbid_unknown_fields=True):
@@ -304,17 +299,20 @@ class Ingress(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = True
     tool_call_parser: Annotated[
-        ToolCallSetting,
+        str,
         Meta(
             description="The format in which the model calls tools. `auto` goes by the chat template; `none` leaves "
-            "calls in the content, and so does `auto` where the template shows none that is known."
+            "calls in the content, and so does `auto` where the template shows none that is known. Other packages "
+            "can [add formats](extending.md), which `auto` does not choose.",
+            extra={"registry": TOOL_CALL_FORMATS},
         ),
     ] = "auto"
     reasoning_parser: Annotated[
-        ReasoningSetting,
+        str,
         Meta(
             description="The format of the model's reasoning, which answers hold in `reasoning_content`. `auto` and "
-            "`none` are as with `tool_call_parser`."
+            "`none` are as with `tool_call_parser`. Other packages can [add formats](extending.md).",
+            extra={"registry": REASONING_FORMATS},
         ),
     ] = "auto"
 
@@ -416,10 +414,11 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = 32
     policy: Annotated[
-        Literal["fcfs", "lpm"],
+        str,
         Meta(
             description="Order of waiting requests: first come, first served, or longest prefix match first "
-            "(requests with more cached tokens overtake)."
+            "(requests with more cached tokens overtake). Other packages can [add policies](extending.md).",
+            extra={"registry": POLICIES},
         ),
     ] = "fcfs"
     poison_limit: Annotated[
@@ -445,11 +444,12 @@ class Engine(Struct, frozen=True, forbid_unknown_fields=True):
         ),
     ] = "auto"
     speculation: Annotated[
-        Literal["off", "ngram"],
+        str,
         Meta(
             description="`ngram` guesses tokens where a request repeats what stands in its prompt or output, and "
             "verifies several in one step where measured times say that it is faster. The tokens are those of plain "
-            "decoding."
+            "decoding. Other packages can [add drafters](extending.md).",
+            extra={"registry": DRAFTERS},
         ),
     ] = "ngram"
     num_speculative_tokens: Annotated[
@@ -593,12 +593,14 @@ TABLES: dict[str, type[Struct]] = {
 def describe(info: msgspec.inspect.Type) -> str:
     """What a value of a type looks like, for people: "an integer of at least 1"."""
     match info:
+        case msgspec.inspect.Metadata(extra={"registry": Registry() as registry}):
+            return _one_of((*registry.reserved, *registry.names))
         case msgspec.inspect.Metadata(type=inner):
             return describe(inner)
         case msgspec.inspect.UnionType(types=types):
             return " or ".join(describe(each) for each in types if not isinstance(each, msgspec.inspect.NoneType))
         case msgspec.inspect.LiteralType(values=values):
-            return "one of " + ", ".join(f'"{value}"' for value in values)
+            return _one_of(values)
         case msgspec.inspect.BoolType():
             return "true or false"
         case msgspec.inspect.IntType(ge=low, le=high):
@@ -622,6 +624,10 @@ def describe(info: msgspec.inspect.Type) -> str:
         case msgspec.inspect.StrType():
             return "a string of letters, digits, '_', '-' and '.'"
     raise TypeError(f"no words for {info}")
+
+
+def _one_of(values: Iterable[object]) -> str:
+    return "one of " + ", ".join(f'"{value}"' for value in values)
 
 
 def description(info: msgspec.inspect.Type) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any
 
 import pytest
 
 from actors.parsers.reasoning import FORMATS as REASONING
+from actors.parsers.registry import Formats
 from actors.parsers.tool_calls import FORMATS as CALLS
 from runtime.output_formats import chat_template_source, output_formats
 from runtime.plan import plan_node
-from runtime.topology import load_topology
-from runtime.topology.schema import Ingress
+from runtime.topology import TopologyError, load_topology
 
 QWEN = "<|im_start|>{% if enable_thinking %}<think>{% endif %}<tool_call>"
 TEMPLATE = "model.chat_template=qwen.jinja"
@@ -27,10 +27,17 @@ def formats(directory: Path, *settings: str) -> dict[str, str | None]:
     return output_formats(plan.models[0], plan.topology.ingress)
 
 
-def test_every_format_can_be_chosen() -> None:
-    types = get_type_hints(Ingress)
-    assert set(get_args(types["tool_call_parser"])) == {"auto", "none", *CALLS.names}
-    assert set(get_args(types["reasoning_parser"])) == {"auto", "none", *REASONING.names}
+@pytest.mark.parametrize(("key", "registry"), [("tool_call_parser", CALLS), ("reasoning_parser", REASONING)])
+def test_every_format_can_be_chosen(tmp_path: Path, key: str, registry: Formats[Any]) -> None:
+    file = tmp_path / "node.toml"
+    file.write_text('[model]\npath = "m"\n[engine.main]\n')
+    for name in ("auto", "none", *registry.names):
+        assert getattr(load_topology(file, [f"ingress.{key}={name}"]).topology.ingress, key) == name
+    with pytest.raises(TopologyError) as raised:
+        load_topology(file, [f"ingress.{key}=hermess"])
+    place, sentence = str(raised.value).split("; give one of ")
+    assert place == f'--set ingress.{key}=hermess: ingress.{key}: there is no {registry.kind} "hermess"'
+    assert sentence.split(", ") == [f'"{name}"' for name in ("auto", "none", *registry.names)]
 
 
 def test_formats_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

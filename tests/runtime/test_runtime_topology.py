@@ -51,7 +51,10 @@ def test_shipped_files_are_right(file: Path) -> None:
         (MINIMAL + "tp = 1.5\n", "x.toml:4: engine.main.tp: is 1.5; give an integer from 1 to 64"),
         (MINIMAL + "kv_tokens = -1\n", "x.toml:4: engine.main.kv_tokens: is -1; give an integer of at least 1"),
         (MINIMAL + "chunk_tokens = 0\n", "x.toml:4: engine.main.chunk_tokens: is 0; give an integer of at least 1"),
-        (MINIMAL + 'policy = "sjf"\n', 'x.toml:4: engine.main.policy: is "sjf"; give one of "fcfs", "lpm"'),
+        (
+            MINIMAL + 'policy = "sjf"\n',
+            'x.toml:4: engine.main.policy: there is no waiting policy "sjf"; give one of "fcfs", "lpm"',
+        ),
         (MINIMAL + "run_ahead = 1\n", "x.toml:4: engine.main.run_ahead: is 1; give true or false"),
         (MINIMAL + "[ingress]\nport = 65536\n", "x.toml:5: ingress.port: is 65536; give an integer from 1 to 65535"),
         (

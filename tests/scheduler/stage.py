@@ -23,7 +23,7 @@ from actors.messages import (
     TokenEvent,
     Tokens,
 )
-from actors.scheduler import Scheduler
+from actors.scheduler.actor import Scheduler
 from actors.scheduler.engine import EngineScheduler
 from actors.scheduler.pages import page_ledger_bytes
 from transport import Arena, Codec, Mailbox

@@ -100,7 +100,7 @@ class Simulation:
             max_model_len=80,
             max_running=SLOTS,
             chunk_tokens=chunk_tokens,
-            policy=policy,  # type: ignore[arg-type]
+            policy=policy,
         )
         self.arena = Arena(Arena.create("pages", page_ledger_bytes(NUM_PAGES, PAGE_SIZE)))
         self.rank = SimulatedRank(model)

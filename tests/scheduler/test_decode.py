@@ -28,7 +28,8 @@ from actors.messages import (
     Released,
     Step,
 )
-from actors.scheduler import DecodeScheduler, transfers
+from actors.scheduler import transfers
+from actors.scheduler.decode import DecodeScheduler
 
 PREFILLS = ("p.scheduler", "q.scheduler")
 RECEIVER = "main.kv_receiver"

@@ -26,7 +26,8 @@ from actors.messages import (
     Withdraw,
     Withdrawn,
 )
-from actors.scheduler import PrefillScheduler, prefill
+from actors.scheduler import prefill
+from actors.scheduler.prefill import PrefillScheduler
 
 DECODE, SENDER = "d.scheduler", "main.kv_sender"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import NamedTuple
 
 from actors.parsers.events import Parser
 from actors.parsers.reasoning.base import ReasoningParser
@@ -11,11 +11,6 @@ from actors.parsers.reasoning.registry import FORMATS as FORMATS
 FORMATS.load(__name__, __path__)
 
 REASONING_FORMATS = FORMATS.formats
-
-if TYPE_CHECKING:
-    ReasoningFormat = str
-else:
-    ReasoningFormat = Literal[FORMATS.names]
 
 
 class Markers(NamedTuple):
@@ -33,23 +28,23 @@ class Markers(NamedTuple):
 
 def reasoning_format(name: str) -> type[ReasoningParser]:
     """The class of a format."""
-    return FORMATS.parser(name)
+    return FORMATS.get(name)
 
 
 def reasoning_parser(name: str, inside: bool) -> Parser:
     """A parser for one output. `inside` says whether this begins inside the reasoning."""
-    return FORMATS.parser(name)(inside)
+    return FORMATS.get(name)(inside)
 
 
 def reasoning_markers(name: str, inside: bool) -> Markers:
     """What the parser of an output goes by."""
-    kind = FORMATS.parser(name)
+    kind = FORMATS.get(name)
     return Markers("" if inside else kind.OPEN, [kind.CLOSE], kind.CLOSING)
 
 
 def markers_after(name: str, prompt: str) -> Markers:
     """The same for an output that goes on with any text."""
-    return reasoning_markers(name, FORMATS.parser(name).goes_on_inside(prompt))
+    return reasoning_markers(name, FORMATS.get(name).goes_on_inside(prompt))
 
 
 def detect_reasoning(template: str) -> str | None:

@@ -5,4 +5,6 @@ from __future__ import annotations
 from actors.parsers.reasoning.base import ReasoningParser
 from actors.parsers.registry import Formats
 
-FORMATS: Formats[ReasoningParser] = Formats()
+FORMATS: Formats[ReasoningParser] = Formats(
+    "reasoning format", "llm_runtime.reasoning_formats", "inside", ReasoningParser
+)

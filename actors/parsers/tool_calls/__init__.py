@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 from actors.parsers.events import Parser
 from actors.parsers.tool_calls.base import ToolCallParser, Tools
 from actors.parsers.tool_calls.registry import FORMATS as FORMATS
@@ -12,20 +10,15 @@ FORMATS.load(__name__, __path__)
 
 TOOL_CALL_FORMATS = FORMATS.formats
 
-if TYPE_CHECKING:
-    ToolCallFormat = str
-else:
-    ToolCallFormat = Literal[FORMATS.names]
-
 
 def tool_call_format(name: str) -> type[ToolCallParser]:
     """The class of a format."""
-    return FORMATS.parser(name)
+    return FORMATS.get(name)
 
 
 def tool_call_parser(name: str, tools: Tools) -> Parser:
     """A parser for one output of a model that may call tools."""
-    return FORMATS.parser(name)(tools)
+    return FORMATS.get(name)(tools)
 
 
 def detect_tool_calls(template: str) -> str | None:

@@ -5,4 +5,4 @@ from __future__ import annotations
 from actors.parsers.registry import Formats
 from actors.parsers.tool_calls.base import ToolCallParser
 
-FORMATS: Formats[ToolCallParser] = Formats()
+FORMATS: Formats[ToolCallParser] = Formats("tool-call format", "llm_runtime.tool_call_formats", "tools", ToolCallParser)

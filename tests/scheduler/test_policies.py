@@ -8,7 +8,7 @@ import pytest
 from actors.messages import Generate, SamplingParams, TextParams
 from actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
 from actors.scheduler.poison import Bisection
-from actors.scheduler.policy import LPM_LIMIT, admission_order
+from actors.scheduler.policies import LPM_LIMIT, POLICIES
 from actors.scheduler.radix import PrefixTree
 from actors.scheduler.request import Request
 from transport import Arena
@@ -35,7 +35,7 @@ def tree() -> PrefixTree:
 
 
 def orders(waiting: list[Request], policy: str, tree: PrefixTree) -> list[int]:
-    return [each.order for each in admission_order(waiting, policy, tree)]  # type: ignore[arg-type]
+    return [each.order for each in POLICIES.get(policy)(waiting, tree)]
 
 
 def test_fcfs_goes_by_priority_and_then_by_arrival(tree: PrefixTree):

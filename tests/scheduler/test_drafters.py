@@ -8,7 +8,15 @@ from itertools import pairwise
 
 import pytest
 
-from actors.scheduler.lookup import MAX_CANDIDATES, Lookup
+from actors.scheduler.config import Config
+from actors.scheduler.drafters.ngram import MAX_CANDIDATES, NgramDrafter
+
+
+def drafter(tokens: array[int], shortest: int, longest: int) -> NgramDrafter:
+    config = Config(
+        "main", "m", "", "", "", 16, 4, 64, speculation="ngram", prompt_lookup_min=shortest, prompt_lookup_max=longest
+    )
+    return NgramDrafter(tokens, config)
 
 
 def longest_match(tokens: list[int], shortest: int, longest: int) -> int:
@@ -24,7 +32,7 @@ def longest_match(tokens: list[int], shortest: int, longest: int) -> int:
 def test_guesses_follow_the_longest_match(seed: int) -> None:
     draw = random.Random(seed)
     tokens = array("i", [draw.randrange(4) for _ in range(draw.randrange(1, 12))])
-    lookup = Lookup(tokens, 2, 4)
+    lookup = drafter(tokens, 2, 4)
     for _ in range(10):
         tokens.extend(draw.randrange(4) for _ in range(draw.randrange(1, 3)))
         lookup.follow()
@@ -42,13 +50,13 @@ def test_guesses_follow_the_longest_match(seed: int) -> None:
 
 
 def test_a_loop_is_taken_to_go_on() -> None:
-    lookup = Lookup(array("i", [9, 1, 2, 3, 1, 2, 3, 1, 2]), 2, 8)
+    lookup = drafter(array("i", [9, 1, 2, 3, 1, 2, 3, 1, 2]), 2, 8)
     assert lookup.guess(7) == (3, 1, 2, 3, 1, 2, 3)
 
 
 def test_nothing_is_guessed_where_nothing_repeats() -> None:
     tokens = array("i", range(50))
-    lookup = Lookup(tokens, 2, 8)
+    lookup = drafter(tokens, 2, 8)
     tokens.extend(range(50, 100))
     lookup.follow()
     assert lookup.matched == 0
@@ -57,7 +65,7 @@ def test_nothing_is_guessed_where_nothing_repeats() -> None:
 
 def test_trust_grows_with_right_guesses_and_goes_with_wrong_ones() -> None:
     tokens = array("i", [1, 2, 3, 4, 5] * 2)
-    lookup = Lookup(tokens, 2, 3)
+    lookup = drafter(tokens, 2, 3)
     first = lookup.chances(4)
     assert all(0 < later <= earlier <= 1 for earlier, later in pairwise(first))
     tokens.extend([1, 2, 3, 4, 5] * 20)

@@ -7,6 +7,12 @@ that arrives, whether or not a rank was asked to verify it, so how far guesses c
 from __future__ import annotations
 
 from array import array
+from typing import TYPE_CHECKING
+
+from actors.scheduler.drafters.base import DRAFTERS, Drafter
+
+if TYPE_CHECKING:
+    from actors.scheduler.config import Config
 
 MAX_CANDIDATES = 8
 """Earlier places that are compared with the last tokens, the nearest first; the longest match is followed."""
@@ -18,22 +24,19 @@ MEMORY = 0.95
 """Weight of what has been seen, with each further guess."""
 
 
-class Lookup:
+@DRAFTERS.register("ngram")
+class NgramDrafter(Drafter):
     """An index of one request's n-grams, and the earlier place that its last tokens are following at present.
 
     A token costs a dictionary entry, and at most `MAX_CANDIDATES` short comparisons while nothing long is followed.
-
-    Args:
-        tokens: of prompt and output; grows elsewhere, see `follow`.
-        shortest: tokens that a match must have.
-        longest: tokens after which one match counts as good as any other.
+    A match has `prompt_lookup_min` tokens at least; from `prompt_lookup_max` on one counts as good as any other.
     """
 
     __slots__ = ("_before", "_hits", "_last", "_longest", "_place", "_rates", "_shortest", "matched", "tokens")
 
-    def __init__(self, tokens: array[int], shortest: int, longest: int) -> None:
+    def __init__(self, tokens: array[int], config: Config) -> None:
         self.tokens = tokens
-        self._shortest, self._longest = shortest, longest
+        self._shortest, self._longest = config.prompt_lookup_min, config.prompt_lookup_max
         self._last: dict[bytes, int] = {}  # n-gram → the position behind its last occurrence
         self._before = array("i", [0])  # by the position behind an n-gram: that of its occurrence before, or 0
         self._place = 0  # the token there is the guess for the next one; 0 when there is none
@@ -45,11 +48,11 @@ class Lookup:
 
     @property
     def rate(self) -> float:
-        """Chance that the guess for the next token is right; 0 without one."""
+        """See `Drafter.rate`."""
         return self._rates[_length_class(self.matched)]
 
     def follow(self) -> None:
-        """Takes in the tokens that are new since the last call."""
+        """See `Drafter.follow`."""
         tokens, n, last, before = self.tokens, self._shortest, self._last, self._before
         for end in range(len(before), len(tokens) + 1):
             right = False
@@ -70,7 +73,9 @@ class Lookup:
                 self._find(end)
 
     def chances(self, count: int) -> list[float]:
-        """Chance of each of the next `count` guesses to be right together with all before it."""
+        """See `Drafter.chances`."""
+        if not self.matched:
+            return []
         chance, chances = 1.0, []
         for length in range(self.matched, self.matched + count):
             chance *= self._rates[_length_class(length)]
@@ -78,7 +83,7 @@ class Lookup:
         return chances
 
     def guess(self, count: int) -> tuple[int, ...]:
-        """The next `count` tokens. Guesses go round where the match reaches the end: a loop is taken to go on."""
+        """See `Drafter.guess`. Guesses go round where the match reaches the end: a loop is taken to go on."""
         place, end = self._place, len(self.tokens)
         known = self.tokens[place : place + count].tolist()
         return tuple(known[i % (end - place)] for i in range(count))
