@@ -89,6 +89,12 @@ def test_the_client_has_the_last_word(shared: Served, path: str, body: dict[str,
     assert sampling.max_tokens == 8
 
 
+@pytest.mark.parametrize(("asked", "said"), [({}, (0.25, 0.75)), ({"temperature": 0.5, "top_p": 0.875}, (0.5, 0.875))])
+def test_a_response_says_how_it_was_sampled(shared: Served, asked: dict[str, Any], said: tuple[float, float]) -> None:
+    answer = shared.client.post("/v1/responses", json={"input": "hi", "store": False, **asked}).json()
+    assert (answer["temperature"], answer["top_p"]) == said
+
+
 def test_no_limit_is_a_word_too(shared: Served) -> None:
     body = {"model": "fake", "stream": False, "options": {"num_predict": -1}, **CHAT}
     assert told(shared, "/api/chat", body).max_tokens > 100

@@ -45,7 +45,7 @@ class Answer:
         self._number = 0
         self._parts: list[bytes] = []
         self._begun = False
-        text, reasoning = request.text, request.reasoning
+        text, reasoning, sampling = request.text, request.reasoning, self._output.entry.sampling
         summary = None if reasoning is None else reasoning.summary or reasoning.generate_summary
         self._fixed: dict[str, Any] = {
             "id": f"resp_{drawn.rid}",
@@ -61,14 +61,14 @@ class Answer:
             "previous_response_id": request.previous_response_id or None,
             "reasoning": {"effort": None if reasoning is None else reasoning.effort, "summary": summary},
             "store": stored,
-            "temperature": 1.0 if request.temperature is None else request.temperature,
+            "temperature": sampling.temperature,
             "text": {
                 "format": (text and text.format) or {"type": "text"},
                 **({"verbosity": text.verbosity} if text and text.verbosity else {}),
             },
             "tool_choice": request.tool_choice or "auto",
             "tools": request.tools or [],
-            "top_p": 1.0 if request.top_p is None else request.top_p,
+            "top_p": sampling.top_p,
             "truncation": request.truncation or "disabled",
         }
 
