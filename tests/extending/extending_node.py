@@ -63,7 +63,7 @@ class Node:
         """A figure of the engine's scheduler, as it reports it once a second."""
         with self.open("/metrics") as answer:
             lines = answer.read().decode().splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"runtime:actor_{name}{{"))
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"{name}{{"))
 
 
 def eventually(condition: Callable[[], bool], what: str) -> None:
