@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from supervised_tools import eventually, nested, steady
+from supervised_tools import nested, steady
+from support import eventually
 
 from supervisors import logs, read_crashes
 from supervisors.logs import LogFile, open_log
