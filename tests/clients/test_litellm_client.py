@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ingress.conftest import Served, wait_for
+from ingress.conftest import Served
 from ingress.test_tools import PARIS, REASONED, TOOLS
 from pydantic import BaseModel
+from support import eventually
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it fetches a list when it is imported
 litellm = pytest.importorskip("litellm")
@@ -106,4 +107,4 @@ def test_a_client_that_leaves(served: Served) -> None:
         return rid
 
     rid = asyncio.run(leave())
-    wait_for(lambda: rid in served.fakes.seen.aborts, "an abort")
+    eventually(lambda: rid in served.fakes.seen.aborts, "an abort")

@@ -12,10 +12,10 @@ import httpx
 import ollama
 import openai
 import pytest
-from ingress.conftest import wait_for
 from ingress.test_anthropic import TOOLS as ANTHROPIC_TOOLS
 from ingress.test_tools import TOOLS
 from pydantic import BaseModel, Field
+from support import eventually
 
 MODEL = "smollm2-135m-instruct"
 FRANCE: Any = [{"role": "user", "content": "What is the capital of France?"}]
@@ -92,7 +92,7 @@ def test_openai_errors_and_leaving(client: openai.OpenAI, node: str) -> None:
     )
     next(iter(stream))
     stream.close()
-    wait_for(lambda: httpx.get(f"{node}/get_load").json()[0]["num_reqs"] == 0, "an engine without requests")
+    eventually(lambda: httpx.get(f"{node}/get_load").json()[0]["num_reqs"] == 0, "an engine without requests")
 
 
 def test_anthropic(node: str) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import openai
 import pytest
-from ingress.conftest import Served, wait_for
+from ingress.conftest import Served
 from ingress.test_tools import PARIS, TOOLS
 from pydantic import BaseModel
+from support import eventually
 
 from actors.messages import ChatPrompt
 
@@ -121,4 +122,4 @@ def test_a_client_that_leaves(client: openai.OpenAI, served: Served) -> None:
         next(iter(stream))
         rid = served.fakes.seen.generates[-1].rid
         stream.close()
-        wait_for(lambda rid=rid: rid in served.fakes.seen.aborts, "an abort")
+        eventually(lambda rid=rid: rid in served.fakes.seen.aborts, "an abort")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults_tools import Node
+from faults_tools import DisturbedNode
 
 
 @pytest.fixture(scope="module")
-def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DisturbedNode]:
     """A node that all tests of a module disturb, with the settings that the module's `NODE` names."""
-    made = Node(tmp_path_factory.mktemp("f"), *getattr(request.module, "NODE", ()))
+    made = DisturbedNode(tmp_path_factory.mktemp("f"), *getattr(request.module, "NODE", ()))
     try:
         yield made.up()
     finally:
@@ -20,12 +20,12 @@ def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture
-def new_node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+def new_node(tmp_path: Path) -> Iterator[Callable[..., DisturbedNode]]:
     """Starts a node of a test's own; does not wait for it."""
-    made: list[Node] = []
+    made: list[DisturbedNode] = []
 
-    def start(*settings: str, topology: str = "smollm2.toml") -> Node:
-        made.append(Node(tmp_path, *settings, topology=topology))
+    def start(*settings: str, topology: str = "smollm2.toml") -> DisturbedNode:
+        made.append(DisturbedNode(tmp_path, *settings, topology=topology))
         return made[-1]
 
     yield start

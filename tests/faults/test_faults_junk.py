@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 import zmq
-from faults_tools import Node, eventually
+from support import Node, eventually
 
 from actors import messages
 from transport import Codec
@@ -60,7 +60,7 @@ def junk(draw: random.Random, sender: str) -> Iterator[bytes]:
 
 
 def counted(node: Node, actor: str) -> float:
-    figures = node.metrics()
+    figures = node.figures()
     return sum(
         count
         for name, count in figures.items()

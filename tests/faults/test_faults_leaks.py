@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from faults_tools import Node, eventually
+from support import Node, eventually
 
 from runtime.chaos.footprint import NodeFootprint, node_footprint
 

@@ -9,9 +9,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from faults_tools import LOAD, Node, assert_unnoticed, eventually
+from faults_tools import LOAD, DisturbedNode, assert_unnoticed
+from support import eventually
 
-NewNode = Callable[..., Node]
+NewNode = Callable[..., DisturbedNode]
 QUESTION = {"prompt": "The sea", "max_tokens": 48, "temperature": 0, "ignore_eos": True}
 
 
@@ -78,5 +79,5 @@ def test_messages_that_get_lost_or_come_late(new_node: NewNode) -> None:
     load = dataclasses.replace(LOAD, tokens=12)
     outcome = node.disturb([(0.5, "main.rank0", "KILL"), (1.5, "main.scheduler", "KILL")], load=load)
     assert_unnoticed(outcome)
-    lost = sum(count for name, count in node.metrics().items() if name.startswith("runtime:actor_messages_lost"))
+    lost = sum(count for name, count in node.figures().items() if name.startswith("runtime:actor_messages_lost"))
     assert lost > 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from faults_tools import DEADLINE_S, Node, eventually
+from support import DEADLINE_S, Node, eventually
 
 LIST = "".join(f"{number}. apples, pears, plums and cherries\n" for number in range(1, 7))
 PROMPTS = (
@@ -48,7 +48,7 @@ def answers(node: Node, after: Mapping[int, Callable[[], None]]) -> list[str]:
 
 
 def scheduler_figure(node: Node, name: str) -> float:
-    return sum(value for key, value in node.metrics().items() if key.startswith(f"runtime:actor_{name}{{"))
+    return sum(value for key, value in node.figures().items() if key.startswith(f"runtime:actor_{name}{{"))
 
 
 def test_the_same_answers_with_and_without_speculation_and_with_deaths(new_node: Callable[..., Node]) -> None:

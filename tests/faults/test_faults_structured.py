@@ -9,7 +9,8 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from faults_tools import DEADLINE_S, Node, assert_unnoticed, eventually
+from faults_tools import DisturbedNode, assert_unnoticed
+from support import DEADLINE_S, eventually
 from test_faults_speculation import complete
 
 from runtime.chaos.run import Load
@@ -31,11 +32,11 @@ THINKS: dict[str, Any] = {
 """A chat whose answer begins inside its reasoning."""
 
 
-def answer(node: Node, after: Mapping[int, Callable[[], None]], schema: object = LIST) -> str:
+def answer(node: DisturbedNode, after: Mapping[int, Callable[[], None]], schema: object = LIST) -> str:
     return complete(node, "Fruits, as JSON: ", {**SAMPLING, "guided_json": schema}, after)
 
 
-def test_the_same_answer_whoever_dies(node: Node) -> None:
+def test_the_same_answer_whoever_dies(node: DisturbedNode) -> None:
     wanted = answer(node, {})
     assert 5 <= len(json.loads(wanted)) <= 6
     kills = {
@@ -50,7 +51,7 @@ def test_the_same_answer_whoever_dies(node: Node) -> None:
         eventually(lambda name=name: node.actor(name).restarts >= 1, f"the restart of {name}")
 
 
-def test_streams_of_json_and_of_calls_whoever_dies(node: Node) -> None:
+def test_streams_of_json_and_of_calls_whoever_dies(node: DisturbedNode) -> None:
     """Every process, the ingress too; supervisors after those below them, which are away for a moment then."""
     names = [each.name for each in node.tree().walk()][:0:-1]
     schedule = [(0.4 + 0.4 * number, name, "KILL") for number, name in enumerate(names)]
@@ -62,13 +63,13 @@ def test_streams_of_json_and_of_calls_whoever_dies(node: Node) -> None:
         assert json.loads(text[min(at for at in (text.find("{"), text.find("[")) if at >= 0) :])
 
 
-def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: Node) -> None:
+def test_a_constraint_is_compiled_though_the_compiler_is_killed(node: DisturbedNode) -> None:
     for number in range(2):
         node.kill("main.grammar")
         assert json.loads(answer(node, {}, {"enum": [f"a{number}", "b"]})) in (f"a{number}", "b")
 
 
-def reasoned(node: Node, after: Mapping[int, Callable[[], None]], **fields: Any) -> tuple[str, str, list[str]]:
+def reasoned(node: DisturbedNode, after: Mapping[int, Callable[[], None]], **fields: Any) -> tuple[str, str, list[str]]:
     """Reasoning, content and tokens of a streamed answer. `after` is called when so many pieces have arrived."""
     body = json.dumps({**THINKS, "stream": True, **fields}).encode()
     request = urllib.request.Request(f"{node.url}/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -86,7 +87,7 @@ def reasoned(node: Node, after: Mapping[int, Callable[[], None]], **fields: Any)
     return texts["reasoning_content"], texts["content"], tokens
 
 
-def test_reasoning_ends_at_its_budget_whoever_dies(node: Node) -> None:
+def test_reasoning_ends_at_its_budget_whoever_dies(node: DisturbedNode) -> None:
     free_reasoning, nothing, free = reasoned(node, {})
     assert (free_reasoning, nothing) == ("".join(free).strip(), "")
     reasoning, content, tokens = wanted = reasoned(node, {}, thinking_budget=BUDGET)
@@ -108,7 +109,7 @@ def test_reasoning_ends_at_its_budget_whoever_dies(node: Node) -> None:
     )
 
 
-def test_a_form_is_that_of_what_follows_the_reasoning(node: Node) -> None:
+def test_a_form_is_that_of_what_follows_the_reasoning(node: DisturbedNode) -> None:
     form = {"temperature": 1.0, "seed": 3, "regex": "[0-9]{4}", "ignore_eos": False}
     for fields in ({"thinking_budget": 3}, {"thinking_budget": 0}):
         reasoning, content, _ = reasoned(node, {}, **form, **fields)

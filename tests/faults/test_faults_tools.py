@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from faults_tools import ROOT, Node, eventually
+from support import ROOT, Node, eventually
 
 from runtime.chaos.client import Answer, Choice
 from runtime.chaos.compare import check, compare

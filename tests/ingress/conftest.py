@@ -8,28 +8,17 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support import ROOT, eventually
 
 from actors.ingress.config import ServedModel
 
 from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Fakes
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
-    """Waits until a condition holds, and gives its value. Fails the test when it does not in time."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
-        time.sleep(0.005)
-    return value
 
 
 def ingress_config(**settings: Any) -> dict[str, Any]:
@@ -80,7 +69,7 @@ class Served:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line == b"ready\n", line + self.log.read_bytes()
-        wait_for(lambda: self.client.get("/health").status_code == 200, "health")
+        eventually(lambda: self.client.get("/health").status_code == 200, "health")
 
     def request_shutdown(self) -> None:
         os.write(self._shutdown, b"x")

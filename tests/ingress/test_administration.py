@@ -12,12 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+from support import eventually
 
 from actors.ingress.engines import Engines
 from actors.ingress.service import Service
 from actors.messages import EngineInfo
 
-from .conftest import Serve, Served, wait_for
+from .conftest import Serve, Served
 from .fakes import MAX_MODEL_LEN, MODEL
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "stream": True}
@@ -42,7 +43,7 @@ def aborted(served: Served, path: str, body: dict[str, Any], **how: Any) -> list
             answer = client.post("/abort_request", json=how or {"rid": document["id"]})
         assert answer.status_code == 200
         documents = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
-    wait_for(lambda: len(served.fakes.seen.aborts) == before + 1, "the end of the request in the engine")
+    eventually(lambda: len(served.fakes.seen.aborts) == before + 1, "the end of the request in the engine")
     return [json.loads(document) for document in documents if document != "[DONE]"]
 
 
@@ -82,7 +83,7 @@ def test_whichever_worker_has_the_request(serve: Serve) -> None:
 
 
 def test_flush_cache(shared: Served) -> None:
-    wait_for(lambda: shared.client.get("/get_load").json(), "an engine")
+    eventually(lambda: shared.client.get("/get_load").json(), "an engine")
     for method in ("GET", "POST"):
         assert shared.client.request(method, "/flush_cache").status_code == 200
 
@@ -91,7 +92,7 @@ def test_flush_cache_is_refused_while_requests_run(slow: Served) -> None:
     generates = slow.fakes.seen.generates
     before = len(generates)
     with httpx.stream("POST", f"{slow.url}/v1/chat/completions", json=CHAT, timeout=30):
-        wait_for(lambda: len(generates) > before, "a running request")
+        eventually(lambda: len(generates) > before, "a running request")
         response = slow.client.get("/flush_cache")
     assert response.status_code == 400
     assert "Requests run." in response.json()["error"]["message"]
@@ -99,12 +100,12 @@ def test_flush_cache_is_refused_while_requests_run(slow: Served) -> None:
 
 def test_flush_cache_is_asked_for_again(shared: Served) -> None:
     fakes, before = shared.fakes, len(shared.fakes.seen.flushes)
-    wait_for(lambda: not fakes._running, "the end of what ran before")
+    eventually(lambda: not fakes._running, "the end of what ran before")
     fakes.silent_flush = True
     filter_flushes = fakes.seen.flushes
 
     def heard() -> None:
-        wait_for(lambda: len(filter_flushes) > before, "the first order")
+        eventually(lambda: len(filter_flushes) > before, "the first order")
         fakes.silent_flush = False
 
     thread = threading.Thread(target=heard)
@@ -117,7 +118,7 @@ def test_flush_cache_is_asked_for_again(shared: Served) -> None:
 
 def test_get_load_and_infos(shared: Served) -> None:
     shared.fakes.announce_stats("scheduler", {"token_usage": 0.5})
-    wait_for(lambda: shared.client.get("/get_load").json()[0]["num_tokens"] == 32 * 16, "figures")
+    eventually(lambda: shared.client.get("/get_load").json()[0]["num_tokens"] == 32 * 16, "figures")
     assert shared.client.get("/get_load").json() == [
         {"dp_rank": 0, "engine": "main", "num_reqs": 0, "num_waiting_reqs": 0, "num_tokens": 32 * 16}
     ]

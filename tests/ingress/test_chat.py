@@ -6,10 +6,11 @@ import json
 from typing import Any
 
 import pytest
+from support import eventually
 
 from actors.messages import ChatPrompt
 
-from .conftest import Served, chunks_of, wait_for
+from .conftest import Served, chunks_of
 from .fakes import EOS, answer, packed, piece, token_at
 
 PROMPT = "user:hi\nassistant:"
@@ -236,7 +237,7 @@ def test_harmless_fields_are_accepted(shared: Served) -> None:
 
 def test_finished_requests_are_acknowledged(shared: Served) -> None:
     identity = ask(shared)["id"].removeprefix("chatcmpl-")
-    wait_for(lambda: identity in shared.fakes.seen.acknowledged, "acknowledgement")
+    eventually(lambda: identity in shared.fakes.seen.acknowledged, "acknowledgement")
 
 
 def test_template_failure_is_the_clients_error(shared: Served) -> None:

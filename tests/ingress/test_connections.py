@@ -15,8 +15,9 @@ from typing import Any
 
 import httpx
 import pytest
+from support import eventually
 
-from .conftest import Serve, wait_for
+from .conftest import Serve
 from .fakes import answer
 from .test_survival import TOKENS, Response, Tree, half_done, request
 
@@ -45,7 +46,7 @@ def test_connections_without_a_request_take_no_protection(grow: Grow) -> None:
     tree.fakes.step_s = 0.004
     used = [tree.connect() for _ in range(40)]
     fresh = [socket.create_connection(("127.0.0.1", tree.port)) for _ in range(40)]
-    wait_for(lambda: tree.figure("actor_connections_open") >= 81, "all connections")
+    eventually(lambda: tree.figure("actor_connections_open") >= 81, "all connections")
     with tree.connect() as connection, connection.makefile("rb") as file:
         connection.sendall(request(prompt="a", stream=True))
         for _ in range(3):
@@ -69,7 +70,7 @@ def test_requests_that_are_half_sent_take_no_protection_from_whole_ones(grow: Gr
     clients = [tree.connect() for _ in halves]
     for client, half in zip(clients, halves, strict=True):
         client.sendall(half)
-    wait_for(lambda: tree.figure("connections_unprotected") >= len(halves) - 2, "what was half sent")
+    eventually(lambda: tree.figure("connections_unprotected") >= len(halves) - 2, "what was half sent")
     with tree.connect() as connection, connection.makefile("rb") as file:
         connection.sendall(whole)
         half_done(tree)
@@ -119,7 +120,7 @@ def test_more_connections_than_descriptors(grow: Grow) -> None:
     tree.figure("actor_connections_open")
     before = descriptors(tree.pids["ingress0"])
     with tree.connect() as one, tree.connect() as other:
-        wait_for(lambda: descriptors(tree.pids["ingress0"]) <= before + 2, "one descriptor a connection")
+        eventually(lambda: descriptors(tree.pids["ingress0"]) <= before + 2, "one descriptor a connection")
         assert ask(one) == ask(other) == 200
     limit = 3 * before
     for pid in (tree.process.pid, tree.pids["ingress0"]):
@@ -134,7 +135,7 @@ def test_more_connections_than_descriptors(grow: Grow) -> None:
         assert set(statuses) <= {0, 200, 503}
         for client in clients:
             client.close()
-        wait_for(lambda: tree.figure("actor_connections_open") <= 2, "room")
+        eventually(lambda: tree.figure("actor_connections_open") <= 2, "room")
         with tree.connect() as connection:
             assert ask(connection) == 200
     tree.kill()
@@ -157,10 +158,10 @@ def test_a_server_that_drains_says_so(serve: Serve) -> None:
         assert kept.get("/health").status_code == 200
         thread = threading.Thread(target=read)
         thread.start()
-        wait_for(lambda: served.fakes._running, "the stream")
+        eventually(lambda: served.fakes._running, "the stream")
         served.fakes.frozen = True
         served.request_shutdown()
-        wait_for(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the draining")
+        eventually(lambda: httpx.get(f"{served.url}/health").status_code == 503, "the draining")
         for path, body in (("/health", None), ("/v1/models", None), ("/v1/chat/completions", CHAT), ("/api/chat", {})):
             for client in (httpx, served.client, kept):
                 url = served.url + path
@@ -212,7 +213,7 @@ def test_engines_are_asked_once_for_all_who_ask_for_their_health(serve: Serve) -
         assert served.client.get("/health_generate").status_code == 200
         return len(served.fakes.seen.generates) > asked
 
-    wait_for(asked_again, "a new question after a second")
+    eventually(asked_again, "a new question after a second")
 
 
 KEYS = {"api_key": "client", "admin_api_key": "admin"}
@@ -222,7 +223,7 @@ KEYS = {"api_key": "client", "admin_api_key": "admin"}
 def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
     served = serve(**{key: value for key, value in KEYS.items() if with_clients_key or key != "api_key"})
     as_admin = {"Authorization": "Bearer admin"}
-    wait_for(lambda: served.client.get("/get_load", headers=as_admin).json(), "an engine")
+    eventually(lambda: served.client.get("/get_load", headers=as_admin).json(), "an engine")
 
     def status(key: str, path: str, body: Any = None, method: str = "POST") -> int:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -248,7 +249,7 @@ def test_the_administrators_key(serve: Serve, with_clients_key: bool) -> None:
 
 def test_one_key_is_for_all(serve: Serve) -> None:
     served = serve(api_key="client")
-    wait_for(lambda: served.client.get("/get_load", headers={"x-api-key": "client"}).json(), "an engine")
+    eventually(lambda: served.client.get("/get_load", headers={"x-api-key": "client"}).json(), "an engine")
     for key, expected in (("client", 200), ("wrong", 401)):
         for path, body in (("/flush_cache", None), ("/abort_request", {"abort_all": True})):
             response = served.client.post(path, json=body, headers={"x-api-key": key})

@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support import eventually
 
-from .conftest import Serve, Served, wait_for
+from .conftest import Serve, Served
 from .fakes import MAX_MODEL_LEN, MODEL, answer
 
 
@@ -175,13 +176,13 @@ def test_concurrency_limit(serve: Serve) -> None:
     request = {"prompt": "a", "max_tokens": 2, "seed": 1}
     with socket.create_connection(("127.0.0.1", served.port)) as first:
         first.sendall(_post(request))
-        wait_for(lambda: served.fakes.seen.generates, "the first request")
+        eventually(lambda: served.fakes.seen.generates, "the first request")
         refused = served.client.post("/v1/completions", json=request)
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         served.fakes.frozen = False
         assert answer("a", 1, 2) in json.loads(_body_of(first))["choices"][0]["text"]
-    wait_for(lambda: served.client.post("/v1/completions", json=request).status_code == 200, "room")
+    eventually(lambda: served.client.post("/v1/completions", json=request).status_code == 200, "room")
 
 
 def test_metrics(serve: Serve) -> None:
@@ -199,18 +200,18 @@ def test_metrics(serve: Serve) -> None:
     def total(name: str) -> float:
         return sum(values(name).values())
 
-    wait_for(lambda: total("sglang:num_requests_total") == 6, "both workers' requests")
+    eventually(lambda: total("sglang:num_requests_total") == 6, "both workers' requests")
     assert total("sglang:generation_tokens_total") == 30
     assert total("sglang:prompt_tokens_total") == 24
     assert total("sglang:time_to_first_token_seconds_count") == 6
     assert total("sglang:inter_token_latency_seconds_count") == 24
     assert total("sglang:e2e_request_latency_seconds_count") == 6
-    wait_for(lambda: total("runtime:http_responses_total") >= 7, "responses")
+    eventually(lambda: total("runtime:http_responses_total") >= 7, "responses")
     for name, value in (("sglang:num_running_reqs", 3), ("sglang:token_usage", 0.5), ("runtime:actor_odd_name_", 1)):
         expected = {("main.scheduler", ""): value}
-        wait_for(lambda name=name, expected=expected: values(name) == expected, name)
+        eventually(lambda name=name, expected=expected: values(name) == expected, name)
     for worker in ("ingress0", "ingress1"):
-        wait_for(lambda name=worker: (name, "") in values("runtime:actor_messages_received"), f"figures of {worker}")
+        eventually(lambda name=worker: (name, "") in values("runtime:actor_messages_received"), f"figures of {worker}")
 
 
 def test_several_workers_share_the_socket(serve: Serve) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import eventually
 
 from actors.messages import Generate, Refused, TextEvent
 
-from .conftest import Serve, Served, chunks_of, listen, wait_for
+from .conftest import Serve, Served, chunks_of, listen
 from .fakes import answer
 
 TOKENS = 60
@@ -93,7 +94,7 @@ def test_scheduler_restarts(serve: Serve) -> None:
     served = serve()
     clients = Clients(served)
     for _ in range(3):
-        wait_for(progress(served), "progress")
+        eventually(progress(served), "progress")
         served.fakes.restart("scheduler", away_s=0.1)
     clients.check()
     attempts = [generate.attempt for generate in served.fakes.seen.generates]
@@ -104,7 +105,7 @@ def test_scheduler_restarts(serve: Serve) -> None:
 def test_scheduler_forgets(serve: Serve) -> None:
     served = serve(stall_s=0.2)
     clients = Clients(served)
-    wait_for(progress(served), "progress")
+    eventually(progress(served), "progress")
     served.fakes.lose()
     clients.check()
     assert served.fakes.seen.resends
@@ -114,7 +115,7 @@ def test_tokenizer_restarts(serve: Serve) -> None:
     served = serve(stall_s=1000)  # longer than the clients wait
     served.fakes.silent_tokenizer = True
     clients = Clients(served)
-    wait_for(lambda: len({each.rid for each in served.fakes.seen.tokenizes}) == 4, "questions")
+    eventually(lambda: len({each.rid for each in served.fakes.seen.tokenizes}) == 4, "questions")
     served.fakes.silent_tokenizer = False
     served.fakes.restart("tokenizer", away_s=0.1)
     clients.check()
@@ -124,7 +125,7 @@ def test_a_lost_answer_of_the_tokenizer(serve: Serve) -> None:
     served = serve(stall_s=0.2)
     served.fakes.silent_tokenizer = True
     clients = Clients(served)
-    wait_for(lambda: len(served.fakes.seen.tokenizes) >= 8, "repeated questions")
+    eventually(lambda: len(served.fakes.seen.tokenizes) >= 8, "repeated questions")
     served.fakes.silent_tokenizer = False
     clients.check()
 
@@ -132,7 +133,7 @@ def test_a_lost_answer_of_the_tokenizer(serve: Serve) -> None:
 def test_detokenizer_and_bootstrap_restart(serve: Serve) -> None:
     served = serve()
     clients = Clients(served)
-    wait_for(progress(served), "progress")
+    eventually(progress(served), "progress")
     served.fakes.restart("detokenizer", away_s=0.05)
     served.fakes.registered = False
     served.fakes.restart("bootstrap", away_s=0.05)
@@ -169,7 +170,7 @@ def test_a_full_queue_after_a_restart_is_waited_for(serve: Serve) -> None:
 
     served.fakes.refuse = full_once
     clients = Clients(served)
-    wait_for(progress(served), "progress")
+    eventually(progress(served), "progress")
     served.fakes.restart("scheduler")
     clients.check()
     assert refused
@@ -200,7 +201,7 @@ def test_one_choice_refused_aborts_the_others(serve: Serve) -> None:
 
     served.fakes.refuse = refuse
     assert served.client.post("/v1/completions", json={"prompt": "a", "n": 4}).status_code == 503
-    wait_for(lambda: len(served.fakes.seen.aborts) == 3, "aborts")
+    eventually(lambda: len(served.fakes.seen.aborts) == 3, "aborts")
 
 
 def test_timeout(serve: Serve) -> None:
@@ -209,7 +210,7 @@ def test_timeout(serve: Serve) -> None:
     response = served.client.post("/v1/completions", json={"prompt": "a"})
     assert response.status_code == 408
     assert response.json()["error"]["code"] == "timeout"
-    wait_for(lambda: served.fakes.seen.aborts, "abort")
+    eventually(lambda: served.fakes.seen.aborts, "abort")
     served.fakes.silent_tokenizer = True
     assert served.client.post("/v1/completions", json={"prompt": "a"}).status_code == 408
 
@@ -227,10 +228,10 @@ def test_disconnect_frees_the_request(serve: Serve, stream: bool) -> None:
     served = serve()
     served.fakes.step_s = 0.02
     with connect(served, stream=stream, n=2):
-        wait_for(lambda: len(served.fakes._running) == 2, "the requests")
-    wait_for(lambda: len(served.fakes.seen.aborts) == 2, "aborts")
+        eventually(lambda: len(served.fakes._running) == 2, "the requests")
+    eventually(lambda: len(served.fakes.seen.aborts) == 2, "aborts")
     assert set(served.fakes.seen.aborts) == {each.rid for each in served.fakes.seen.generates}
-    wait_for(lambda: not served.fakes._running, "freed")
+    eventually(lambda: not served.fakes._running, "freed")
     assert "Traceback" not in served.log.read_text()
 
 
@@ -238,8 +239,8 @@ def test_disconnect_while_tokenizing(serve: Serve) -> None:
     served = serve(stall_s=0.1)
     served.fakes.silent_tokenizer = True
     with connect(served):
-        wait_for(lambda: served.fakes.seen.tokenizes, "question")
-    wait_for(lambda: _gauge(served, "tokenizations_pending") == 0, "forgotten question")
+        eventually(lambda: served.fakes.seen.tokenizes, "question")
+    eventually(lambda: _gauge(served, "tokenizations_pending") == 0, "forgotten question")
     served.fakes.silent_tokenizer = False
     Clients(served).check()
     assert len({generate.rid for generate in served.fakes.seen.generates}) == 4
@@ -266,9 +267,9 @@ def test_a_client_that_does_not_read_is_dropped(serve: Serve) -> None:
         body = json.dumps({**request, "max_tokens": 60_000, "stream": True}).encode()
         connection.sendall(HEAD.replace(b"/completions", b"/chat/completions") % len(body) + body)
         # more than the kernel buffers for a connection
-        wait_for(lambda: any(each.sent > 40_000 for each in list(served.fakes._running.values())), "megabytes")
+        eventually(lambda: any(each.sent > 40_000 for each in list(served.fakes._running.values())), "megabytes")
         served.fakes.frozen = True
-        wait_for(lambda: served.fakes.seen.aborts, "abort")
+        eventually(lambda: served.fakes.seen.aborts, "abort")
     served.fakes.frozen = False
     Clients(served).check()
 
@@ -287,7 +288,7 @@ def test_shutdown_lets_answers_end(serve: Serve) -> None:
     served = serve(drain_s=30)
     served.fakes.step_s = 0.01
     clients = Clients(served)
-    wait_for(lambda: len(served.fakes._running) == 4, "the requests")
+    eventually(lambda: len(served.fakes._running) == 4, "the requests")
     served.request_shutdown()
     clients.check()
     assert served.process.wait(20) == 0
@@ -297,7 +298,7 @@ def test_shutdown_deadline_ends_streams_with_an_error(serve: Serve) -> None:
     served = serve(drain_s=0.3)
     served.fakes.step_s = 0.05
     with connect(served, stream=True) as connection:
-        wait_for(lambda: served.fakes._running, "the request")
+        eventually(lambda: served.fakes._running, "the request")
         served.request_shutdown()
         received = b""
         while chunk := connection.recv(65536):
@@ -334,7 +335,7 @@ def test_hung_peers_do_not_hang_health(serve: Serve) -> None:
     served.fakes.frozen = True
     served.fakes.silent_tokenizer = True
     with connect(served), connect(served, prompt=[1, 2]):
-        wait_for(lambda: served.fakes.seen.generates, "the request")
+        eventually(lambda: served.fakes.seen.generates, "the request")
         before = time.monotonic()
         for _ in range(20):
             assert served.client.get("/health").status_code == 200

@@ -12,8 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
+from support import eventually
 
-from .conftest import Serve, Served, one_ingress, wait_for
+from .conftest import Serve, Served, one_ingress
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "stream": True}
 ADMIN = {"Authorization": "Bearer boss"}
@@ -84,7 +85,7 @@ def test_history(served: Served) -> None:
         document: dict[str, Any] = get("/status/history", headers=CLIENT).json()
         return document
 
-    first = wait_for(lambda: (seen := looked())["points"] and seen, "a point")
+    first = eventually(lambda: (seen := looked())["points"] and seen, "a point")
     assert post("/v1/chat/completions", json={**CHAT, "max_tokens": 20}, headers=CLIENT).status_code == 200
     assert post("/v1/completions", json={"prompt": 1.5}, headers=CLIENT).status_code == 400
 
@@ -92,12 +93,12 @@ def test_history(served: Served) -> None:
         column = 1 + document["names"].index(name)
         return [point[column] for point in document["points"]]
 
-    document = wait_for(lambda: sum(counted("tokens", seen := looked())) == 20 and seen, "all tokens")
+    document = eventually(lambda: sum(counted("tokens", seen := looked())) == 20 and seen, "all tokens")
     assert sum(counted("requests", document)) == 1
     assert (counted("running", document)[-1], counted("kv_used", document)[-1]) == (3, 50)
     assert any(counted("ttft_p50", document))
     assert 0 < document["times"]["ttft_p50"] <= document["times"]["e2e_p99"] < 20
-    wait_for(lambda: get("/status/history", headers=CLIENT).json()["responses"]["kept"].get("400"), "the error")
+    eventually(lambda: get("/status/history", headers=CLIENT).json()["responses"]["kept"].get("400"), "the error")
     engine = document["engines"][0]
     assert (engine["engine"], engine["figures"]["num_running_reqs"]) == ("main", 3)
     assert len(document["points"]) > len(first["points"])
@@ -147,7 +148,7 @@ def test_requests_of_all_workers(serve: Serve) -> None:
             found: list[dict[str, Any]] = client.get("/status/requests").json()["requests"]
             return found
 
-    wait_for(lambda: len(listed()) == 12, "all of them")
+    eventually(lambda: len(listed()) == 12, "all of them")
     ages = [each["age_s"] for each in listed()]
     assert ages == sorted(ages, reverse=True)
     served.client.post("/abort_request", json={"abort_all": True})

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import eventually
 
 from actors.ingress.openai.responses import store as module
 from actors.ingress.openai.responses.store import ResponseStore, Stored
 
-from .conftest import Serve, Served, one_ingress, wait_for
+from .conftest import Serve, Served, one_ingress
 from .test_anthropic import events_of, prompt_of
 from .test_responses import URL, added, body
 from .test_survival import Grow, exchange, grow, half_done, kills_at
@@ -59,7 +60,7 @@ def test_a_conversation_goes_on(shared: Served) -> None:
     assert shared.client.get(f"{URL}/{third['id']}").json() == third
     ask(shared, input="d", previous_response_id=first["id"])  # a fork
     assert contents(shared) == ["hi", "Hello.", "d"]
-    wait_for(lambda: all(name.startswith("resp_") for name in names(shared)), "nothing held for an answer")
+    eventually(lambda: all(name.startswith("resp_") for name in names(shared)), "nothing held for an answer")
 
 
 def test_what_is_not_stored(shared: Served) -> None:
@@ -131,7 +132,7 @@ def test_a_full_disk_costs_no_answer(serve: Serve, tmp_path: Path) -> None:
     first = ask(served, max_output_tokens=3)
     assert first["status"] == "incomplete"
     ask(served, 404, previous_response_id=first["id"])
-    wait_for(lambda: "cannot be stored" in served.log.read_text(), "a line in the log")
+    eventually(lambda: "cannot be stored" in served.log.read_text(), "a line in the log")
 
 
 def stored(size: int) -> Stored:
@@ -195,7 +196,7 @@ def test_an_answer_reads_the_same_conversation_after_a_kill(grow: Grow, tmp_path
     tree.fakes.step_s = 0.001
     third = json.loads(exchange(tree, whole("/v1/responses", input="x", previous_response_id=disturbed["id"])).body)
     assert third["status"] == "completed"
-    wait_for(lambda: not [name for name in os.listdir(tmp_path / "responses") if "." in name], "nothing held")
+    eventually(lambda: not [name for name in os.listdir(tmp_path / "responses") if "." in name], "nothing held")
 
 
 def test_where_nothing_can_be_written_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

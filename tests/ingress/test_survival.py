@@ -20,11 +20,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from support import eventually
 
 from actors.ingress.journal import slot_bytes
 from actors.ingress.openai.tools import call_id
 
-from .conftest import ROOT, ingress_config, listen, wait_for
+from .conftest import ROOT, ingress_config, listen
 from .fakes import Fakes, answer
 
 TOKENS = 400
@@ -75,7 +76,7 @@ class Tree:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        wait_for(lambda: len(self.ready) == workers, "ready workers")
+        eventually(lambda: len(self.ready) == workers, "ready workers")
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -93,7 +94,7 @@ class Tree:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pids[name], signal.SIGKILL)
         if wait:
-            wait_for(lambda: self.ready[name] > before, "restart")
+            eventually(lambda: self.ready[name] > before, "restart")
 
     def connect(self) -> socket.socket:
         """A client's connection, which the supervisor knows already."""
@@ -243,7 +244,7 @@ def exchange(tree: Tree, whole: bytes, during: Callable[[], None] = lambda: None
         connection.sendall(whole)
         during()
         response = Response(file)
-    wait_for(lambda: not tree.fakes._running, "the acknowledgement")
+    eventually(lambda: not tree.fakes._running, "the acknowledgement")
     return response
 
 
@@ -252,7 +253,7 @@ def half_done(tree: Tree, tokens: int = 20, ended: int | None = None) -> None:
     machine an answer may be complete before the next kill."""
     running, acknowledged = tree.fakes._running, tree.fakes.seen.acknowledged
     before = len(acknowledged) if ended is None else ended
-    wait_for(
+    eventually(
         lambda: any(each.sent >= tokens for each in list(running.values())) or len(acknowledged) > before, "tokens"
     )
 
@@ -427,7 +428,7 @@ def test_while_tokenizing(grow: Grow) -> None:
     tree.fakes.silent_tokenizer = True
 
     def kill() -> None:
-        wait_for(lambda: tree.fakes.seen.tokenizes, "question")
+        eventually(lambda: tree.fakes.seen.tokenizes, "question")
         tree.kill()
         tree.fakes.silent_tokenizer = False
         tree.fakes.restart("tokenizer")
@@ -441,7 +442,7 @@ def test_while_no_engine_is_known(grow: Grow) -> None:
     tree.kill()
 
     def kill() -> None:
-        wait_for(lambda: len(tree.fakes.seen.tokenizes) >= 1, "question")
+        eventually(lambda: len(tree.fakes.seen.tokenizes) >= 1, "question")
         tree.kill()
         tree.fakes.registered = True
 
@@ -507,10 +508,10 @@ def test_a_client_that_goes_meanwhile(grow: Grow) -> None:
         connection.sendall(request(prompt="a", stream=True))
         half_done(tree)
         tree.kill(wait=False)
-    wait_for(lambda: tree.ready["ingress0"] > 1, "restart")
-    wait_for(lambda: tree.figure("actor_requests_in_progress") == 0, "the end of the request")
+    eventually(lambda: tree.ready["ingress0"] > 1, "restart")
+    eventually(lambda: tree.figure("actor_requests_in_progress") == 0, "the end of the request")
     if len(tree.fakes.seen.generates) > 1:
-        wait_for(lambda: tree.fakes.seen.aborts, "abort")
+        eventually(lambda: tree.fakes.seen.aborts, "abort")
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -528,7 +529,7 @@ def test_a_client_that_reads_late(grow: Grow, whole: bool) -> None:
         body = request("/v1/chat/completions", **CHAT, stream=True, max_tokens=tokens, logprobs=True, top_logprobs=2)
         connection.sendall(body)
         if whole:
-            wait_for(lambda: tree.fakes.seen.acknowledged, "all tokens")
+            eventually(lambda: tree.fakes.seen.acknowledged, "all tokens")
         else:
             half_done(tree, tokens // 2)
         tree.kill()
@@ -550,7 +551,7 @@ def test_two_workers(grow: Grow) -> None:
     threads = [threading.Thread(target=run, args=(i,)) for i in range(12)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: len(tree.fakes._running) == 12, "the requests")
+    eventually(lambda: len(tree.fakes._running) == 12, "the requests")
     owners = {each.sender for each in tree.fakes._running.values()}
     tree.kill()
     tree.kill()
@@ -562,7 +563,7 @@ def test_two_workers(grow: Grow) -> None:
     if len(owners) == 2:
         assert again
         assert once
-    wait_for(lambda: tree.figure("actor_messages_sent", "ingress1") > 0, "figures of both, whichever answers")
+    eventually(lambda: tree.figure("actor_messages_sent", "ingress1") > 0, "figures of both, whichever answers")
 
 
 def test_killed_again_while_it_starts(grow: Grow) -> None:
@@ -627,14 +628,14 @@ def test_nothing_is_left_of_ended_connections(grow: Grow) -> None:
 
     exchange(tree, request(prompt="a", max_tokens=2))
     tree.kill()
-    wait_for(lambda: tree.figure("actor_connections_open") == 1, "the end of connections")
+    eventually(lambda: tree.figure("actor_connections_open") == 1, "the end of connections")
     before = count()
     for i in range(30):
         exchange(tree, request(prompt="a", max_tokens=2))
         if i % 10 == 0:
             tree.kill()
-    wait_for(lambda: tree.figure("actor_connections_open") == 1, "the end of connections")
-    wait_for(lambda: count() <= before, "the end of descriptors")
+    eventually(lambda: tree.figure("actor_connections_open") == 1, "the end of connections")
+    eventually(lambda: count() <= before, "the end of descriptors")
     assert tree.figure("connections_lost") == 0
 
 
@@ -666,7 +667,7 @@ def test_many_clients_and_many_kills(grow: Grow) -> None:
     threads = [threading.Thread(target=client, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
-    wait_for(lambda: set(done) == set(range(8)) or failures, "answers for all")
+    eventually(lambda: set(done) == set(range(8)) or failures, "answers for all")
     killer(tree, 25, 0.15).join()
     stop.set()
     for thread in threads:

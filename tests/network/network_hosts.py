@@ -11,12 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import DEADLINE_S, eventually, node_environment
 
 from runtime.chaos.inject import node_report
 from runtime.control import Kill, command
@@ -25,9 +25,7 @@ from runtime.keys import write_keys
 from runtime.rundir import is_running
 from supervisors.status import NodeStatus
 
-ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-DEADLINE_S = 60.0
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
 TOPOLOGY = """\
 [model]
@@ -49,15 +47,6 @@ keys = "keys"
 """
 URL = "http://127.0.0.1:8000"
 """Of the ingress, on host a."""
-
-
-def eventually(look: Callable[[], Any], what: str) -> Any:
-    """The first true value of `look`."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return seen
 
 
 def why_not() -> str:
@@ -93,8 +82,7 @@ class Hosts:
         self.file = base / "pair.toml"
         self.file.write_text(topology)
         write_keys(base / "keys")
-        self.environment = {**os.environ, "RUNTIME_DIR": str(base / "r"), "PYTHONPATH": str(ROOT)}
-        self.environment.pop("RUNTIME_API_KEY", None)
+        self.environment = node_environment(base / "r")
         self.nodes: dict[str, subprocess.Popen[str]] = {}
         try:
             for namespace in self.namespaces.values():

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
-from network_hosts import ADDRESSES, HERE, Hosts, Stream, eventually
+from network_hosts import ADDRESSES, HERE, Hosts, Stream
+from support import eventually
 
 from runtime.plan import plan_node
 from runtime.ports import listening

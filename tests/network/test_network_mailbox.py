@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 import zmq
 from msgspec import Struct, structs
+from support import DEADLINE_S, eventually, free_port
 
 from transport import Codec, Envelope, Mailbox, Network, curve
-
-DEADLINE_S = 20.0
 
 
 class Blob(Struct, tag=True, array_like=True):
@@ -29,16 +28,7 @@ def new_network(epoch: int = 1) -> Network:
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-
-
-def eventually(look: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not look():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.01)
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 class Box(Mailbox[Blob]):

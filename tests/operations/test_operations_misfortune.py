@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from operations_tools import DEADLINE_S, ROOT, Node, eventually
+from support import DEADLINE_S, ROOT, Node, eventually, require_model
 
 from runtime.chaos.inject import node_report
 
@@ -20,6 +20,7 @@ QUESTION = {"prompt": "The capital of France is", "max_tokens": 8, "temperature"
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """Its run directory is on a file system of its own of 4 MiB, where tests may mount one."""
+    require_model()
     base = tmp_path_factory.mktemp("r")
     mounted = (
         os.getuid() == 0
@@ -27,7 +28,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
             ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", base], capture_output=True
         ).returncode
     )
-    node = Node(base, ROOT / "topology/smollm2.toml", "engine.main.kv_tokens=2048")
+    node = Node(base, "engine.main.kv_tokens=2048")
     node.mounted = mounted  # type: ignore[attr-defined]
     try:
         yield node.up()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from operations_tools import ROOT, Collector, Node, Span, eventually
+from operations_tools import Collector, Span
+from support import ROOT, Node, eventually, require_model
 
 from runtime.control import Kill, command
 
@@ -30,10 +31,10 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[Node]:
+    require_model()
     base = tmp_path_factory.mktemp("o")
     made = Node(
         base,
-        ROOT / "topology/pd-smollm2.toml",
         f"tracing.endpoint={collector.url}",
         "tracing.sample_rate=0",
         "node.log_format=json",
@@ -41,6 +42,7 @@ def node(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iter
         f"node.profile_dir={base / 'profiles'}",
         "ingress.access_log=true",
         "supervision.heartbeat_timeout_s=60",
+        topology="pd-smollm2.toml",
     )
     try:
         yield made.up()

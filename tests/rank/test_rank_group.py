@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from rank_tools import generate, rank_config, save_model
+from support import eventually
 
 from actors.messages import SamplingParams
 from actors.rank import build_executor
@@ -120,9 +120,7 @@ def test_meetings_of_the_past_are_not_joined(tmp_path: Path) -> None:
         target=lambda: found.append(Group(2, 1, tmp_path)._find_meeting(tmp_path, stopped).name), daemon=True
     )
     waiting.start()
-    deadline = time.monotonic() + 30
-    while looks < 3 and time.monotonic() < deadline:
-        time.sleep(0.005)
+    eventually(lambda: looks >= 3, "three looks")
     assert not found
     leader = Group(2, 0, tmp_path)
     meeting = leader._open_meeting(tmp_path)

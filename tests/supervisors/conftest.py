@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised_tools import Node, alive, eventually
+from supervised_tools import Node, alive
+from support import eventually
 
 from supervisors import ChildSpec, SupervisorSpec
 

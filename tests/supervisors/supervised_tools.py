@@ -7,14 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import psutil
 from supervised_node import Answer, Request
+from support import DEADLINE_S, ROOT, eventually
 
 from supervisors import (
     ChildCounts,
@@ -28,19 +27,6 @@ from supervisors import (
 )
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-DEADLINE_S = 20.0
-
-T = TypeVar("T")
-
-
-def eventually(look: Callable[[], T], what: str = "condition") -> T:
-    """Polls until `look()` is true, and returns that; fails the test after DEADLINE_S."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not (seen := look()):
-        assert time.monotonic() < deadline, f"never seen: {what}"
-        time.sleep(0.005)
-    return seen
 
 
 class Node:

@@ -9,7 +9,8 @@ import socket
 
 import psutil
 import pytest
-from supervised_tools import alive, child, eventually, nested, steady
+from supervised_tools import alive, child, nested, steady
+from support import eventually
 
 from supervisors import Backoff, read_crashes
 

@@ -6,7 +6,8 @@ import os
 import signal
 
 import pytest
-from supervised_tools import child, eventually, nested, steady
+from supervised_tools import child, nested, steady
+from support import eventually
 
 from supervisors import ChildCounts, ChildInfo, ChildInstance
 

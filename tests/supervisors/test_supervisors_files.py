@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from supervised_tools import eventually, nested, steady
+from supervised_tools import nested, steady
+from support import eventually
 
 from supervisors import logs, read_crashes
 from supervisors.logs import LogFile, open_log

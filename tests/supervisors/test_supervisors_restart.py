@@ -7,7 +7,8 @@ import re
 import signal
 
 import pytest
-from supervised_tools import child, eventually, nested, steady
+from supervised_tools import child, nested, steady
+from support import eventually
 
 from supervisors import Backoff, ExitReason
 

@@ -6,7 +6,8 @@ import os
 import signal
 from pathlib import Path
 
-from supervised_tools import alive, child, eventually, nested, steady
+from supervised_tools import alive, child, nested, steady
+from support import eventually
 
 from supervisors import read_crashes
 

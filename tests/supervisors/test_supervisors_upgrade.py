@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
-from supervised_tools import eventually, nested
+from supervised_tools import nested
+from support import eventually
 
 from supervisors import ChildSpec
 

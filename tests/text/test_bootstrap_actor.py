@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from text_harness import DEADLINE_S, Node
+from support import eventually
+from text_harness import Node
 
 from actors.messages import EngineInfo, Hello, Register, Registry
 
@@ -48,15 +48,13 @@ def register(node: Node, *engines: EngineInfo) -> None:
 
 def wait_for(node: Node, accept: Callable[[dict[str, EngineInfo]], bool], *alive: EngineInfo, ingress: int = 0) -> None:
     """Waits for a registry that is accepted, while the living engines send their heartbeats."""
-    deadline, names = time.monotonic() + DEADLINE_S, None
-    while time.monotonic() < deadline:
+
+    def accepted() -> bool:
         register(node, *alive)
         registry = node.receive(f"ingress{ingress}", Registry)
-        engines = {engine.engine: engine for engine in registry.engines}
-        names = sorted(engines)
-        if accept(engines):
-            return
-    raise AssertionError(f"last seen: {names}")
+        return accept({engine.engine: engine for engine in registry.engines})
+
+    eventually(accepted, "such a registry")
 
 
 def test_engines_come_change_and_go(node: Node) -> None:
