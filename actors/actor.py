@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import msgspec
 import zmq
 
-from actors.errors import StartFailure as StartFailure
-from actors.messages import ActorStats, Hello, Message
-from actors.spans import Spans
-from transport import Codec, Faults, FaultyMailbox, Mailbox, Network
+from llm_runtime.actors.errors import StartFailure as StartFailure
+from llm_runtime.actors.messages import ActorStats, Hello, Message
+from llm_runtime.actors.spans import Spans
+from llm_runtime.transport import Codec, Faults, FaultyMailbox, Mailbox, Network
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import msgspec
 if TYPE_CHECKING:
     import torch
 
-    from kernels import KVCache
+    from llm_runtime.kernels import KVCache
 
 KVDType = Literal["float32", "bfloat16", "int8"]
 KVKind = Literal["mha", "mla"]
@@ -101,7 +101,7 @@ class KVFormat(msgspec.Struct, frozen=True):
     def _views(self, memory: torch.Tensor, num_pages: int) -> KVCache:
         import torch
 
-        from kernels import KVCache
+        from llm_runtime.kernels import KVCache
 
         def view(dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
             size = dtype.itemsize

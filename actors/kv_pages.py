@@ -8,11 +8,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from actors.actor import BadMessage, StartFailure
-from actors.kv_format import KVFormat
-from transport import Arena
-from transport.transfer import Region
-from transport.transfer.create import TransferKind
+from llm_runtime.actors.actor import BadMessage, StartFailure
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.transport import Arena
+from llm_runtime.transport.transfer import Region
+from llm_runtime.transport.transfer.create import TransferKind
 
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
 from typing import Any, Generic, TypeVar
 
-from actors.errors import StartFailure
+from llm_runtime.actors.errors import StartFailure
 
 T = TypeVar("T")
 

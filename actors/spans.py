@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from actors.messages import Message, SpanEnded
+from llm_runtime.actors.messages import Message, SpanEnded
 
 SpanValue = str | int | float | bool
 

@@ -27,10 +27,10 @@ from nodes import running
 from rich.console import Console
 from rich.table import Table
 
-from runtime.chaos.footprint import NodeFootprint, node_footprint
-from runtime.chaos.inject import Plan, Planned, node_report
-from runtime.chaos.report import show
-from runtime.chaos.run import Load, run_chaos
+from llm_runtime.runtime.chaos.footprint import NodeFootprint, node_footprint
+from llm_runtime.runtime.chaos.inject import Plan, Planned, node_report
+from llm_runtime.runtime.chaos.report import show
+from llm_runtime.runtime.chaos.run import Load, run_chaos
 
 ROOT = Path(__file__).parents[1]
 NAME = "chaos-benchmark"

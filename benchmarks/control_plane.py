@@ -39,10 +39,10 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 def run_node(options: argparse.Namespace) -> None:
     """Runs the node until it is told to stop."""
-    from runtime import node
-    from runtime.plan import plan_node
-    from runtime.topology import load_topology
-    from runtime.tree import build_tree
+    from llm_runtime.runtime import node
+    from llm_runtime.runtime.plan import plan_node
+    from llm_runtime.runtime.topology import load_topology
+    from llm_runtime.runtime.tree import build_tree
 
     settings = [f"node.name=control-plane-{os.getppid()}", "engine.main.kv_tokens=65536", *options.set]
     settings.append(f"engine.main.max_running={options.concurrency}")
@@ -182,7 +182,7 @@ def main() -> None:
         run_node(options)
     if options.profile:
         options.profile.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}/src:{Path(__file__).parent}"}
     node = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--node"], env=environment)
     try:
         measure(options, node)

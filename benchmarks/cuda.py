@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "src"))
 
 INPUT, OUTPUT, CHUNK_TOKENS, LONG = 256, 128, 2048, 4096
 BATCHES = (1, 16, 64)
@@ -131,10 +131,10 @@ def bare(options: argparse.Namespace) -> None:
     """The executor in this process."""
     import torch
 
-    import kernels
-    from actors.rank.config import RankConfig
-    from actors.rank.executor import build_executor
-    from runtime.bench.executor import Batch, run_batch
+    from llm_runtime import kernels
+    from llm_runtime.actors.rank.config import RankConfig
+    from llm_runtime.actors.rank.executor import build_executor
+    from llm_runtime.runtime.bench.executor import Batch, run_batch
 
     began = time.perf_counter()
     config = RankConfig(
@@ -186,7 +186,7 @@ def profile(executor: Any, path: Path) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    from runtime.bench.executor import Batch, run_batch
+    from llm_runtime.runtime.bench.executor import Batch, run_batch
 
     with path.open("w") as file:
         for title, batch in (
@@ -230,9 +230,9 @@ def prompts_of(count: int, seed: int) -> list[list[int]]:
 
 def node(options: argparse.Namespace) -> None:
     """A whole node, asked over HTTP."""
-    from runtime.bench.figures import percentile
-    from runtime.bench.serving import run_prompts
-    from runtime.rundir import base_directory
+    from llm_runtime.runtime.bench.figures import percentile
+    from llm_runtime.runtime.bench.serving import run_prompts
+    from llm_runtime.runtime.rundir import base_directory
 
     name = f"cuda-{os.getpid()}"
     settings = f"""
@@ -255,8 +255,8 @@ speculation = "off"
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "cuda.toml"
         file.write_text(settings)
-        runtime = [sys.executable, "-m", "runtime"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        runtime = [sys.executable, "-m", "llm_runtime"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
         began = time.perf_counter()
         subprocess.run([*runtime, "up", str(file), "--detach"], check=True, env=environment)
         figures["start_s"] = time.perf_counter() - began
@@ -285,8 +285,8 @@ speculation = "off"
 
 async def kill_the_rank(url: str, run_dir: Path) -> dict[str, Any]:
     """Four streams, during which the rank is killed: the longest pause, and what was lost."""
-    from runtime.bench.serving import run_prompts
-    from runtime.chaos.inject import node_report
+    from llm_runtime.runtime.bench.serving import run_prompts
+    from llm_runtime.runtime.chaos.inject import node_report
 
     output = 400
     running = asyncio.create_task(run_prompts(url, None, None, prompts_of(4, 7), 4, output))

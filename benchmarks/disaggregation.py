@@ -21,8 +21,8 @@ from nodes import running
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bench.figures import percentile
-from runtime.bench.serving import Load, run_load
+from llm_runtime.runtime.bench.figures import percentile
+from llm_runtime.runtime.bench.serving import Load, run_load
 
 NAME = "disaggregation-benchmark"
 INPUT_WORDS = 64

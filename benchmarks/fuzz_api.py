@@ -24,7 +24,7 @@ from typing import Any
 
 from nodes import running
 
-from runtime.chaos.inject import node_report
+from llm_runtime.runtime.chaos.inject import node_report
 
 NAME = "fuzz"
 IDLE_WITHIN_S = 30.0

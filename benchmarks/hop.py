@@ -22,9 +22,9 @@ import msgspec
 import numpy as np
 import zmq
 
-from actors.actor import Actor, handles
-from actors.messages import Hello, Message, TokenEvent, Tokens
-from transport import Codec, Mailbox
+from llm_runtime.actors.actor import Actor, handles
+from llm_runtime.actors.messages import Hello, Message, TokenEvent, Tokens
+from llm_runtime.transport import Codec, Mailbox
 
 PACE_S = 0.001
 

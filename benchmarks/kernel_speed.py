@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import kernels
-from actors.kv_format import KVFormat
-from kernels import reference, reference_moe_mla
+from llm_runtime import kernels
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.kernels import reference, reference_moe_mla
 
 QUERY_HEADS, KV_HEADS, DIM, HIDDEN, INNER, VOCABULARY = 9, 3, 64, 576, 1536, 49152
 RANK, ROTATED, MLA_HEADS, NOPE = 512, 64, 16, 128  # of DeepSeek-V2-Lite, and its experts but for their width

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.rundir import base_directory
+from llm_runtime.runtime.rundir import base_directory
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,11 +18,11 @@ ROOT = Path(__file__).parents[1]
 def running(name: str, port: int, topology: str, *settings: str) -> Iterator[Path]:
     """The run directory of a node of this name, or of the one that a setting gives it."""
     name = next((each.removeprefix("node.name=") for each in settings if each.startswith("node.name=")), name)
-    command = [sys.executable, "-m", "runtime"]
+    command = [sys.executable, "-m", "llm_runtime"]
     up = [*command, "up", str(ROOT / "topology" / topology), "--port", str(port), "--detach"]
     for setting in (f"node.name={name}", *settings):
         up += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     subprocess.run(up, env=environment, check=True, stdout=subprocess.DEVNULL)
     try:
         yield base_directory() / name

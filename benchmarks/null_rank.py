@@ -6,8 +6,8 @@ import time
 
 import numpy as np
 
-from actors.actor import Actor, handles
-from actors.messages import SAMPLE, Attach, Attached, Step, StepResult
+from llm_runtime.actors.actor import Actor, handles
+from llm_runtime.actors.messages import SAMPLE, Attach, Attached, Step, StepResult
 
 FIRST_TOKEN, TOKENS = 1_000, 30_000
 """Answers are made of these ids: ordinary tokens, none of them special."""

@@ -145,10 +145,13 @@ class Server:
 
 def ours(port: int, settings: list[str], log: Path, root: Path = ROOT, name: str = "runtime") -> Server:
     """This runtime with the embedded model, from this working tree or another one."""
-    command = [sys.executable, "-m", "runtime", "up", str(root / "topology" / "smollm2.toml"), "--port", str(port)]
+    source, module = root / "src", "llm_runtime"
+    if not source.is_dir():  # a tree of before 2026-12 has its packages at the top
+        source, module = root, "runtime"
+    command = [sys.executable, "-m", module, "up", str(root / "topology" / "smollm2.toml"), "--port", str(port)]
     for setting in [f"node.name=serving-{name}-{os.getpid()}", *settings]:
         command += ["--set", setting]
-    return Server(name, command, port, {"PYTHONPATH": str(root)}, pausable=False, log=log)
+    return Server(name, command, port, {"PYTHONPATH": str(source)}, pausable=False, log=log)
 
 
 def vllm(binary: str, model: Path, port: int, log: Path) -> Server:
@@ -167,8 +170,8 @@ def llama_server(binary: str, gguf: Path, port: int, log: Path, more: list[str])
 
 def embedded_gguf() -> Path:
     """The embedded model's file."""
-    sys.path.insert(0, str(ROOT))
-    from runtime.models import resolve_model
+    sys.path.insert(0, str(ROOT / "src"))
+    from llm_runtime.runtime.models import resolve_model
 
     return resolve_model(EMBEDDED, ROOT).path
 

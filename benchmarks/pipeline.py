@@ -31,10 +31,10 @@ def bare_loop(options: argparse.Namespace) -> None:
     """Child process: reads a seed a line, prints the seconds that the batch took."""
     import torch
 
-    from actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
-    from actors.rank.config import RankConfig
-    from actors.rank.executor import build_executor
-    from runtime.models import resolve_model
+    from llm_runtime.actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
+    from llm_runtime.actors.rank.config import RankConfig
+    from llm_runtime.actors.rank.executor import build_executor
+    from llm_runtime.runtime.models import resolve_model
 
     count, length, output = options.concurrency, options.input, options.output
     pages_each = -(-(length + output) // PAGE_SIZE)
@@ -133,8 +133,8 @@ def main() -> None:
     if options.bare:
         bare_loop(options)
         return
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    runtime = [sys.executable, "-m", "runtime"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    runtime = [sys.executable, "-m", "llm_runtime"]
     node = f"pipeline-{os.getpid()}"
     up = [*runtime, "up", str(TOPOLOGY), "--detach", "--port", str(options.port), "--set", f"node.name={node}"]
     # The same steps as the bare loop's: no guesses, and prompts in whole chunks.

@@ -37,18 +37,18 @@ import torch
 from msgspec import Struct, msgpack
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from peers import llama_server
 from reader import REPORTED, Answer, Reader
 
-from actors.actor import StartFailure
-from actors.dtypes import WeightDType, compute_dtype
-from actors.kv_format import KVDType
-from actors.tokenizer.chat_template import ChatTemplate
-from actors.vocabulary import Vocabulary, load_vocabulary
-from runtime.cgroups import cpu_count
-from runtime.models import resolve_model
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.kv_format import KVDType
+from llm_runtime.actors.tokenizer.chat_template import ChatTemplate
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary
+from llm_runtime.runtime.cgroups import cpu_count
+from llm_runtime.runtime.models import resolve_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = {"prose": ROOT / "runtime/bench/prose.txt", "code": ROOT / "benchmarks/data/code.txt"}

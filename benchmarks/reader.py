@@ -10,11 +10,11 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from actors.dtypes import WeightDType
-from actors.kv_format import KVDType
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult
-from actors.rank import Executor, RankConfig, build_executor
-from runtime.cgroups import cpu_count
+from llm_runtime.actors.dtypes import WeightDType
+from llm_runtime.actors.kv_format import KVDType
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult
+from llm_runtime.actors.rank import Executor, RankConfig, build_executor
+from llm_runtime.runtime.cgroups import cpu_count
 
 PAGE_SIZE = 16
 REPORTED = 128

@@ -33,13 +33,13 @@ from statistics import median
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from peers import ROOT, Server, embedded_gguf, llama_server, ours, vllm
 
-from actors.vocabulary import load_vocabulary
-from runtime.bench.figures import percentile
-from runtime.bench.serving import Outcome, run_prompts
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.runtime.bench.figures import percentile
+from llm_runtime.runtime.bench.serving import Outcome, run_prompts
 
 FIRST_TOKEN, VOCABULARY = 100, 49_152
 INPUT, OUTPUT = 256, 128

@@ -89,8 +89,10 @@ class Node:
         self.runtime(*arguments)
 
     def runtime(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "runtime", *arguments]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "llm_runtime", *arguments]
+        subprocess.run(
+            command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL
+        )
 
     def down(self) -> None:
         self.runtime("down", "--node", self.name)

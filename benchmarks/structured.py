@@ -27,11 +27,11 @@ import jsonschema
 import numpy as np
 from nodes import running
 
-from actors.grammar import Backend, BadGrammar, Matcher, Tokens, load_backend
-from actors.grammar.backends.llguidance import LLGuidance
-from actors.messages import Constraint
-from actors.vocabulary import Vocabulary
-from runtime.models import resolve_model
+from llm_runtime.actors.grammar import Backend, BadGrammar, Matcher, Tokens, load_backend
+from llm_runtime.actors.grammar.backends.llguidance import LLGuidance
+from llm_runtime.actors.messages import Constraint
+from llm_runtime.actors.vocabulary import Vocabulary
+from llm_runtime.runtime.models import resolve_model
 
 ROOT = Path(__file__).parents[1]
 MODEL = "smollm2-135m-instruct"
@@ -147,7 +147,7 @@ def mask(options: argparse.Namespace) -> int:
     """What the rank does for a step of `streams` constrained slots, part by part, without the model."""
     import torch
 
-    import kernels
+    from llm_runtime import kernels
 
     backend = _backend(options)
     words = -(-backend.tokens.vocab_size // 32)

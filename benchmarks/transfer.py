@@ -26,12 +26,12 @@ import msgspec
 import numpy as np
 import zmq
 
-from actors.actor import Actor
-from actors.kv_format import KVFormat
-from actors.kv_receiver import KvReceiver
-from actors.kv_sender import KvSender
-from actors.messages import CancelReceive, Message, Offer, Receive, Received, ReceiveFailed, Withdraw
-from transport import Arena, Codec, Mailbox
+from llm_runtime.actors.actor import Actor
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.kv_receiver import KvReceiver
+from llm_runtime.actors.kv_sender import KvSender
+from llm_runtime.actors.messages import CancelReceive, Message, Offer, Receive, Received, ReceiveFailed, Withdraw
+from llm_runtime.transport import Arena, Codec, Mailbox
 
 FORMAT = KVFormat(layers=30, page_size=16, kv_heads=3, head_dim=64, dtype="bfloat16")
 P, D = "prefill.scheduler", "decode.scheduler"

@@ -4,10 +4,10 @@ Every function has a plain torch reference and is the same to its caller whateve
 runs no torch operation and starts no thread.
 """
 
-from kernels import cpu, triton
-from kernels.cuda_graph import CudaGraph
-from kernels.graph import GraphMemory, NotRecordable, SizedGraph, StepGraph
-from kernels.ops import (
+from llm_runtime.kernels import cpu, triton
+from llm_runtime.kernels.cuda_graph import CudaGraph
+from llm_runtime.kernels.graph import GraphMemory, NotRecordable, SizedGraph, StepGraph
+from llm_runtime.kernels.ops import (
     add_bias,
     apply_penalties,
     attention,
@@ -27,10 +27,10 @@ from kernels.ops import (
     tune,
     widen,
 )
-from kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
-from kernels.packing import WeightKind
-from kernels.rotary import rotary_table
-from kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors, TokenMasks
+from llm_runtime.kernels.ops_moe_mla import experts, linear_heads, mla_attention, mla_prefill, route_experts
+from llm_runtime.kernels.packing import WeightKind
+from llm_runtime.kernels.rotary import rotary_table
+from llm_runtime.kernels.types import AttentionMeta, KVCache, PackedWeight, SamplingTensors, TokenMasks
 
 __all__ = [
     "AttentionMeta",

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.cpu import functions, library
-from kernels.cpu.load import FUNCTIONS
+from llm_runtime.kernels.cpu import functions, library
+from llm_runtime.kernels.cpu.load import FUNCTIONS
 
 R = TypeVar("R")
 

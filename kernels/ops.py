@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import packing, reference, triton
-from kernels.cpu import choice, library
-from kernels.cpu import functions as cpu
-from kernels.cpu.paths import tune, way
-from kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
+from llm_runtime.kernels import packing, reference, triton
+from llm_runtime.kernels.cpu import choice, library
+from llm_runtime.kernels.cpu import functions as cpu
+from llm_runtime.kernels.cpu.paths import tune, way
+from llm_runtime.kernels.packing import WeightKind, packed_bytes, packed_dtype, packed_shape
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 FLOATS = (torch.float32, torch.bfloat16)
 _QUANTIZED = ("int8", "int4")

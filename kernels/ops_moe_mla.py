@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import reference_moe_mla as reference
-from kernels import triton
-from kernels.cpu import functions_moe_mla as cpu
-from kernels.ops import FLOATS, library_for
-from kernels.packing import PANEL
-from kernels.reference_moe_mla import mla_prefill
-from kernels.types import AttentionMeta, PackedWeight
+from llm_runtime.kernels import reference_moe_mla as reference
+from llm_runtime.kernels import triton
+from llm_runtime.kernels.cpu import functions_moe_mla as cpu
+from llm_runtime.kernels.ops import FLOATS, library_for
+from llm_runtime.kernels.packing import PANEL
+from llm_runtime.kernels.reference_moe_mla import mla_prefill
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight
 
 Matrix = Tensor | PackedWeight
 Scoring = Literal["softmax", "sigmoid"]

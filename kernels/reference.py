@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.packing import unpack, unpack_rows
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
+from llm_runtime.kernels.packing import unpack, unpack_rows
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 KEY_BLOCK = 64  # keys in a block of deterministic attention, at fixed absolute positions
 ROW_TILE = 16  # rows in each product of the deterministic linear

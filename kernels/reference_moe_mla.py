@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ops import linear, silu_and_mul
-from kernels.reference import KEY_BLOCK
-from kernels.types import AttentionMeta, PackedWeight
+from llm_runtime.kernels.ops import linear, silu_and_mul
+from llm_runtime.kernels.reference import KEY_BLOCK
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight
 
 
 def mla_attention(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.packing import WeightKind, check_packed, panel_rows
+from llm_runtime.kernels.packing import WeightKind, check_packed, panel_rows
 
 
 @dataclass(frozen=True)

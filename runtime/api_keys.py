@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from runtime.errors import UserError
+from llm_runtime.runtime.errors import UserError
 
 KEY = r"^[!-~]+$"
 """What every client can send in a header."""

@@ -12,9 +12,9 @@ import msgspec
 import zmq
 from msgspec import Meta, Struct
 
-from runtime.errors import UserError
-from runtime.happenings import Happening
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.happenings import Happening
+from llm_runtime.supervisors.status import NodeStatus
 
 logger = logging.getLogger(__name__)
 

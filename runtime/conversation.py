@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from runtime.errors import UserError
+from llm_runtime.runtime.errors import UserError
 
 _EVENT = b"data: "
 _TIMEOUT_S = 600.0

@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped
-from supervisors import Event
+from llm_runtime.runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped
+from llm_runtime.supervisors import Event
 
 _AT_START = ("ready", "exit", "gave_up")
 _NOT_WHILE_RUNNING = ("starting", "stopped", "command")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from actors.actor import StartFailure
-from actors.checkpoint import PoolingConfig
-from actors.checkpoint.files import weight_files
-from actors.dtypes import WeightDType
-from actors.encoder import scratch_bytes
-from actors.rank.precision import auto_dtype
-from actors.rank.shard import weight_bytes
-from runtime.models import ResolvedModel
-from runtime.topology import Engine, LoadedTopology, Model
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import PoolingConfig
+from llm_runtime.actors.checkpoint.files import weight_files
+from llm_runtime.actors.dtypes import WeightDType
+from llm_runtime.actors.encoder import scratch_bytes
+from llm_runtime.actors.rank.precision import auto_dtype
+from llm_runtime.actors.rank.shard import weight_bytes
+from llm_runtime.runtime.models import ResolvedModel
+from llm_runtime.runtime.topology import Engine, LoadedTopology, Model
 
 ENGINE_KEYS = ("model", "node", "threads", "chunk_tokens", "max_queue")
 """What such an engine can be told."""

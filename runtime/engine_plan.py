@@ -6,16 +6,16 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
-from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig
-from actors.dtypes import WeightDType, compute_dtype
-from actors.grammar import missing
-from actors.kv_format import KVDType, KVFormat
-from actors.rank.precision import auto_dtype
-from actors.rank.shard import kv_format, shard_of, weight_bytes
-from actors.scheduler.pages import page_ledger_bytes
-from runtime.nodes import Placement
-from runtime.topology import Engine, LoadedTopology, Model, Topology
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.grammar import missing
+from llm_runtime.actors.kv_format import KVDType, KVFormat
+from llm_runtime.actors.rank.precision import auto_dtype
+from llm_runtime.actors.rank.shard import kv_format, shard_of, weight_bytes
+from llm_runtime.actors.scheduler.pages import page_ledger_bytes
+from llm_runtime.runtime.nodes import Placement
+from llm_runtime.runtime.topology import Engine, LoadedTopology, Model, Topology
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from runtime.cgroups import cpu_count
+from llm_runtime.runtime.cgroups import cpu_count
 
 
 def prepare() -> None:

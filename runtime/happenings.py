@@ -7,7 +7,7 @@ from collections import deque
 
 from msgspec import Struct
 
-from supervisors.status import Event
+from llm_runtime.supervisors.status import Event
 
 KEPT = 100
 _KEPT_KINDS = ("exit", "backoff", "gave_up", "zygote", "ignored")

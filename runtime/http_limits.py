@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import resource
 
-from runtime.plan import NodePlan
-from supervisors.linux import descriptors_for_connections
+from llm_runtime.runtime.plan import NodePlan
+from llm_runtime.supervisors.linux import descriptors_for_connections
 
 
 def describe_http(plan: NodePlan) -> str:

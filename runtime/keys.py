@@ -10,7 +10,7 @@ from pathlib import Path
 import zmq
 from msgspec import Struct
 
-from runtime.errors import UserError
+from llm_runtime.runtime.errors import UserError
 
 _HEADER = """\
 # Keys under which the machines of a deployment talk to each other, made by `runtime keygen`. Whoever can read this file

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import msgspec
 
-from actors.checkpoint import (
+from llm_runtime.actors.checkpoint import (
     CheckpointError,
     ModelConfig,
     PoolingConfig,
@@ -20,14 +20,14 @@ from actors.checkpoint import (
     read_sampling_defaults,
     task_of,
 )
-from actors.tokenizer.chat_template import ChatTemplate
-from runtime.encoder_plan import EncoderPlan, check_keys, plan_encoder
-from runtime.engine_plan import EnginePlan, plan_engine, share_arenas
-from runtime.errors import UserError
-from runtime.models import NotLocal, ResolvedModel, resolve_model
-from runtime.nodes import Placement
-from runtime.progress import TellNote
-from runtime.topology import LoadedTopology, Model
+from llm_runtime.actors.tokenizer.chat_template import ChatTemplate
+from llm_runtime.runtime.encoder_plan import EncoderPlan, check_keys, plan_encoder
+from llm_runtime.runtime.engine_plan import EnginePlan, plan_engine, share_arenas
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.models import NotLocal, ResolvedModel, resolve_model
+from llm_runtime.runtime.nodes import Placement
+from llm_runtime.runtime.progress import TellNote
+from llm_runtime.runtime.topology import LoadedTopology, Model
 
 
 @dataclass(frozen=True)

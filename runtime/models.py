@@ -13,12 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from actors.checkpoint import CheckpointError, SamplingDefaults
-from actors.checkpoint.files import INDEX, missing_file
-from runtime.environment import cache_directory
-from runtime.errors import UserError
-from runtime.packaged import Package, fetch, installed
-from runtime.progress import TellNote, no_notes
+from llm_runtime.actors.checkpoint import CheckpointError, SamplingDefaults
+from llm_runtime.actors.checkpoint.files import INDEX, missing_file
+from llm_runtime.runtime.environment import cache_directory
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.packaged import Package, fetch, installed
+from llm_runtime.runtime.progress import TellNote, no_notes
 
 EMBEDDED = "smollm2-135m-instruct"
 TINY_DEEPSEEK = "deepseek-v3-tiny"
@@ -158,7 +158,7 @@ def local_models() -> list[LocalModel]:
 
 
 def _local_model(name: str) -> LocalModel:
-    from runtime.tiny_model import DIRECTORY
+    from llm_runtime.runtime.tiny_model import DIRECTORY
 
     if name == TINY_DEEPSEEK and not (cache_dir() / DIRECTORY).is_dir():  # to look for it would make it
         return LocalModel(name, "", 0, f"`runtime pull {name}`")
@@ -208,7 +208,7 @@ def _minilm(download: bool, note: TellNote) -> Path:
 
 
 def _tiny_deepseek(download: bool, note: TellNote) -> Path:
-    from runtime.tiny_model import DIRECTORY, make_tiny_model
+    from llm_runtime.runtime.tiny_model import DIRECTORY, make_tiny_model
 
     path = cache_dir() / DIRECTORY
     if not path.is_dir():
@@ -294,7 +294,7 @@ def _from_hub(name: str, download: bool, note: TellNote) -> Path:
     note(f"downloading {name} from the Hugging Face hub")
     # A download starts threads that stay, and a process with threads must not be forked: so in a process of its own.
     fetch = subprocess.run(
-        [sys.executable, "-m", "runtime.models", name], stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "llm_runtime.runtime.models", name], stdout=subprocess.PIPE, text=True, check=False
     )
     if fetch.returncode != 0:
         raise UserError(fetch.stdout.strip() or f"the download of {name} failed")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.rank.native import compile_kernels
-from runtime.plan import NodePlan
-from runtime.progress import TellNote
+from llm_runtime.actors.rank.native import compile_kernels
+from llm_runtime.runtime.plan import NodePlan
+from llm_runtime.runtime.progress import TellNote
 
 
 def build_kernels(plan: NodePlan, note: TellNote) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.cgroups import memory_bytes
-from runtime.encoder_plan import EncoderPlan
-from runtime.engine_plan import EnginePlan
-from runtime.topology import LoadedTopology
+from llm_runtime.runtime.cgroups import memory_bytes
+from llm_runtime.runtime.encoder_plan import EncoderPlan
+from llm_runtime.runtime.engine_plan import EnginePlan
+from llm_runtime.runtime.topology import LoadedTopology
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
 _RDMA = Path("/sys/class/infiniband")

@@ -21,26 +21,37 @@ from typing import Any
 
 from setproctitle import setproctitle
 
-from actors.checkpoint import CheckpointError
-from actors.grammar import BackendName, load_backend, missing
-from actors.vocabulary import load_vocabulary
-from runtime.control import ControlServer, Done, Down, Kill, NodeReport, NodeState, Question, Renew, Reply, Restart
-from runtime.errors import UserError
-from runtime.happenings import Happenings
-from runtime.model_plan import ModelPlan
-from runtime.plan import NodePlan
-from runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
-from runtime.report import as_json
-from runtime.rolling import restart_all
-from runtime.rundir import NodeInfo, RunDirectory, read_info, running_nodes
-from runtime.status_socket import NAME as STATUS_SOCKET
-from runtime.status_socket import Reply as TellStatus
-from runtime.status_socket import StatusSocket
-from runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
-from runtime.watch import RemovalWatch
-from supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec, logs
-from supervisors.linux import thread_count
-from transport import Arena
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.grammar import BackendName, load_backend, missing
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.runtime.control import (
+    ControlServer,
+    Done,
+    Down,
+    Kill,
+    NodeReport,
+    NodeState,
+    Question,
+    Renew,
+    Reply,
+    Restart,
+)
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.happenings import Happenings
+from llm_runtime.runtime.model_plan import ModelPlan
+from llm_runtime.runtime.plan import NodePlan
+from llm_runtime.runtime.progress import Begin, Happened, Note, Progress, Ready, Stopped, Tell
+from llm_runtime.runtime.report import as_json
+from llm_runtime.runtime.rolling import restart_all
+from llm_runtime.runtime.rundir import NodeInfo, RunDirectory, read_info, running_nodes
+from llm_runtime.runtime.status_socket import NAME as STATUS_SOCKET
+from llm_runtime.runtime.status_socket import Reply as TellStatus
+from llm_runtime.runtime.status_socket import StatusSocket
+from llm_runtime.runtime.tree import LISTENER, actor_names, arena_sizes, build_tree
+from llm_runtime.runtime.watch import RemovalWatch
+from llm_runtime.supervisors import Event, NodeStatus, RunResult, Supervisor, SupervisorSpec, logs
+from llm_runtime.supervisors.linux import thread_count
+from llm_runtime.transport import Arena
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +147,7 @@ class _Root:
         gc.disable()
         _import_actors(spec, plan.topology.node.log_level)
         if plan.topology.tracing.endpoint and plan.placement.is_here("ingress"):
-            importlib.import_module("actors.ingress.span_export")
+            importlib.import_module("llm_runtime.actors.ingress.span_export")
         for model in plan.models:
             if plan.placement.is_here(model.tokenizer):
                 _load_vocabulary(model)

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from msgspec import structs, to_builtins
 
-from runtime.errors import UserError
-from runtime.keys import Keys, read_keys
-from runtime.topology import LoadedTopology, Machine, Topology
-from supervisors.spec import ChildSpec, SupervisorSpec
-from transport import Network
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.keys import Keys, read_keys
+from llm_runtime.runtime.topology import LoadedTopology, Machine, Topology
+from llm_runtime.supervisors.spec import ChildSpec, SupervisorSpec
+from llm_runtime.transport import Network
 
 
 @dataclass(frozen=True)

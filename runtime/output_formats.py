@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from actors.checkpoint import CheckpointError
-from actors.checkpoint.gguf import GGUFFile
-from actors.parsers.reasoning import detect_reasoning
-from actors.parsers.tool_calls import detect_tool_calls
-from runtime.model_plan import ModelPlan
-from runtime.topology import Ingress
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.checkpoint.gguf import GGUFFile
+from llm_runtime.actors.parsers.reasoning import detect_reasoning
+from llm_runtime.actors.parsers.tool_calls import detect_tool_calls
+from llm_runtime.runtime.model_plan import ModelPlan
+from llm_runtime.runtime.topology import Ingress
 
 
 def output_formats(plan: ModelPlan, ingress: Ingress) -> dict[str, str | None]:

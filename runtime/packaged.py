@@ -15,8 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.errors import UserError
-from runtime.progress import TellNote
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.progress import TellNote
 
 _POLL_S = 0.1
 _MB = 1_000_000

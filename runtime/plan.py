@@ -8,15 +8,15 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.api_keys import key_from
-from runtime.cgroups import cpu_count
-from runtime.encoder_plan import EncoderPlan
-from runtime.engine_plan import EnginePlan
-from runtime.model_plan import ModelPlan, plan_model
-from runtime.needs import check_needs
-from runtime.nodes import Placement, place
-from runtime.progress import TellNote, no_notes
-from runtime.topology import LoadedTopology, Topology
+from llm_runtime.runtime.api_keys import key_from
+from llm_runtime.runtime.cgroups import cpu_count
+from llm_runtime.runtime.encoder_plan import EncoderPlan
+from llm_runtime.runtime.engine_plan import EnginePlan
+from llm_runtime.runtime.model_plan import ModelPlan, plan_model
+from llm_runtime.runtime.needs import check_needs
+from llm_runtime.runtime.nodes import Placement, place
+from llm_runtime.runtime.progress import TellNote, no_notes
+from llm_runtime.runtime.topology import LoadedTopology, Topology
 
 
 @dataclass(frozen=True)

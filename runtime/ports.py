@@ -8,11 +8,11 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-from runtime.errors import UserError
-from runtime.nodes import ip_address, listeners
-from runtime.plan import NodePlan
-from runtime.topology import LoadedTopology, TopologyError
-from runtime.tree import actor_names, build_tree
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.nodes import ip_address, listeners
+from llm_runtime.runtime.plan import NodePlan
+from llm_runtime.runtime.topology import LoadedTopology, TopologyError
+from llm_runtime.runtime.tree import actor_names, build_tree
 
 _MAX_PORT = 65_535
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 import msgspec
 from msgspec import Struct
 
-from supervisors.status import Event
+from llm_runtime.supervisors.status import Event
 
 
 class Note(Struct, tag=True, frozen=True):

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from runtime.control import NodeReport
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.control import NodeReport
+from llm_runtime.supervisors.status import NodeStatus
 
 
 def as_json(report: NodeReport) -> dict[str, Any]:

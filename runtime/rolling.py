@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from runtime.control import NodeReport, Renew, Restart, Status, ask, command
-from runtime.errors import UserError
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.control import NodeReport, Renew, Restart, Status, ask, command
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.supervisors.status import NodeStatus
 
 PATIENCE_S = 600.0
 _LOOK_S = 0.02

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.errors import UserError
-from supervisors.exits import write_atomically
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.supervisors.exits import write_atomically
 
 SUBDIRECTORIES = ("sockets", "logs", "crashes")
 _LONGEST_SOCKET_PATH = 107  # sizeof(sockaddr_un.sun_path) - 1

@@ -13,8 +13,9 @@ _FOLDER = "share/llm-runtime/topology"
 @cache
 def topologies() -> dict[str, Path]:
     """Each topology's file by its name, such as "smollm2"."""
-    above = Path(__file__).parents[1]
-    folders = [above / "topology", above / _FOLDER]  # of a checkout, and of `pip install --target`
+    here = Path(__file__)
+    # Of a checkout, and of `pip install --target`.
+    folders = [here.resolve().parents[1] / "topology", here.parents[2] / _FOLDER]
     files = [file for folder in folders for file in folder.glob("*.toml")]
     if not files:
         try:

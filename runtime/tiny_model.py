@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.vocabulary import Vocabulary, load_vocabulary
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary
 
 DIRECTORY = "deepseek-v3-tiny-1"
 """Under the cache directory. Another number for other content."""

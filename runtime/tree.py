@@ -10,18 +10,18 @@ from typing import Any
 import msgspec
 import zmq
 
-from actors.checkpoint import PoolingConfig, checkpoint_facts
-from actors.ingress.journal import slot_bytes
-from runtime.encoder_plan import EncoderPlan
-from runtime.engine_plan import EnginePlan
-from runtime.model_plan import ModelPlan
-from runtime.needs import arena_sizes_of
-from runtime.nodes import ip_address, part_of
-from runtime.output_formats import output_formats
-from runtime.plan import NodePlan, is_loopback
-from runtime.status_socket import NAME as STATUS_SOCKET
-from runtime.topology import Faults
-from supervisors.spec import ChildSpec, SupervisorSpec
+from llm_runtime.actors.checkpoint import PoolingConfig, checkpoint_facts
+from llm_runtime.actors.ingress.journal import slot_bytes
+from llm_runtime.runtime.encoder_plan import EncoderPlan
+from llm_runtime.runtime.engine_plan import EnginePlan
+from llm_runtime.runtime.model_plan import ModelPlan
+from llm_runtime.runtime.needs import arena_sizes_of
+from llm_runtime.runtime.nodes import ip_address, part_of
+from llm_runtime.runtime.output_formats import output_formats
+from llm_runtime.runtime.plan import NodePlan, is_loopback
+from llm_runtime.runtime.status_socket import NAME as STATUS_SOCKET
+from llm_runtime.runtime.topology import Faults
+from llm_runtime.supervisors.spec import ChildSpec, SupervisorSpec
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
@@ -132,14 +132,14 @@ class _Builder:
 
     def _bootstrap(self) -> ChildSpec:
         peers = [*self.ingresses, *self.schedulers]
-        return self._worker("bootstrap", "bootstrap", "actors.bootstrap:Bootstrap", peers=peers)
+        return self._worker("bootstrap", "bootstrap", "llm_runtime.actors.bootstrap:Bootstrap", peers=peers)
 
     def _detokenizer(self, model: ModelPlan) -> ChildSpec:
         serving = [engine.scheduler for engine in model.engines if engine.role != "prefill"]
         return self._worker(
             model.detokenizer,
             "detokenizer",
-            "actors.detokenizer:Detokenizer",
+            "llm_runtime.actors.detokenizer:Detokenizer",
             peers=[*serving, *self.ingresses],
             config={"model": str(model.model.path)},
         )
@@ -149,7 +149,7 @@ class _Builder:
         return self._worker(
             model.tokenizer,
             "tokenizer",
-            "actors.tokenizer:Tokenizer",
+            "llm_runtime.actors.tokenizer:Tokenizer",
             peers=self.ingresses,
             config={"model": str(model.model.path), **template},
         )
@@ -158,7 +158,7 @@ class _Builder:
         encoder = self._worker(
             engine.actor,
             "encoder",
-            "actors.encoder.actor:Encoder",
+            "llm_runtime.actors.encoder.actor:Encoder",
             peers=self.ingresses,
             descriptors=[engine.weights_arena] if engine.weights_arena else [],
             config={
@@ -194,7 +194,7 @@ class _Builder:
         return self._worker(
             name,
             "rank",
-            "actors.rank.actor:Rank",
+            "llm_runtime.actors.rank.actor:Rank",
             peers=[
                 f"{engine.name}.scheduler",
                 *(peer for peer in engine.rank_names if peer != name),
@@ -226,7 +226,7 @@ class _Builder:
         return self._worker(
             engine.transfer_actor,
             "kv_sender",
-            "actors.kv_sender:KvSender",
+            "llm_runtime.actors.kv_sender:KvSender",
             peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "decode")), *self.ingresses],
             descriptors=engine.kv_arenas,
             config=self._transfer_config(engine),
@@ -242,7 +242,7 @@ class _Builder:
         return self._worker(
             engine.transfer_actor,
             "kv_receiver",
-            "actors.kv_receiver:KvReceiver",
+            "llm_runtime.actors.kv_receiver:KvReceiver",
             peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "prefill")), *self.ingresses],
             descriptors=[*engine.kv_arenas, *sources],
             config={**self._transfer_config(engine), "sources": sources},
@@ -271,7 +271,7 @@ class _Builder:
         return self._worker(
             engine.grammar,
             "grammar",
-            "actors.grammar:Grammar",
+            "llm_runtime.actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
             config={
                 "model": str(model.model.path),
@@ -301,7 +301,7 @@ class _Builder:
         return self._worker(
             name,
             "scheduler",
-            f"actors.scheduler.{_SCHEDULERS[role]}",
+            f"llm_runtime.actors.scheduler.{_SCHEDULERS[role]}",
             peers=[
                 *engine.rank_names,
                 *([engine.transfer_actor] if engine.transfer_actor else []),
@@ -352,7 +352,7 @@ class _Builder:
         return self._worker(
             name,
             "ingress",
-            "actors.ingress:Ingress",
+            "llm_runtime.actors.ingress:Ingress",
             peers=[
                 *(model.tokenizer for model in plan.models),
                 *(["bootstrap"] if self.schedulers else []),

@@ -5,11 +5,11 @@ them in order. Children are processes forked from a zygote in milliseconds; a ch
 its `Link` to the supervisor. Supervisors nest: a child of type "supervisor" is a process of its own too.
 """
 
-from supervisors.exits import CrashReport, ExitReason, read_crashes
-from supervisors.link import MAX_PARKED, ChildContext, Link
-from supervisors.spec import Backoff, ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate
-from supervisors.status import ChildCounts, ChildInfo, Culprit, Event, NodeStatus, RunResult
-from supervisors.supervisor import Supervisor
+from llm_runtime.supervisors.exits import CrashReport, ExitReason, read_crashes
+from llm_runtime.supervisors.link import MAX_PARKED, ChildContext, Link
+from llm_runtime.supervisors.spec import Backoff, ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate
+from llm_runtime.supervisors.status import ChildCounts, ChildInfo, Culprit, Event, NodeStatus, RunResult
+from llm_runtime.supervisors.supervisor import Supervisor
 
 __all__ = [
     "MAX_PARKED",

@@ -17,10 +17,10 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from supervisors import linux, logs, messages
-from supervisors.link import ChildContext, Link
-from supervisors.messages import ForkRequest
-from supervisors.wire import Channel
+from llm_runtime.supervisors import linux, logs, messages
+from llm_runtime.supervisors.link import ChildContext, Link
+from llm_runtime.supervisors.messages import ForkRequest
+from llm_runtime.supervisors.wire import Channel
 
 _REPARENT_POLL_S = 0.0002
 

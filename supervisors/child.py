@@ -9,12 +9,12 @@ from typing import Literal
 
 import msgspec
 
-from supervisors.exits import ExitReason
-from supervisors.parking import ParkingLot
-from supervisors.process import Process
-from supervisors.restarts import Delay
-from supervisors.spec import ChildSpec
-from supervisors.status import Culprit, NodeStatus, State, stopped_tree
+from llm_runtime.supervisors.exits import ExitReason
+from llm_runtime.supervisors.parking import ParkingLot
+from llm_runtime.supervisors.process import Process
+from llm_runtime.supervisors.restarts import Delay
+from llm_runtime.supervisors.spec import ChildSpec
+from llm_runtime.supervisors.status import Culprit, NodeStatus, State, stopped_tree
 
 Done = Callable[[str], None]
 """Told the outcome of a command: an error sentence, or "" when done."""

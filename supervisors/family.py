@@ -14,16 +14,16 @@ from pathlib import Path
 
 import msgspec
 
-from supervisors import messages
-from supervisors.child import Child, Done
-from supervisors.exits import CrashReport, ExitReason, record_crash
-from supervisors.loop import pidfd_kill
-from supervisors.messages import Start, Up
-from supervisors.nursery import Nursery
-from supervisors.process import Process
-from supervisors.restarts import Delay, Intensity, affected, wants_restart
-from supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
-from supervisors.status import Culprit, Event, EventKind, RunResult
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.child import Child, Done
+from llm_runtime.supervisors.exits import CrashReport, ExitReason, record_crash
+from llm_runtime.supervisors.loop import pidfd_kill
+from llm_runtime.supervisors.messages import Start, Up
+from llm_runtime.supervisors.nursery import Nursery
+from llm_runtime.supervisors.process import Process
+from llm_runtime.supervisors.restarts import Delay, Intensity, affected, wants_restart
+from llm_runtime.supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
+from llm_runtime.supervisors.status import Culprit, Event, EventKind, RunResult
 
 SAY_FULL_S = 60.0
 TRIALS = 3

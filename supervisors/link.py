@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from supervisors import messages
-from supervisors.messages import Crash, Failed, Heartbeat, Ignore, Park, Ready, Unpark, encode
-from supervisors.spec import SupervisorSpec
-from supervisors.status import StatValue
-from supervisors.wire import Channel
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.messages import Crash, Failed, Heartbeat, Ignore, Park, Ready, Unpark, encode
+from llm_runtime.supervisors.spec import SupervisorSpec
+from llm_runtime.supervisors.status import StatValue
+from llm_runtime.supervisors.wire import Channel
 
 MAX_PARKED = 2**16
 """Descriptors one child may park at a time."""

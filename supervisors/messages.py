@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from supervisors.spec import ChildInstance, ChildSpec, SupervisorSpec
-from supervisors.status import Culprit, Event, NodeStatus, StatValue
+from llm_runtime.supervisors.spec import ChildInstance, ChildSpec, SupervisorSpec
+from llm_runtime.supervisors.status import Culprit, Event, NodeStatus, StatValue
 
 
 class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True, forbid_unknown_fields=True):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from supervisors import messages
-from supervisors.link import ChildContext
-from supervisors.supervisor import Supervisor
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.link import ChildContext
+from llm_runtime.supervisors.supervisor import Supervisor
 
 
 class NestedSupervisor:

@@ -14,14 +14,14 @@ from socket import socket
 
 import msgspec
 
-from supervisors import messages
-from supervisors.loop import Loop, pidfd_kill, reap_strangers
-from supervisors.messages import Down, ForkRequest, Parked, Start, Up, encode
-from supervisors.process import Process
-from supervisors.restarts import Delay
-from supervisors.spec import Backoff, ChildSpec
-from supervisors.wire import Channel, socket_pair
-from supervisors.zygote import HERE, Zygote
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.loop import Loop, pidfd_kill, reap_strangers
+from llm_runtime.supervisors.messages import Down, ForkRequest, Parked, Start, Up, encode
+from llm_runtime.supervisors.process import Process
+from llm_runtime.supervisors.restarts import Delay
+from llm_runtime.supervisors.spec import Backoff, ChildSpec
+from llm_runtime.supervisors.wire import Channel, socket_pair
+from llm_runtime.supervisors.zygote import HERE, Zygote
 
 ZYGOTE_BACKOFF = Backoff(base_ms=20.0, cap_ms=1000.0)
 """Between replacements of a zygote that is lost again soon after its start."""

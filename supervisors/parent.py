@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
-from supervisors import messages
-from supervisors.link import Link
-from supervisors.loop import Loop
-from supervisors.messages import Call, Up, encode
-from supervisors.status import Event, NodeStatus
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.link import Link
+from llm_runtime.supervisors.loop import Loop
+from llm_runtime.supervisors.messages import Call, Up, encode
+from llm_runtime.supervisors.status import Event, NodeStatus
 
 MAX_BACKLOG = 1000
 """Packets waiting for a parent that does not read, above which events are dropped."""

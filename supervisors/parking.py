@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from supervisors import linux
-from supervisors.link import MAX_PARKED
-from supervisors.messages import Parked, ParkedEntry
+from llm_runtime.supervisors import linux
+from llm_runtime.supervisors.link import MAX_PARKED
+from llm_runtime.supervisors.messages import Parked, ParkedEntry
 
 _BATCH = 64
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from supervisors import messages
-from supervisors.exits import ExitKind, ExitReason, reason_of
-from supervisors.linux import is_stopped
-from supervisors.loop import pidfd_kill
-from supervisors.spec import ChildSpec
-from supervisors.status import StatValue
-from supervisors.wire import Channel
+from llm_runtime.supervisors import messages
+from llm_runtime.supervisors.exits import ExitKind, ExitReason, reason_of
+from llm_runtime.supervisors.linux import is_stopped
+from llm_runtime.supervisors.loop import pidfd_kill
+from llm_runtime.supervisors.spec import ChildSpec
+from llm_runtime.supervisors.status import StatValue
+from llm_runtime.supervisors.wire import Channel
 
 
 @dataclass(eq=False)

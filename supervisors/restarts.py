@@ -6,8 +6,8 @@ import random
 from collections import deque
 from collections.abc import Sequence
 
-from supervisors.exits import ExitReason
-from supervisors.spec import Backoff, Restart, Strategy
+from llm_runtime.supervisors.exits import ExitReason
+from llm_runtime.supervisors.spec import Backoff, Restart, Strategy
 
 
 class Intensity:

@@ -21,7 +21,7 @@ Strategy = Literal["one_for_one", "one_for_all", "rest_for_one", "simple_one_for
 AutoShutdown = Literal["never", "any_significant", "all_significant"]
 ChildType = Literal["worker", "supervisor"]
 
-NESTED_SUPERVISOR = "supervisors.nested:NestedSupervisor"
+NESTED_SUPERVISOR = "llm_runtime.supervisors.nested:NestedSupervisor"
 """What a child of type "supervisor" runs."""
 
 DEFAULT_SHUTDOWN_MS = 5000

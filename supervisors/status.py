@@ -10,8 +10,8 @@ from typing import Literal
 import msgspec
 import psutil
 
-from supervisors.exits import ExitReason
-from supervisors.spec import ChildSpec, ChildType
+from llm_runtime.supervisors.exits import ExitReason
+from llm_runtime.supervisors.spec import ChildSpec, ChildType
 
 State = Literal["starting", "running", "unresponsive", "stopping", "stopped", "restarting", "backoff", "failed"]
 EventKind = Literal["starting", "ready", "ignored", "exit", "backoff", "stopped", "gave_up", "zygote"]

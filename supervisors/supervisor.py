@@ -11,18 +11,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from supervisors import linux, messages
-from supervisors.child import Child, Done
-from supervisors.family import Family
-from supervisors.link import Link
-from supervisors.loop import Loop
-from supervisors.messages import Call, Up
-from supervisors.nursery import Nursery
-from supervisors.parent import Parent
-from supervisors.process import Process
-from supervisors.spec import NESTED_SUPERVISOR, ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate
-from supervisors.status import ChildCounts, ChildInfo, Event, NodeStatus, RunResult, Sampler
-from supervisors.zygote import Zygote
+from llm_runtime.supervisors import linux, messages
+from llm_runtime.supervisors.child import Child, Done
+from llm_runtime.supervisors.family import Family
+from llm_runtime.supervisors.link import Link
+from llm_runtime.supervisors.loop import Loop
+from llm_runtime.supervisors.messages import Call, Up
+from llm_runtime.supervisors.nursery import Nursery
+from llm_runtime.supervisors.parent import Parent
+from llm_runtime.supervisors.process import Process
+from llm_runtime.supervisors.spec import (
+    NESTED_SUPERVISOR,
+    ChildInstance,
+    ChildSpec,
+    SpecError,
+    SupervisorSpec,
+    validate,
+)
+from llm_runtime.supervisors.status import ChildCounts, ChildInfo, Event, NodeStatus, RunResult, Sampler
+from llm_runtime.supervisors.zygote import Zygote
 
 LATE_S = 0.5
 """A supervisor that wakes so much later than it should was stopped itself, or the whole machine was."""

@@ -22,10 +22,10 @@ from typing import NoReturn
 
 from setproctitle import setproctitle
 
-from supervisors import linux, messages
-from supervisors.bootstrap import enter
-from supervisors.messages import ForkReply, ForkRequest, encode
-from supervisors.wire import LAST, PACKET_BYTES, Channel, socket_pair
+from llm_runtime.supervisors import linux, messages
+from llm_runtime.supervisors.bootstrap import enter
+from llm_runtime.supervisors.messages import ForkReply, ForkRequest, encode
+from llm_runtime.supervisors.wire import LAST, PACKET_BYTES, Channel, socket_pair
 
 FORK_TIMEOUT_S = 3.0
 IMPORT_TIMEOUT_S = 120.0
@@ -95,7 +95,7 @@ class Zygote:
         arguments = [str(theirs.fileno()), str(os.getpid()), level, self._title, *self._modules]
         process = subprocess.Popen(
             # Not -m, which would warn: the package has imported this module already.
-            [sys.executable, "-c", "from supervisors.zygote import main; main()", *arguments],
+            [sys.executable, "-c", "from llm_runtime.supervisors.zygote import main; main()", *arguments],
             pass_fds=[theirs.fileno()],
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -142,9 +142,9 @@ def copy_of_tree(directory: Path) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     for name in names:
-        if name and (ROOT / name).is_file():
+        if name and os.path.lexists(ROOT / name):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, directory / name)
+            shutil.copy2(ROOT / name, directory / name, follow_symlinks=False)
     return directory
 
 
@@ -161,7 +161,7 @@ def run_tests(
     command += [str(python), "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", f"--basetemp={base}/t"]
     command += ["--timeout=60", *(["-k", suite.choose] if suite.choose else [])]
     command += [f"--deselect={name}" for name in suite.slow]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree / "src")}
     environment.pop("CI", None)
     try:
         ran = subprocess.run(

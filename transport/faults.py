@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from transport.mailbox import Mailbox
+from llm_runtime.transport.mailbox import Mailbox
 
 Body = TypeVar("Body")
 Rate = Annotated[float, Meta(ge=0, lt=1)]

@@ -18,8 +18,8 @@ from typing import Generic, TypeVar
 import msgspec
 import zmq
 
-from transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
-from transport.curve import Doorkeeper, Network, RemoteOutbox
+from llm_runtime.transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
+from llm_runtime.transport.curve import Doorkeeper, Network, RemoteOutbox
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import time
 
 import msgspec
 
-from actors.actor import Actor, handles, role_of
-from actors.messages import EngineInfo, Register, RegisterRefused, Registry
+from llm_runtime.actors.actor import Actor, handles, role_of
+from llm_runtime.actors.messages import EngineInfo, Register, RegisterRefused, Registry
 
 logger = logging.getLogger(__name__)
 

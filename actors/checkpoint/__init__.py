@@ -1,12 +1,12 @@
 """Reading model checkpoints: GGUF files and Hugging Face directories. Imports no torch."""
 
-from actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
-from actors.checkpoint.gguf import GGUFFile, TensorInfo
-from actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
-from actors.checkpoint.read import checkpoint_identity, read_config
-from actors.checkpoint.sampling import SamplingDefaults, read_sampling_defaults
+from llm_runtime.actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
+from llm_runtime.actors.checkpoint.gguf import GGUFFile, TensorInfo
+from llm_runtime.actors.checkpoint.pooling import PoolingConfig, Task, read_pooling_config, task_of
+from llm_runtime.actors.checkpoint.read import checkpoint_identity, read_config
+from llm_runtime.actors.checkpoint.sampling import SamplingDefaults, read_sampling_defaults
 
 __all__ = [
     "CheckpointError",

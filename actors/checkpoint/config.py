@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.errors import CheckpointError
 
 ROPE_KINDS = {
     "linear": ("factor",),

@@ -7,10 +7,10 @@ import struct
 from collections import Counter
 from typing import Any
 
-from actors.checkpoint.config import ModelConfig, distinct, rope_scaling
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.gguf import GGUFFile, MetadataValue
-from actors.checkpoint.names import module_of_gguf
+from llm_runtime.actors.checkpoint.config import ModelConfig, distinct, rope_scaling
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.gguf import GGUFFile, MetadataValue
+from llm_runtime.actors.checkpoint.names import module_of_gguf
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """llama.cpp's names of Hugging Face's architectures."""

@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
-from actors.checkpoint.config import Experts, Latent, ModelConfig, distinct, rope_scaling, scaled_length
-from actors.checkpoint.config_of_transformers import config_of_transformers
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.json_file import read_json
-from actors.checkpoint.plugins import plugin
-from actors.checkpoint.tokenizer_eos import eos_of_tokenizer
+from llm_runtime.actors.checkpoint.config import Experts, Latent, ModelConfig, distinct, rope_scaling, scaled_length
+from llm_runtime.actors.checkpoint.config_of_transformers import config_of_transformers
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.json_file import read_json
+from llm_runtime.actors.checkpoint.plugins import plugin
+from llm_runtime.actors.checkpoint.tokenizer_eos import eos_of_tokenizer
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

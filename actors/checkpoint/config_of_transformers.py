@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from actors.checkpoint.config import Foreign, ModelConfig
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.files import stored_tensors
+from llm_runtime.actors.checkpoint.config import Foreign, ModelConfig
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.files import stored_tensors
 
 LAYERS = {"full_attention", "sliding_attention"}
 ROPES = {"default", "linear", "llama3", "yarn"}

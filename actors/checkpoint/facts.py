@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.gguf import GGUFFile
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.gguf import GGUFFile
 
 _MAX_HEADER = 100 * 2**20
 """Bytes of a safetensors file's header; the library's own limit."""

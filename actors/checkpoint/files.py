@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.json_file import read_json
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.json_file import read_json
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

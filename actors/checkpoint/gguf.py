@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.files import parts_of_file
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.files import parts_of_file
 
 Scalar = int | float | bool | str
 MetadataValue = Scalar | list[int] | list[float] | list[bool] | list[str]

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.errors import CheckpointError
 
 
 def read_json(path: Path, kind: Any, empty: Any = None) -> Any:

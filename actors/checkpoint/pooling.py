@@ -14,10 +14,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import structs
 
-from actors.checkpoint.config import ModelConfig, check_config
-from actors.checkpoint.config_of_huggingface import config_of_directory
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.read import read_config
+from llm_runtime.actors.checkpoint.config import ModelConfig, check_config
+from llm_runtime.actors.checkpoint.config_of_huggingface import config_of_directory
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.read import read_config
 
 Task = Literal["generate", "embed", "classify"]
 Pooling = Literal["mean", "cls", "last"]

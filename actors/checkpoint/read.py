@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
-from actors.checkpoint.config import ModelConfig, check_config
-from actors.checkpoint.config_of_gguf import config_of_gguf
-from actors.checkpoint.config_of_huggingface import config_of_directory
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.files import missing_file, weight_files
-from actors.checkpoint.gguf import GGUFFile
+from llm_runtime.actors.checkpoint.config import ModelConfig, check_config
+from llm_runtime.actors.checkpoint.config_of_gguf import config_of_gguf
+from llm_runtime.actors.checkpoint.config_of_huggingface import config_of_directory
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.files import missing_file, weight_files
+from llm_runtime.actors.checkpoint.gguf import GGUFFile
 
 
 def read_config(path: Path) -> ModelConfig:

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.checkpoint.errors import CheckpointError
-from actors.checkpoint.gguf import GGUFFile
-from actors.checkpoint.json_file import read_json
+from llm_runtime.actors.checkpoint.errors import CheckpointError
+from llm_runtime.actors.checkpoint.gguf import GGUFFile
+from llm_runtime.actors.checkpoint.json_file import read_json
 
 
 class SamplingDefaults(Struct, frozen=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from actors.checkpoint.json_file import read_json
+from llm_runtime.actors.checkpoint.json_file import read_json
 
 
 class _Token(msgspec.Struct):

@@ -1,5 +1,5 @@
 """The detokenizer: output tokens become text."""
 
-from actors.detokenizer.actor import Detokenizer, DetokenizerConfig
+from llm_runtime.actors.detokenizer.actor import Detokenizer, DetokenizerConfig
 
 __all__ = ["Detokenizer", "DetokenizerConfig"]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import msgspec
 
-from actors.actor import Actor, StartFailure, handles
-from actors.checkpoint import CheckpointError
-from actors.detokenizer.stream import Pieces, TextStream
-from actors.messages import (
+from llm_runtime.actors.actor import Actor, StartFailure, handles
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.detokenizer.stream import Pieces, TextStream
+from llm_runtime.actors.messages import (
     OpenText,
     Resend,
     Stopped,
@@ -29,8 +29,8 @@ from actors.messages import (
     TokenLogprob,
     Tokens,
 )
-from actors.spans import SpanValue
-from actors.vocabulary import load_vocabulary, unpack_ids
+from llm_runtime.actors.spans import SpanValue
+from llm_runtime.actors.vocabulary import load_vocabulary, unpack_ids
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from actors.detokenizer.stop import StopMatcher
-from actors.messages import TextParams
-from actors.vocabulary import Vocabulary
+from llm_runtime.actors.detokenizer.stop import StopMatcher
+from llm_runtime.actors.messages import TextParams
+from llm_runtime.actors.vocabulary import Vocabulary
 
 
 class Pieces(Struct, frozen=True):

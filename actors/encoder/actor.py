@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from actors.actor import Actor, BadMessage, StartFailure, handles
-from actors.checkpoint import CheckpointError, PoolingConfig, read_pooling_config
-from actors.encoder.config import EncoderConfig
-from actors.encoder.models.bert import Bert
-from actors.encoder.models.decoder import Decoder
-from actors.encoder.queue import Queue, Request
-from actors.messages import Abort, Embed, Embedded, EmbedRefused, Sequence
+from llm_runtime.actors.actor import Actor, BadMessage, StartFailure, handles
+from llm_runtime.actors.checkpoint import CheckpointError, PoolingConfig, read_pooling_config
+from llm_runtime.actors.encoder.config import EncoderConfig
+from llm_runtime.actors.encoder.models.bert import Bert
+from llm_runtime.actors.encoder.models.decoder import Decoder
+from llm_runtime.actors.encoder.queue import Queue, Request
+from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, Sequence
 
 Vectors = NDArray[np.float32]
 

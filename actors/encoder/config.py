@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.dtypes import WeightDType
+from llm_runtime.actors.dtypes import WeightDType
 
 MAX_SEQUENCES = 256
 """Sequences that are computed at once, at most."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Many
 
-from actors.encoder.config import MAX_SEQUENCES
-from actors.messages import Sequence
+from llm_runtime.actors.encoder.config import MAX_SEQUENCES
+from llm_runtime.actors.messages import Sequence
 
 Request = tuple[str, str]
 """An ingress, and its name for a request."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from actors.checkpoint import ModelConfig
-from actors.dtypes import WeightDType, compute_dtype
-from actors.encoder.config import MAX_SEQUENCES
-from actors.kv_format import KVFormat
-from actors.rank.shard import kv_format
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.encoder.config import MAX_SEQUENCES
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.rank.shard import kv_format
 
 PAGE_SIZE = 16
 

@@ -5,12 +5,12 @@
 `backends`, loaded when it is first needed or, in a node, once before its processes are forked.
 """
 
-from actors.grammar.actor import Grammar, GrammarConfig
-from actors.grammar.backends import Backend, BackendName, Compiled, Matcher, load_backend, missing
-from actors.grammar.closing import closing
-from actors.grammar.errors import BadGrammar
-from actors.grammar.tokens import Tokens
-from actors.grammar.workshop import Workshop
+from llm_runtime.actors.grammar.actor import Grammar, GrammarConfig
+from llm_runtime.actors.grammar.backends import Backend, BackendName, Compiled, Matcher, load_backend, missing
+from llm_runtime.actors.grammar.closing import closing
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.tokens import Tokens
+from llm_runtime.actors.grammar.workshop import Workshop
 
 __all__ = [
     "Backend",

@@ -10,11 +10,11 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from actors.actor import Actor, StartFailure, handles
-from actors.checkpoint import CheckpointError
-from actors.grammar.backends import BackendName, load_backend, missing
-from actors.grammar.workshop import Workshop
-from actors.messages import Compile, Compiled
+from llm_runtime.actors.actor import Actor, StartFailure, handles
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.grammar.backends import BackendName, load_backend, missing
+from llm_runtime.actors.grammar.workshop import Workshop
+from llm_runtime.actors.messages import Compile, Compiled
 
 logger = logging.getLogger(__name__)
 

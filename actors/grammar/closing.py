@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.grammar.backends.base import Matcher
-from actors.grammar.tokens import Tokens
+from llm_runtime.actors.grammar.backends.base import Matcher
+from llm_runtime.actors.grammar.tokens import Tokens
 
 Int32s = NDArray[np.int32]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.grammar.tokens import Tokens
+from llm_runtime.actors.grammar.tokens import Tokens
 
 Int32s = NDArray[np.int32]
 

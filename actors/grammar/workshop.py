@@ -11,11 +11,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from actors.checkpoint import CheckpointError
-from actors.grammar.backends.base import Backend
-from actors.grammar.backends.base import Compiled as CompiledGrammar
-from actors.grammar.errors import BadGrammar
-from actors.messages import Compiled, Constraint
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.grammar.backends.base import Backend
+from llm_runtime.actors.grammar.backends.base import Compiled as CompiledGrammar
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.messages import Compiled, Constraint
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import ipaddress
 import socket
 from collections.abc import Sequence
 
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange
 
 ANY = "*"
 _LOCAL = (".localhost", ".local", ".internal")

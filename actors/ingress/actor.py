@@ -13,26 +13,26 @@ import uvicorn
 import uvloop
 import zmq
 
-from actors.actor import Actor, Context, StartFailure, handles, role_of
-from actors.ingress.app import create_app
-from actors.ingress.config import IngressConfig, ServedModel
-from actors.ingress.control import Control
-from actors.ingress.crash_dumps import CrashDumps
-from actors.ingress.encoders import Encoders
-from actors.ingress.engines import Engines
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import SHUTTING_DOWN
-from actors.ingress.history import FORGET_AFTER_S
-from actors.ingress.journal import Journal, slot_bytes
-from actors.ingress.ledger import Ledger
-from actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
-from actors.ingress.node_status import requests_of
-from actors.ingress.recent import RecentRequests
-from actors.ingress.server import Server
-from actors.ingress.service import Served, Service
-from actors.ingress.tokenization import Answer, Tokenization
-from actors.ingress.tracing import Tracing
-from actors.messages import (
+from llm_runtime.actors.actor import Actor, Context, StartFailure, handles, role_of
+from llm_runtime.actors.ingress.app import create_app
+from llm_runtime.actors.ingress.config import IngressConfig, ServedModel
+from llm_runtime.actors.ingress.control import Control
+from llm_runtime.actors.ingress.crash_dumps import CrashDumps
+from llm_runtime.actors.ingress.encoders import Encoders
+from llm_runtime.actors.ingress.engines import Engines
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import SHUTTING_DOWN
+from llm_runtime.actors.ingress.history import FORGET_AFTER_S
+from llm_runtime.actors.ingress.journal import Journal, slot_bytes
+from llm_runtime.actors.ingress.ledger import Ledger
+from llm_runtime.actors.ingress.metrics import INCARNATION, ActorFigures, IngressMetrics
+from llm_runtime.actors.ingress.node_status import requests_of
+from llm_runtime.actors.ingress.recent import RecentRequests
+from llm_runtime.actors.ingress.server import Server
+from llm_runtime.actors.ingress.service import Served, Service
+from llm_runtime.actors.ingress.tokenization import Answer, Tokenization
+from llm_runtime.actors.ingress.tracing import Tracing
+from llm_runtime.actors.messages import (
     ActorStats,
     CacheFlushed,
     Detokenized,
@@ -51,8 +51,8 @@ from actors.messages import (
     TokenizerDescribed,
     Unknown,
 )
-from actors.parsers.reasoning import reasoning_format
-from actors.parsers.tool_calls import tool_call_format
+from llm_runtime.actors.parsers.reasoning import reasoning_format
+from llm_runtime.actors.parsers.tool_calls import tool_call_format
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ class Ingress(Actor):
     def _tracing(self) -> Tracing | None:
         if self.config.tracing is None:
             return None
-        from actors.ingress.span_export import OtlpExporter  # its library is an extra
+        from llm_runtime.actors.ingress.span_export import OtlpExporter  # its library is an extra
 
         return Tracing(self.config.tracing, OtlpExporter(self.config.tracing), self.name, self.incarnation)
 

@@ -11,11 +11,11 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from actors.ingress.config import ServedModel
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service
-from actors.messages import EngineInfo
+from llm_runtime.actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import EngineInfo
 
 VERSION = version("llm-runtime")
 

@@ -15,37 +15,45 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from actors.checkpoint.pooling import Task
-from actors.ingress import administration as admin
-from actors.ingress.anthropic.endpoints import batches, count_tokens, messages
-from actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange, request_id
-from actors.ingress.health import HealthGenerate, health, metrics
-from actors.ingress.native import GenerateRequest, generate
-from actors.ingress.node_status import NodeStatus, RestartBody, actor_log, history, requests, restart
-from actors.ingress.observation import observed
-from actors.ingress.ollama import endpoints as ollama
-from actors.ingress.ollama import models as ollama_models
-from actors.ingress.ollama.embeddings import embed
-from actors.ingress.ollama.embeddings import embeddings as former_embeddings
-from actors.ingress.ollama.protocol import ChatBody, EmbedBody, EmbeddingsBody, GenerateBody, Named, PullBody, ShowBody
-from actors.ingress.openai.chat import chat_completions
-from actors.ingress.openai.completions import CompletionRequest, completions
-from actors.ingress.openai.embeddings import EmbeddingsRequest, embeddings
-from actors.ingress.openai.models import get_model, list_models
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.responses.endpoint import responses
-from actors.ingress.openai.responses.protocol import ResponsesRequest
-from actors.ingress.openai.responses.stored import delete_response, get_response, input_items
-from actors.ingress.openapi import Description
-from actors.ingress.pooling.classify import ClassifyRequest, classify
-from actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
-from actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
-from actors.ingress.service import Service
-from actors.ingress.status_page import page
-from actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
-from actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
+from llm_runtime.actors.checkpoint.pooling import Task
+from llm_runtime.actors.ingress import administration as admin
+from llm_runtime.actors.ingress.anthropic.endpoints import batches, count_tokens, messages
+from llm_runtime.actors.ingress.anthropic.protocol import CountRequest, MessagesRequest
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange, request_id
+from llm_runtime.actors.ingress.health import HealthGenerate, health, metrics
+from llm_runtime.actors.ingress.native import GenerateRequest, generate
+from llm_runtime.actors.ingress.node_status import NodeStatus, RestartBody, actor_log, history, requests, restart
+from llm_runtime.actors.ingress.observation import observed
+from llm_runtime.actors.ingress.ollama import endpoints as ollama
+from llm_runtime.actors.ingress.ollama import models as ollama_models
+from llm_runtime.actors.ingress.ollama.embeddings import embed
+from llm_runtime.actors.ingress.ollama.embeddings import embeddings as former_embeddings
+from llm_runtime.actors.ingress.ollama.protocol import (
+    ChatBody,
+    EmbedBody,
+    EmbeddingsBody,
+    GenerateBody,
+    Named,
+    PullBody,
+    ShowBody,
+)
+from llm_runtime.actors.ingress.openai.chat import chat_completions
+from llm_runtime.actors.ingress.openai.completions import CompletionRequest, completions
+from llm_runtime.actors.ingress.openai.embeddings import EmbeddingsRequest, embeddings
+from llm_runtime.actors.ingress.openai.models import get_model, list_models
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.responses.endpoint import responses
+from llm_runtime.actors.ingress.openai.responses.protocol import ResponsesRequest
+from llm_runtime.actors.ingress.openai.responses.stored import delete_response, get_response, input_items
+from llm_runtime.actors.ingress.openapi import Description
+from llm_runtime.actors.ingress.pooling.classify import ClassifyRequest, classify
+from llm_runtime.actors.ingress.pooling.score import RerankRequest, ScoreRequest, rerank, score
+from llm_runtime.actors.ingress.profiling import StartProfileBody, StopProfileBody, start_profile, stop_profile
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.ingress.status_page import page
+from llm_runtime.actors.ingress.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
+from llm_runtime.actors.ingress.wire import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, Wire, wire_of
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.checkpoint import CheckpointFacts, SamplingDefaults
-from actors.ingress.tracing import TracingConfig
+from llm_runtime.actors.checkpoint import CheckpointFacts, SamplingDefaults
+from llm_runtime.actors.ingress.tracing import TracingConfig
 
 Seconds = Annotated[float, Meta(gt=0, le=7 * 24 * 3600)]
 Count = Annotated[int, Meta(ge=1, lt=2**31)]

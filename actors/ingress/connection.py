@@ -10,12 +10,12 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from actors.ingress.errors import ApiError
-from actors.ingress.journal import Past, Recovered
-from actors.ingress.pieces import new_rid
-from actors.ingress.socket_transport import SocketTransport
-from actors.ingress.wire import wire_of
-from actors.ingress.work import Work
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.journal import Past, Recovered
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.socket_transport import SocketTransport
+from llm_runtime.actors.ingress.wire import wire_of
+from llm_runtime.actors.ingress.work import Work
 
 HEADER_TIMEOUT_S = 20.0
 """For the request line and headers, from the connection's or the request's first byte."""

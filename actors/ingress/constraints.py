@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.decoding import asks_for_nothing
-from actors.ingress.errors import ApiError, invalid, unsupported
-from actors.messages import MAX_CONSTRAINT, Constraint
+from llm_runtime.actors.ingress.decoding import asks_for_nothing
+from llm_runtime.actors.ingress.errors import ApiError, invalid, unsupported
+from llm_runtime.actors.messages import MAX_CONSTRAINT, Constraint
 
 Reader = Callable[[Any, str], Constraint | None]
 

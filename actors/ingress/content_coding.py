@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from actors.ingress.errors import ApiError, invalid
+from llm_runtime.actors.ingress.errors import ApiError, invalid
 
 CODINGS = ("gzip", "x-gzip", "deflate")
 UNKNOWN_CODING = "unknown_content_encoding"

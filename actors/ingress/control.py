@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
-from actors.ingress.errors import ApiError
-from actors.ingress.pieces import new_rid
-from actors.messages import (
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.messages import (
     CacheFlushed,
     EndRequests,
     FlushCache,

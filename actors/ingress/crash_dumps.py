@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from actors.ingress.recent import SETTLE_S, Death, RecentRequests, Record
+from llm_runtime.actors.ingress.recent import SETTLE_S, Death, RecentRequests, Record
 
 logger = logging.getLogger(__name__)
 

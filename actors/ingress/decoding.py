@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from actors.ingress.errors import ApiError, from_decoding, invalid, unsupported
+from llm_runtime.actors.ingress.errors import ApiError, from_decoding, invalid, unsupported
 
 T = TypeVar("T")
 

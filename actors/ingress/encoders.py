@@ -6,12 +6,12 @@ import asyncio
 from array import array
 from collections.abc import Callable, Sequence
 
-from actors.ingress.errors import ApiError
-from actors.ingress.metrics import RequestMetrics
-from actors.ingress.pieces import Piece
-from actors.ingress.work import Work
-from actors.messages import Abort, Embed, Embedded, EmbedRefused, Message
-from actors.messages import Sequence as Question
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.metrics import RequestMetrics
+from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.work import Work
+from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, Message
+from llm_runtime.actors.messages import Sequence as Question
 
 MAX_STALL_S = 60.0
 REFUSED_AGAIN_S = 0.5

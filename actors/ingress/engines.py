@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 
-from actors.messages import EngineInfo
+from llm_runtime.actors.messages import EngineInfo
 
 logger = logging.getLogger(__name__)
 

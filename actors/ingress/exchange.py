@@ -13,11 +13,11 @@ from typing import TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from actors.ingress.content_coding import CODINGS, UNKNOWN_CODING, body_too_large, decompressed
-from actors.ingress.decoding import decoded
-from actors.ingress.errors import ApiError, internal
-from actors.ingress.wire import OPENAI, Wire
-from actors.ingress.work import Work
+from llm_runtime.actors.ingress.content_coding import CODINGS, UNKNOWN_CODING, body_too_large, decompressed
+from llm_runtime.actors.ingress.decoding import decoded
+from llm_runtime.actors.ingress.errors import ApiError, internal
+from llm_runtime.actors.ingress.wire import OPENAI, Wire
+from llm_runtime.actors.ingress.work import Work
 
 logger = logging.getLogger(__name__)
 

@@ -8,12 +8,12 @@ from types import TracebackType
 
 from msgspec import structs
 
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange, Write
-from actors.ingress.ledger import Entry, Ledger
-from actors.ingress.pieces import Piece
-from actors.ingress.work import Work
-from actors.messages import SamplingParams, TextParams
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange, Write
+from llm_runtime.actors.ingress.ledger import Entry, Ledger
+from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.work import Work
+from llm_runtime.actors.messages import SamplingParams, TextParams
 
 MAX_SEED = 2**63 - 1
 

@@ -8,12 +8,12 @@ from array import array
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
-from actors.ingress.journal import Past
-from actors.ingress.service import Service
-from actors.ingress.work import Work
-from actors.messages import SamplingParams, TextParams
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.journal import Past
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.ingress.work import Work
+from llm_runtime.actors.messages import SamplingParams, TextParams
 
 HEALTH_GENERATE_TIMEOUT_S = 20.0
 FRESH_S = 1.0

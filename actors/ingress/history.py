@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from actors.histogram import QUEUE_TIME_BOUNDS
-from actors.ingress.metrics import HISTOGRAMS, QUEUE_TIME, figures_of_models, responses_of
+from llm_runtime.actors.histogram import QUEUE_TIME_BOUNDS
+from llm_runtime.actors.ingress.metrics import HISTOGRAMS, QUEUE_TIME, figures_of_models, responses_of
 
 KEPT = 600
 WINDOW = 60

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.pieces import Identity, Piece
 
 SLOT_OVERHEAD_BYTES = 8 * 2**20
 """What a slot has room for besides the largest request body: the tokens of its answer, above all."""

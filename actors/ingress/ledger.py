@@ -15,12 +15,12 @@ from typing import Protocol
 
 from msgspec import structs
 
-from actors.ingress.engines import Engines
-from actors.ingress.errors import ApiError
-from actors.ingress.metrics import IngressMetrics
-from actors.ingress.pieces import Piece
-from actors.ingress.tracing import Tracing, attempt_context, since_1970_ns
-from actors.messages import (
+from llm_runtime.actors.ingress.engines import Engines
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.metrics import IngressMetrics
+from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.tracing import Tracing, attempt_context, since_1970_ns
+from llm_runtime.actors.messages import (
     Abort,
     Acknowledge,
     EngineInfo,
@@ -35,7 +35,7 @@ from actors.messages import (
     TextParams,
     Unknown,
 )
-from actors.spans import SpanValue
+from llm_runtime.actors.spans import SpanValue
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
+from llm_runtime.actors.histogram import QUEUE_TIME_BOUNDS, Histogram
 
 FORGET_AFTER_S = 30.0
 """Figures of an actor that has not reported for so long are no longer shown."""

@@ -12,12 +12,12 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from actors.ingress.constraints import constraint_of
-from actors.ingress.errors import invalid, unsupported
-from actors.ingress.exchange import Exchange
-from actors.ingress.ledger import Entry
-from actors.ingress.openai.logprobs import finite
-from actors.ingress.sampling import (
+from llm_runtime.actors.ingress.constraints import constraint_of
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.ledger import Entry
+from llm_runtime.actors.ingress.openai.logprobs import finite
+from llm_runtime.actors.ingress.sampling import (
     ExtraKey,
     LogitBias,
     MinP,
@@ -34,10 +34,10 @@ from actors.ingress.sampling import (
     sampling_params,
     text_params,
 )
-from actors.ingress.service import Prompt, Service
-from actors.ingress.thinking import CustomParams, thinking_budget, thinking_of
-from actors.messages import ChatPrompt, TextLogprob, TextPrompt
-from actors.parsers.reasoning import Markers, markers_after
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.ingress.thinking import CustomParams, thinking_budget, thinking_of
+from llm_runtime.actors.messages import ChatPrompt, TextLogprob, TextPrompt
+from llm_runtime.actors.parsers.reasoning import Markers, markers_after
 
 DEFAULT_MAX_NEW_TOKENS = 128
 """SGLang's."""

@@ -16,12 +16,12 @@ from urllib.parse import parse_qs
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import ApiError, invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.history import NAMES, WINDOW
-from actors.ingress.ledger import Entry
-from actors.ingress.service import Service
-from actors.messages import MAX_LISTED, EngineInfo, RequestInfo, RequestsListed
+from llm_runtime.actors.ingress.errors import ApiError, invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.history import NAMES, WINDOW
+from llm_runtime.actors.ingress.ledger import Entry
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import MAX_LISTED, EngineInfo, RequestInfo, RequestsListed
 
 ANSWER_TIMEOUT_S = 2.0
 RESTART_TIMEOUT_S = 120.0

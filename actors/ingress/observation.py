@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service
-from actors.spans import SpanValue
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.spans import SpanValue
 
 logger = logging.getLogger(__name__)
 

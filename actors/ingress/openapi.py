@@ -14,9 +14,9 @@ from typing import Any, Protocol, cast
 import msgspec
 from starlette.routing import BaseRoute, Route
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service
-from actors.ingress.wire import ANTHROPIC, OLLAMA, Wire
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.ingress.wire import ANTHROPIC, OLLAMA, Wire
 
 _REFERENCE = "#/components/schemas/"
 _JSON = "application/json"

@@ -7,7 +7,7 @@ import time
 
 from msgspec import Struct
 
-from actors.messages import FinishReason, TextLogprob
+from llm_runtime.actors.messages import FinishReason, TextLogprob
 
 
 class Identity(Struct, array_like=True, frozen=True, gc=False):

@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.pieces import new_rid
-from actors.ingress.service import Service
-from actors.messages import Activity, Profile
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import Activity, Profile
 
 
 class StartProfileBody(Struct, forbid_unknown_fields=True):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import logging
 import socket
 
-from actors.actor import Link
-from actors.ingress.journal import Journal, Slot
-from actors.ingress.positions import positions
+from llm_runtime.actors.actor import Link
+from llm_runtime.actors.ingress.journal import Journal, Slot
+from llm_runtime.actors.ingress.positions import positions
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.exchange import Exchange
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Annotated, TypeVar
 
 from msgspec import Meta
 
-from actors.ingress.config import IngressConfig, ServedModel
-from actors.ingress.errors import invalid
-from actors.messages import Constraint, SamplingParams, TextParams
+from llm_runtime.actors.ingress.config import IngressConfig, ServedModel
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.messages import Constraint, SamplingParams, TextParams
 
 TopP = Annotated[float, Meta(ge=0, le=1)]
 """0 leaves the most probable token, as with OpenAI."""

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from actors.actor import Context
-from actors.ingress.connection import Connection
-from actors.ingress.errors import ApiError
-from actors.ingress.journal import Journal, Recovered, Slot
-from actors.ingress.positions import positions
-from actors.ingress.protection import Protection, Shelter
-from actors.ingress.socket_transport import SocketTransport
+from llm_runtime.actors.actor import Context
+from llm_runtime.actors.ingress.connection import Connection
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.journal import Journal, Recovered, Slot
+from llm_runtime.actors.ingress.positions import positions
+from llm_runtime.actors.ingress.protection import Protection, Shelter
+from llm_runtime.actors.ingress.socket_transport import SocketTransport
 
 logger = logging.getLogger(__name__)
 

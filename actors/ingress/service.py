@@ -12,25 +12,25 @@ from copy import copy
 from pathlib import Path
 from typing import NamedTuple
 
-from actors.checkpoint.pooling import Task
-from actors.ingress.access import Access
-from actors.ingress.config import IngressConfig, ServedModel
-from actors.ingress.control import Control
-from actors.ingress.encoders import Encoders
-from actors.ingress.errors import ApiError, invalid
-from actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
-from actors.ingress.generation import Generation
-from actors.ingress.history import History
-from actors.ingress.ledger import Entry, Ledger
-from actors.ingress.metrics import ActorFigures, IngressMetrics
-from actors.ingress.openai.responses.store import ResponseStore
-from actors.ingress.pieces import new_rid
-from actors.ingress.recent import RecentRequests
-from actors.ingress.sampling import check_size
-from actors.ingress.tokenization import Tokenization
-from actors.ingress.tracing import Tracing
-from actors.ingress.work import Work
-from actors.messages import (
+from llm_runtime.actors.checkpoint.pooling import Task
+from llm_runtime.actors.ingress.access import Access
+from llm_runtime.actors.ingress.config import IngressConfig, ServedModel
+from llm_runtime.actors.ingress.control import Control
+from llm_runtime.actors.ingress.encoders import Encoders
+from llm_runtime.actors.ingress.errors import ApiError, invalid
+from llm_runtime.actors.ingress.exchange import SHUTTING_DOWN, ClientGone, Exchange
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.history import History
+from llm_runtime.actors.ingress.ledger import Entry, Ledger
+from llm_runtime.actors.ingress.metrics import ActorFigures, IngressMetrics
+from llm_runtime.actors.ingress.openai.responses.store import ResponseStore
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.recent import RecentRequests
+from llm_runtime.actors.ingress.sampling import check_size
+from llm_runtime.actors.ingress.tokenization import Tokenization
+from llm_runtime.actors.ingress.tracing import Tracing
+from llm_runtime.actors.ingress.work import Work
+from llm_runtime.actors.messages import (
     ChatPrompt,
     Detokenize,
     Detokenized,

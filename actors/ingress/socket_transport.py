@@ -8,8 +8,8 @@ import socket
 import time
 from typing import Any
 
-from actors.ingress.journal import READ_BYTES, Slot
-from actors.ingress.protection import Protection
+from llm_runtime.actors.ingress.journal import READ_BYTES, Slot
+from llm_runtime.actors.ingress.protection import Protection
 
 logger = logging.getLogger(__name__)
 

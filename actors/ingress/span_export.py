@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
-from actors.ingress.tracing import TracingConfig
-from actors.messages import SpanEnded
+from llm_runtime.actors.ingress.tracing import TracingConfig
+from llm_runtime.actors.messages import SpanEnded
 
 EXPORT_INTERVAL_MS = 500
 EXPORT_TIMEOUT_S = 5.0

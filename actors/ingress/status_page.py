@@ -11,8 +11,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Service
 
 _HERE = Path(__file__)
 _PAGE = b"".join(_HERE.with_name(f"status_page{part}.html").read_bytes() for part in ("", "_script"))

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from msgspec import Struct
 
-from actors.ingress.config import ServedModel
-from actors.ingress.errors import invalid
-from actors.ingress.sampling import Tokens
-from actors.messages import Thinking
-from actors.parsers.reasoning import Markers
+from llm_runtime.actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.sampling import Tokens
+from llm_runtime.actors.messages import Thinking
+from llm_runtime.actors.parsers.reasoning import Markers
 
 
 class CustomParams(Struct, forbid_unknown_fields=True):

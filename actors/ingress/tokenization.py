@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from actors.ingress.errors import invalid
-from actors.ingress.pieces import new_rid
-from actors.messages import (
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.messages import (
     DescribeTokenizer,
     Detokenize,
     Detokenized,

@@ -8,13 +8,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from actors.ingress.administration import asked_model
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.openai.messages import ChatMessage, chat_prompt
-from actors.ingress.openai.tools import Tool, callable_tools, rendered
-from actors.ingress.service import Prompt, Service
-from actors.messages import TextPrompt
+from llm_runtime.actors.ingress.administration import asked_model
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.openai.messages import ChatMessage, chat_prompt
+from llm_runtime.actors.ingress.openai.tools import Tool, callable_tools, rendered
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.messages import TextPrompt
 
 
 class TokenizeRequest(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -15,9 +15,9 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from actors.ingress.pieces import Identity
-from actors.messages import SpanEnded
-from actors.spans import SPAN_BYTES, TRACE_BYTES, SpanValue, child_context
+from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.messages import SpanEnded
+from llm_runtime.actors.spans import SPAN_BYTES, TRACE_BYTES, SpanValue, child_context
 
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
 _SAMPLED = 1

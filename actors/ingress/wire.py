@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.errors import ApiError
 
 _UNCACHED = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), *_UNCACHED]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.ingress.journal import Past, Slot
-from actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.journal import Past, Slot
+from llm_runtime.actors.ingress.pieces import Identity, Piece
 
 
 class Work:

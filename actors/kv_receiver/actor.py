@@ -10,13 +10,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from actors.actor import Actor, BadMessage, StartFailure, handles
-from actors.kv_pages import Positive, RankPages, SenderPages, map_arenas, unpack_pages
-from actors.kv_receiver.early import EarlyOffers
-from actors.kv_receiver.route import Mismatch, find_route
-from actors.kv_receiver.staging import Staging
-from actors.kv_receiver.transfer import End, Pages, Read, Source, Transfer
-from actors.messages import (
+from llm_runtime.actors.actor import Actor, BadMessage, StartFailure, handles
+from llm_runtime.actors.kv_pages import Positive, RankPages, SenderPages, map_arenas, unpack_pages
+from llm_runtime.actors.kv_receiver.early import EarlyOffers
+from llm_runtime.actors.kv_receiver.route import Mismatch, find_route
+from llm_runtime.actors.kv_receiver.staging import Staging
+from llm_runtime.actors.kv_receiver.transfer import End, Pages, Read, Source, Transfer
+from llm_runtime.actors.messages import (
     CancelReceive,
     Confirm,
     Confirmed,
@@ -27,9 +27,9 @@ from actors.messages import (
     Received,
     ReceiveFailed,
 )
-from actors.spans import SpanValue
-from transport import Arena
-from transport.transfer import Region, TransferSettings, TransferUnavailable, create_engine
+from llm_runtime.actors.spans import SpanValue
+from llm_runtime.transport import Arena
+from llm_runtime.transport.transfer import Region, TransferSettings, TransferUnavailable, create_engine
 
 logger = logging.getLogger(__name__)
 

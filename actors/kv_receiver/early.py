@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from actors.kv_receiver.transfer import Pages
+from llm_runtime.actors.kv_receiver.transfer import Pages
 
 MAX_PAGES = 2**20
 KEPT_S = 10.0

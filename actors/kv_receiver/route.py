@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from actors.kv_pages import RankPages
-from transport.transfer import Piece
+from llm_runtime.actors.kv_pages import RankPages
+from llm_runtime.transport.transfer import Piece
 
 
 class Mismatch(ValueError):

@@ -6,11 +6,11 @@ import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from actors.kv_pages import RankPages
-from actors.kv_receiver.route import Route
+from llm_runtime.actors.kv_pages import RankPages
+from llm_runtime.actors.kv_receiver.route import Route
 
 if TYPE_CHECKING:
-    from kernels import KVCache
+    from llm_runtime.kernels import KVCache
 
 
 class Staging:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from actors.kv_receiver.route import Route
-from actors.messages import NO_EPOCH, Epoch
+from llm_runtime.actors.kv_receiver.route import Route
+from llm_runtime.actors.messages import NO_EPOCH, Epoch
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from actors.actor import Actor, BadMessage, StartFailure, handles
-from actors.kv_pages import Positive, RankPages, SenderPages, map_arenas, unpack_pages
-from actors.messages import Confirm, Confirmed, Epoch, Offer, Offered, Withdraw, Withdrawn
-from transport.transfer import TransferSettings, TransferUnavailable, create_engine
+from llm_runtime.actors.actor import Actor, BadMessage, StartFailure, handles
+from llm_runtime.actors.kv_pages import Positive, RankPages, SenderPages, map_arenas, unpack_pages
+from llm_runtime.actors.messages import Confirm, Confirmed, Epoch, Offer, Offered, Withdraw, Withdrawn
+from llm_runtime.transport.transfer import TransferSettings, TransferUnavailable, create_engine
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ scheduler again, and whoever knows a newer attempt drops what belongs to an olde
 `i32` stands for int32, `f32` for float32. Times are seconds.
 """
 
-from actors.messages.base import FinishReason, Index, Rid, Seed, SpanId, Tagged, TokenId, Trace
-from actors.messages.common import ActorStats, Hello, SpanEnded
-from actors.messages.encoding import Embed, Embedded, EmbedRefused, Sequence
-from actors.messages.registry import EngineInfo, Register, RegisterRefused, Registry
-from actors.messages.requests import (
+from llm_runtime.actors.messages.base import FinishReason, Index, Rid, Seed, SpanId, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.common import ActorStats, Hello, SpanEnded
+from llm_runtime.actors.messages.encoding import Embed, Embedded, EmbedRefused, Sequence
+from llm_runtime.actors.messages.registry import EngineInfo, Register, RegisterRefused, Registry
+from llm_runtime.actors.messages.requests import (
     MAX_CONSTRAINT,
     Abort,
     Acknowledge,
@@ -28,7 +28,7 @@ from actors.messages.requests import (
     Thinking,
     Unknown,
 )
-from actors.messages.steps import (
+from llm_runtime.actors.messages.steps import (
     PROMPT_LOGPROBS,
     SAMPLE,
     VERIFY,
@@ -42,8 +42,17 @@ from actors.messages.steps import (
     StepResult,
     TopLogprobs,
 )
-from actors.messages.texts import OpenText, Stopped, TextEvent, TextLogprob, Texts, TokenEvent, TokenLogprob, Tokens
-from actors.messages.tokenization import (
+from llm_runtime.actors.messages.texts import (
+    OpenText,
+    Stopped,
+    TextEvent,
+    TextLogprob,
+    Texts,
+    TokenEvent,
+    TokenLogprob,
+    Tokens,
+)
+from llm_runtime.actors.messages.tokenization import (
     ChatPrompt,
     DescribeTokenizer,
     Detokenize,
@@ -56,7 +65,7 @@ from actors.messages.tokenization import (
     TokenizeFailed,
     TokenizerDescribed,
 )
-from actors.messages.transfers import (
+from llm_runtime.actors.messages.transfers import (
     NO_EPOCH,
     CancelReceive,
     Confirm,
@@ -77,7 +86,7 @@ from actors.messages.transfers import (
     Withdraw,
     Withdrawn,
 )
-from actors.messages.workers import MAX_LISTED, EndRequests, ListRequests, RequestInfo, RequestsListed
+from llm_runtime.actors.messages.workers import MAX_LISTED, EndRequests, ListRequests, RequestInfo, RequestsListed
 
 Message = (
     Hello

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from actors.messages.base import SpanId, Tagged
+from llm_runtime.actors.messages.base import SpanId, Tagged
 
 
 class Hello(Tagged):

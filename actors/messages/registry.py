@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from actors.messages.base import Index, Tagged
+from llm_runtime.actors.messages.base import Index, Tagged
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.messages.base import Index, Rid, Seed, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import Index, Rid, Seed, Tagged, TokenId, Trace
 
 MAX_CONSTRAINT = 65_536
 """Characters of a constraint."""

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from actors.messages.base import Index, Tagged, Trace
-from actors.messages.requests import Constraint, SamplingParams
+from llm_runtime.actors.messages.base import Index, Tagged, Trace
+from llm_runtime.actors.messages.requests import Constraint, SamplingParams
 
 # -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
 

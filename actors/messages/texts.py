@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from actors.messages.base import FinishReason, Index, Rid, Tagged, TokenId, Trace
-from actors.messages.requests import TextParams
+from llm_runtime.actors.messages.base import FinishReason, Index, Rid, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.requests import TextParams
 
 # -- scheduler ↔ detokenizer ---------------------------------------------------------------------------------------
 

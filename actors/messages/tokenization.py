@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.messages.base import Index, Rid, Tagged, Trace
+from llm_runtime.actors.messages.base import Index, Rid, Tagged, Trace
 
 
 class ChatPrompt(Tagged):

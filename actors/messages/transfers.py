@@ -6,9 +6,9 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from actors.messages.base import Index, Tagged, TokenId, Trace
-from actors.messages.requests import SamplingParams
-from actors.messages.texts import TokenLogprob
+from llm_runtime.actors.messages.base import Index, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.requests import SamplingParams
+from llm_runtime.actors.messages.texts import TokenLogprob
 
 # -- decode scheduler ↔ prefill scheduler --------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from actors.messages.base import Index, Rid, Tagged
+from llm_runtime.actors.messages.base import Index, Rid, Tagged
 
 MAX_LISTED = 200
 """Requests that a worker tells of, the oldest ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from actors.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
 
 
 class OutputParser:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from typing import TypeVar
 
-from actors.parsers.events import Content, Event
-from actors.parsers.json_text import LenientJson
+from llm_runtime.actors.parsers.events import Content, Event
+from llm_runtime.actors.parsers.json_text import LenientJson
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from actors.registry import Registry
+from llm_runtime.actors.registry import Registry
 
 C = TypeVar("C")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.parsers.events import Content, Event, Parser
+from llm_runtime.actors.parsers.events import Content, Event, Parser
 
 
 class WholeOutput:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from actors.rank.config import RankConfig
-from actors.rank.shard import kv_bytes_per_token, kv_format, shard_of, weight_bytes
+from llm_runtime.actors.rank.config import RankConfig
+from llm_runtime.actors.rank.shard import kv_bytes_per_token, kv_format, shard_of, weight_bytes
 
 if TYPE_CHECKING:
-    from actors.rank.actor import Rank
-    from actors.rank.executor import Executor, build_executor
+    from llm_runtime.actors.rank.actor import Rank
+    from llm_runtime.actors.rank.executor import Executor, build_executor
 
 __all__ = [
     "Executor",
@@ -28,11 +28,11 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "Rank":
-        from actors.rank.actor import Rank
+        from llm_runtime.actors.rank.actor import Rank
 
         return Rank
     if name in ("Executor", "build_executor"):
-        from actors.rank import executor
+        from llm_runtime.actors.rank import executor
 
         return getattr(executor, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

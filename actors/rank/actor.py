@@ -11,14 +11,14 @@ from pathlib import Path
 import msgspec
 import torch
 
-from actors.actor import Actor, BadMessage, StartFailure, handles
-from actors.checkpoint import CheckpointError
-from actors.messages import Attach, Attached, Compile, Profile, Step, StepRefused
-from actors.rank.config import RankConfig
-from actors.rank.executor import BadStep, Executor, build_executor
-from actors.rank.group import JOIN_TIMEOUT_S, Group
-from actors.rank.profiler import Profiler, Refusal
-from actors.rank.traces import SlotTraces
+from llm_runtime.actors.actor import Actor, BadMessage, StartFailure, handles
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.messages import Attach, Attached, Compile, Profile, Step, StepRefused
+from llm_runtime.actors.rank.config import RankConfig
+from llm_runtime.actors.rank.executor import BadStep, Executor, build_executor
+from llm_runtime.actors.rank.group import JOIN_TIMEOUT_S, Group
+from llm_runtime.actors.rank.profiler import Profiler, Refusal
+from llm_runtime.actors.rank.traces import SlotTraces
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from actors.actor import StartFailure
-from actors.dtypes import ComputeDType, WeightDType, compute_dtype
-from actors.kv_format import KVDType
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.dtypes import ComputeDType, WeightDType, compute_dtype
+from llm_runtime.actors.kv_format import KVDType
 
 Positive = Annotated[int, Meta(ge=1, lt=2**31)]
 

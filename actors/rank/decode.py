@@ -8,10 +8,10 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-import kernels
-from actors.rank.models import Model
-from actors.rank.sampler import Drawing
-from kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SamplingTensors, StepGraph
+from llm_runtime import kernels
+from llm_runtime.actors.rank.models import Model
+from llm_runtime.actors.rank.sampler import Drawing
+from llm_runtime.kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SamplingTensors, StepGraph
 
 logger = logging.getLogger(__name__)
 

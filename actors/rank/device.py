@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.actor import StartFailure
+from llm_runtime.actors.actor import StartFailure
 
 R = TypeVar("R")
 

@@ -12,26 +12,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
-from actors.actor import BadMessage, StartFailure
-from actors.checkpoint import ModelConfig, checkpoint_identity, read_config
-from actors.grammar import Workshop, load_backend
-from actors.kv_format import KVFormat
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
-from actors.rank.config import RankConfig
-from actors.rank.decode import DecodeGraphs
-from actors.rank.device import in_device_memory, to_device
-from actors.rank.group import Group
-from actors.rank.hidden import HiddenGraphs
-from actors.rank.models import Model, model_class
-from actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
-from actors.rank.sampler import Drawing, Int32s, Sampler, prompt_logprobs
-from actors.rank.shard import kv_format, shard_of, split, weight_bytes
-from actors.rank.weights import load_weights
-from actors.rank.weights_arena import contents_of
-from actors.vocabulary import load_vocabulary
-from kernels import AttentionMeta, KVCache, SamplingTensors
-from transport import Arena
+from llm_runtime import kernels
+from llm_runtime.actors.actor import BadMessage, StartFailure
+from llm_runtime.actors.checkpoint import ModelConfig, checkpoint_identity, read_config
+from llm_runtime.actors.grammar import Workshop, load_backend
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
+from llm_runtime.actors.rank.config import RankConfig
+from llm_runtime.actors.rank.decode import DecodeGraphs
+from llm_runtime.actors.rank.device import in_device_memory, to_device
+from llm_runtime.actors.rank.group import Group
+from llm_runtime.actors.rank.hidden import HiddenGraphs
+from llm_runtime.actors.rank.models import Model, model_class
+from llm_runtime.actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
+from llm_runtime.actors.rank.sampler import Drawing, Int32s, Sampler, prompt_logprobs
+from llm_runtime.actors.rank.shard import kv_format, shard_of, split, weight_bytes
+from llm_runtime.actors.rank.weights import load_weights
+from llm_runtime.actors.rank.weights_arena import contents_of
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.kernels import AttentionMeta, KVCache, SamplingTensors
+from llm_runtime.transport import Arena
 
 REMEMBERED = 4
 """Of each slot, the tokens drawn for the last so many positions are kept, so that a step may be run again."""
@@ -609,7 +609,7 @@ def build_executor(
 def _load_foreign(
     config: RankConfig, model_config: ModelConfig, pages: KVFormat, weights: int, device: torch.device
 ) -> Model:
-    from actors.rank.models.foreign import load_foreign
+    from llm_runtime.actors.rank.models.foreign import load_foreign
 
     if config.deterministic:
         raise StartFailure(

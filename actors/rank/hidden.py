@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from actors.rank.models import Model
-from kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SizedGraph
+from llm_runtime.actors.rank.models import Model
+from llm_runtime.kernels import AttentionMeta, GraphMemory, KVCache, NotRecordable, SizedGraph
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.grammar import BadGrammar, Matcher, Workshop
-from actors.messages import OpenSlot
-from actors.rank.room import Room
+from llm_runtime.actors.grammar import BadGrammar, Matcher, Workshop
+from llm_runtime.actors.messages import OpenSlot
+from llm_runtime.actors.rank.room import Room
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kernels.cpu import BuildError, build, choice
+from llm_runtime.kernels.cpu import BuildError, build, choice
 
 
 def compile_kernels(progress: Callable[[int, int], None]) -> str:

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
-from actors.rank.models import Model
-from actors.rank.sampler import Drawing
-from kernels import AttentionMeta, KVCache, SamplingTensors
+from llm_runtime import kernels
+from llm_runtime.actors.rank.models import Model
+from llm_runtime.actors.rank.sampler import Drawing
+from llm_runtime.kernels import AttentionMeta, KVCache, SamplingTensors
 
 R = TypeVar("R")
 Replay = Callable[[], Any]

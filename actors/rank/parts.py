@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.checkpoint import Experts, Latent, ModelConfig
-from actors.rank.shard import Shard
-from actors.rank.source import Source
+from llm_runtime.actors.checkpoint import Experts, Latent, ModelConfig
+from llm_runtime.actors.rank.shard import Shard
+from llm_runtime.actors.rank.source import Source
 
 
 @dataclass(frozen=True)

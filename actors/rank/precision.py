@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.checkpoint import ModelConfig
-from actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
 
 GROUP = 32
 """Inputs that share a scale in int4."""

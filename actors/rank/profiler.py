@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from actors.messages import Profile, Profiled
+from llm_runtime.actors.messages import Profile, Profiled
 
 logger = logging.getLogger(__name__)
 

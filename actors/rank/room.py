@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from actors.grammar import Compiled, Matcher, Tokens, closing
+from llm_runtime.actors.grammar import Compiled, Matcher, Tokens, closing
 
 NEAR = 64
 """Tokens before the limit from which on every token is looked at."""

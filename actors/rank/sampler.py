@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
-from actors.actor import BadMessage
-from actors.grammar import Workshop
-from actors.messages import OpenSlot, SamplingParams, TopLogprobs
-from actors.rank.device import to_device
-from actors.rank.masks import Masks, allow
-from actors.rank.thinking import Thought, Thoughts
-from kernels import SamplingTensors, TokenMasks
+from llm_runtime import kernels
+from llm_runtime.actors.actor import BadMessage
+from llm_runtime.actors.grammar import Workshop
+from llm_runtime.actors.messages import OpenSlot, SamplingParams, TopLogprobs
+from llm_runtime.actors.rank.device import to_device
+from llm_runtime.actors.rank.masks import Masks, allow
+from llm_runtime.actors.rank.thinking import Thought, Thoughts
+from llm_runtime.kernels import SamplingTensors, TokenMasks
 
 Int32s = NDArray[np.int32]
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from actors.actor import StartFailure
-from actors.checkpoint import Experts, Latent, ModelConfig
-from actors.dtypes import WeightDType, compute_dtype
-from actors.kv_format import KVDType, KVFormat
-from actors.rank.precision import FLOATS, GROUP, matrix_dtype
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import Experts, Latent, ModelConfig
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.kv_format import KVDType, KVFormat
+from llm_runtime.actors.rank.precision import FLOATS, GROUP, matrix_dtype
 
 ALIGNMENT = 64
 HEADER_BYTES = 262_144

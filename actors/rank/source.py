@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from actors.checkpoint import CheckpointError, GGUFFile, ModelConfig, TensorInfo
-from actors.checkpoint.files import stored_tensors
-from actors.checkpoint.names import gguf_name, name_of_gguf
-from actors.rank.dequantize import DEQUANTIZERS, dequantize, four_bits
-from actors.rank.precision import GROUP
+from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile, ModelConfig, TensorInfo
+from llm_runtime.actors.checkpoint.files import stored_tensors
+from llm_runtime.actors.checkpoint.names import gguf_name, name_of_gguf
+from llm_runtime.actors.rank.dequantize import DEQUANTIZERS, dequantize, four_bits
+from llm_runtime.actors.rank.precision import GROUP
 
 
 class Source(Protocol):

@@ -17,8 +17,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.checkpoint import CheckpointError
-from actors.messages import OpenSlot, Thinking
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.messages import OpenSlot, Thinking
 
 logger = logging.getLogger(__name__)
 

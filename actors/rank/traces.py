@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actors.messages import SAMPLE, Step
-from actors.spans import Spans, SpanValue
+from llm_runtime.actors.messages import SAMPLE, Step
+from llm_runtime.actors.spans import Spans, SpanValue
 
 IDLE_NS = 1_000_000_000
 """A rank is not told that a request has ended: it has when no step has had it for so long."""

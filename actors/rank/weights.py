@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import kernels
-from actors.checkpoint import CheckpointError, ModelConfig, checkpoint_identity
-from actors.dtypes import WeightDType
-from actors.rank.parts import Part, parts_of
-from actors.rank.shard import PANEL_ROWS, Shard, Slot, weight_layout
-from actors.rank.source import Source, open_source
-from actors.rank.weights_arena import (
+from llm_runtime import kernels
+from llm_runtime.actors.checkpoint import CheckpointError, ModelConfig, checkpoint_identity
+from llm_runtime.actors.dtypes import WeightDType
+from llm_runtime.actors.rank.parts import Part, parts_of
+from llm_runtime.actors.rank.shard import PANEL_ROWS, Shard, Slot, weight_layout
+from llm_runtime.actors.rank.source import Source, open_source
+from llm_runtime.actors.rank.weights_arena import (
     Contents,
     check_room,
     compare_identities,
@@ -29,7 +29,7 @@ from actors.rank.weights_arena import (
     packing,
     sealed_arena,
 )
-from transport import Arena
+from llm_runtime.transport import Arena
 
 logger = logging.getLogger(__name__)
 

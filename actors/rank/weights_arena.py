@@ -12,12 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig
-from actors.checkpoint.files import weight_files
-from actors.dtypes import WeightDType
-from actors.rank.shard import HEADER_BYTES
-from transport import Arena
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.actors.checkpoint.files import weight_files
+from llm_runtime.actors.dtypes import WeightDType
+from llm_runtime.actors.rank.shard import HEADER_BYTES
+from llm_runtime.transport import Arena
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from actors.actor import Context, handles, role_of
-from actors.messages import (
+from llm_runtime.actors.actor import Context, handles, role_of
+from llm_runtime.actors.messages import (
     Abort,
     Acknowledge,
     FinishReason,
@@ -21,9 +21,9 @@ from actors.messages import (
     Tokens,
     Unknown,
 )
-from actors.scheduler.batch import Row
-from actors.scheduler.engine import EngineScheduler
-from actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.batch import Row
+from llm_runtime.actors.scheduler.engine import EngineScheduler
+from llm_runtime.actors.scheduler.request import Request
 
 KEEP_FINISHED_S = 300.0
 """How long a finished request is kept for an ingress that does not acknowledge it."""

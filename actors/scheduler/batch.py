@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
-from actors.scheduler.config import Config
-from actors.scheduler.pages import PagePool
-from actors.scheduler.policies import POLICIES
-from actors.scheduler.request import Lease, Request
-from actors.scheduler.speculation import Speculation
-from actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.pages import PagePool
+from llm_runtime.actors.scheduler.policies import POLICIES
+from llm_runtime.actors.scheduler.request import Lease, Request
+from llm_runtime.actors.scheduler.speculation import Speculation
+from llm_runtime.actors.scheduler.step_times import StepTimes
 
 LEAST_CHUNK = 32
 """Prompt tokens of a step however long decoding takes: else a full batch would starve those that wait."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.actor import Context, handles
-from actors.messages import (
+from llm_runtime.actors.actor import Context, handles
+from llm_runtime.actors.messages import (
     Prefilled,
     PrefillRefused,
     ReceiveCancelled,
@@ -12,9 +12,9 @@ from actors.messages import (
     Registry,
     Released,
 )
-from actors.scheduler.actor import Scheduler
-from actors.scheduler.batch import Batch, Departure
-from actors.scheduler.transfers import Transfer, Transfers
+from llm_runtime.actors.scheduler.actor import Scheduler
+from llm_runtime.actors.scheduler.batch import Batch, Departure
+from llm_runtime.actors.scheduler.transfers import Transfer, Transfers
 
 
 class DecodeScheduler(Scheduler):

@@ -12,9 +12,9 @@ from itertools import islice
 import msgspec
 import numpy as np
 
-from actors.actor import Actor, Context, StartFailure, handles
-from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
-from actors.messages import (
+from llm_runtime.actors.actor import Actor, Context, StartFailure, handles
+from llm_runtime.actors.histogram import QUEUE_TIME_BOUNDS, Histogram
+from llm_runtime.actors.messages import (
     PROMPT_LOGPROBS,
     SAMPLE,
     Attach,
@@ -32,17 +32,17 @@ from actors.messages import (
     StepResult,
     TokenLogprob,
 )
-from actors.scheduler.batch import Batch, Row
-from actors.scheduler.config import Config
-from actors.scheduler.grammars import Grammars, Refusals
-from actors.scheduler.pages import PageLedger, PagePool
-from actors.scheduler.phases import Phases
-from actors.scheduler.poison import Bisection
-from actors.scheduler.request import Request
-from actors.scheduler.speculation import Speculation
-from actors.scheduler.step_times import StepTimes
-from actors.scheduler.wire import encode_step, token_logprobs
-from transport import Arena
+from llm_runtime.actors.scheduler.batch import Batch, Row
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.grammars import Grammars, Refusals
+from llm_runtime.actors.scheduler.pages import PageLedger, PagePool
+from llm_runtime.actors.scheduler.phases import Phases
+from llm_runtime.actors.scheduler.poison import Bisection
+from llm_runtime.actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.speculation import Speculation
+from llm_runtime.actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.scheduler.wire import encode_step, token_logprobs
+from llm_runtime.transport import Arena
 
 logger = logging.getLogger(__name__)
 

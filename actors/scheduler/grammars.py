@@ -7,9 +7,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from actors.messages import Compile, Compiled, Constraint, Message
-from actors.scheduler.config import Config
-from actors.scheduler.request import Request
+from llm_runtime.actors.messages import Compile, Compiled, Constraint, Message
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.request import Request
 
 REPEAT_S = 1.0
 """What is not answered is said again after so long."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from bisect import insort
 
-from actors.scheduler.batch import Batch, Row
-from actors.scheduler.config import Config
-from actors.scheduler.pages import PagePool
-from actors.scheduler.request import Lease, Request
-from actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.scheduler.batch import Batch, Row
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.pages import PagePool
+from llm_runtime.actors.scheduler.request import Lease, Request
+from llm_runtime.actors.scheduler.step_times import StepTimes
 
 
 class LentBatch(Batch):

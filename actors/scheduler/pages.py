@@ -14,8 +14,8 @@ from collections import defaultdict
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.scheduler.radix import Node, PrefixTree
-from transport import Arena
+from llm_runtime.actors.scheduler.radix import Node, PrefixTree
+from llm_runtime.transport import Arena
 
 DIGEST_BYTES = 16
 

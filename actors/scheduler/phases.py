@@ -6,8 +6,8 @@ import os
 import time
 from typing import Literal
 
-from actors.scheduler.request import Lease
-from actors.spans import SPAN_BYTES, Spans, SpanValue, child_context
+from llm_runtime.actors.scheduler.request import Lease
+from llm_runtime.actors.spans import SPAN_BYTES, Spans, SpanValue, child_context
 
 Phase = Literal["queue", "prefill", "transfer", "decode"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.request import Request
 
 
 class Bisection:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from actors.registry import Registry
+from llm_runtime.actors.registry import Registry
 
 if TYPE_CHECKING:
-    from actors.scheduler.radix import PrefixTree
-    from actors.scheduler.request import Request
+    from llm_runtime.actors.scheduler.radix import PrefixTree
+    from llm_runtime.actors.scheduler.request import Request
 
 WaitingPolicy: TypeAlias = "Callable[[list[Request], PrefixTree], list[Request]]"
 """Gives the waiting requests, first to be admitted first. It is called once for each step that has room for prompts."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from actors.actor import Context, handles, role_of
-from actors.messages import (
+from llm_runtime.actors.actor import Context, handles, role_of
+from llm_runtime.actors.messages import (
     Generate,
     Offer,
     Prefill,
@@ -22,10 +22,10 @@ from actors.messages import (
     Withdraw,
     Withdrawn,
 )
-from actors.scheduler.batch import Batch, Row
-from actors.scheduler.engine import EngineScheduler
-from actors.scheduler.lent import LentBatch
-from actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.batch import Batch, Row
+from llm_runtime.actors.scheduler.engine import EngineScheduler
+from llm_runtime.actors.scheduler.lent import LentBatch
+from llm_runtime.actors.scheduler.request import Request
 
 SILENCE_S = 30.0
 """A decode engine repeats every second what it wants. What it has not asked for in so long is dropped."""

@@ -7,13 +7,13 @@ from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
-from actors.scheduler.drafters import Drafter
-from actors.scheduler.pages import page_digest, root_digest
-from actors.scheduler.radix import Node
+from llm_runtime.actors.messages import FinishReason, Generate, TokenEvent, TokenLogprob
+from llm_runtime.actors.scheduler.drafters import Drafter
+from llm_runtime.actors.scheduler.pages import page_digest, root_digest
+from llm_runtime.actors.scheduler.radix import Node
 
 if TYPE_CHECKING:
-    from actors.scheduler.phases import Phases
+    from llm_runtime.actors.scheduler.phases import Phases
 
 
 REPEATED_TOKENS = 64

@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from actors.scheduler.config import Config
-from actors.scheduler.drafters import DRAFTERS, Drafter
-from actors.scheduler.request import Request
-from actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.drafters import DRAFTERS, Drafter
+from llm_runtime.actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.step_times import StepTimes
 
 GAIN = 1.05
 """Tokens a second, against plain decoding, that verifying has to promise."""

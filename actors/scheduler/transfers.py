@@ -8,11 +8,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from actors.messages import CancelReceive, EngineInfo, Message, Prefill, Prefilled, Receive, Release
-from actors.scheduler.batch import Place
-from actors.scheduler.config import Config
-from actors.scheduler.pages import PagePool
-from actors.scheduler.request import Lease, Request
+from llm_runtime.actors.messages import CancelReceive, EngineInfo, Message, Prefill, Prefilled, Receive, Release
+from llm_runtime.actors.scheduler.batch import Place
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.pages import PagePool
+from llm_runtime.actors.scheduler.request import Lease, Request
 
 REPEAT_S = 1.0
 """What is not answered is said again after so long."""

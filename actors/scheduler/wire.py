@@ -6,8 +6,8 @@ from array import array
 
 import numpy as np
 
-from actors.messages import OpenSlot, Step, TokenLogprob, TopLogprobs
-from actors.scheduler.batch import Row
+from llm_runtime.actors.messages import OpenSlot, Step, TokenLogprob, TopLogprobs
+from llm_runtime.actors.scheduler.batch import Row
 
 
 def encode_step(number: int, rows: list[Row], first_page: int = 0) -> Step:

@@ -1,5 +1,5 @@
 """The tokenizer: prompts become token ids."""
 
-from actors.tokenizer.actor import Tokenizer, TokenizerConfig
+from llm_runtime.actors.tokenizer.actor import Tokenizer, TokenizerConfig
 
 __all__ = ["Tokenizer", "TokenizerConfig"]

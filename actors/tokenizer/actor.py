@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import msgspec
 
-from actors.actor import Actor, StartFailure, handles
-from actors.checkpoint import CheckpointError
-from actors.messages import (
+from llm_runtime.actors.actor import Actor, StartFailure, handles
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.messages import (
     ChatPrompt,
     DescribeTokenizer,
     Detokenize,
@@ -25,9 +25,9 @@ from actors.messages import (
     TokenizeFailed,
     TokenizerDescribed,
 )
-from actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
-from actors.tokenizer.fill_in import fill_in
-from actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
+from llm_runtime.actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
+from llm_runtime.actors.tokenizer.fill_in import fill_in
+from llm_runtime.actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
 
 _MAX_CHARACTERS = 4 * 2**20
 _WARM_UP = "Hello, wörld! 123"

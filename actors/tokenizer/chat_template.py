@@ -12,7 +12,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from actors.tokenizer.system_messages import folded, has_late_system, takes_late_system
+from llm_runtime.actors.tokenizer.system_messages import folded, has_late_system, takes_late_system
 
 MAX_CHARACTERS = 16 * 2**20
 """Characters that a rendered prompt may have."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from actors.vocabulary import Vocabulary
+from llm_runtime.actors.vocabulary import Vocabulary
 
 
 class Format(NamedTuple):

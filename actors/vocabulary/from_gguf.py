@@ -12,13 +12,13 @@ from typing import TypeVar
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from actors.checkpoint import CheckpointError, GGUFFile
-from actors.checkpoint.config_of_gguf import ENDS_OF_TURNS
-from actors.checkpoint.gguf import MetadataValue
-from actors.vocabulary.byte_alphabet import tokens_to_bytes
-from actors.vocabulary.pre_tokenizers import PRE_TOKENIZERS
-from actors.vocabulary.sentencepiece import PREFIX, merges_of_scores, piece_to_bytes
-from actors.vocabulary.vocabulary import Vocabulary
+from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile
+from llm_runtime.actors.checkpoint.config_of_gguf import ENDS_OF_TURNS
+from llm_runtime.actors.checkpoint.gguf import MetadataValue
+from llm_runtime.actors.vocabulary.byte_alphabet import tokens_to_bytes
+from llm_runtime.actors.vocabulary.pre_tokenizers import PRE_TOKENIZERS
+from llm_runtime.actors.vocabulary.sentencepiece import PREFIX, merges_of_scores, piece_to_bytes
+from llm_runtime.actors.vocabulary.vocabulary import Vocabulary
 
 Value = TypeVar("Value")
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 from tokenizers import AddedToken, Tokenizer
 
-from actors.checkpoint import CheckpointError
-from actors.checkpoint.json_file import parse_json, read_json
-from actors.vocabulary.byte_alphabet import tokens_to_bytes
-from actors.vocabulary.sentencepiece import piece_to_bytes
-from actors.vocabulary.vocabulary import Vocabulary
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.checkpoint.json_file import parse_json, read_json
+from llm_runtime.actors.vocabulary.byte_alphabet import tokens_to_bytes
+from llm_runtime.actors.vocabulary.sentencepiece import piece_to_bytes
+from llm_runtime.actors.vocabulary.vocabulary import Vocabulary
 
 _MAX_ID = 1 << 24
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-from actors.checkpoint import CheckpointError
-from actors.vocabulary.from_gguf import vocabulary_from_gguf
-from actors.vocabulary.from_huggingface import vocabulary_from_directory
-from actors.vocabulary.vocabulary import Vocabulary
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.vocabulary.from_gguf import vocabulary_from_gguf
+from llm_runtime.actors.vocabulary.from_huggingface import vocabulary_from_directory
+from llm_runtime.actors.vocabulary.vocabulary import Vocabulary
 
 
 def load_vocabulary(path: Path) -> Vocabulary:

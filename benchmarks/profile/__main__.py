@@ -68,7 +68,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, run_dir: Path) -> Snapshot:
-        from runtime.chaos.inject import node_report
+        from llm_runtime.runtime.chaos.inject import node_report
 
         processes = [each for each in node_report(run_dir).tree.walk() if each.pid is not None]
         stats = {each.name: {k: v for k, v in each.stats.items() if not isinstance(v, str)} for each in processes}
@@ -175,9 +175,9 @@ def _difference(before: Snapshot, after: Snapshot, actor: str, figure: str) -> f
 
 def show_kernels(options: argparse.Namespace) -> None:
     """Times the kernels of a decode step of the bare executor, in this process."""
-    from runtime.bench.executor import Batch, executor_for, run_batch
-    from runtime.plan import plan_node
-    from runtime.topology import load_topology
+    from llm_runtime.runtime.bench.executor import Batch, executor_for, run_batch
+    from llm_runtime.runtime.plan import plan_node
+    from llm_runtime.runtime.topology import load_topology
 
     plan = plan_node(load_topology(options.file, options.set, options.port))
     batch = Batch(options.batch, options.batch, options.input, options.output, 512)
@@ -222,12 +222,12 @@ def main() -> None:
     if options.kernels:
         show_kernels(options)
         return
-    from runtime.rundir import base_directory
+    from llm_runtime.runtime.rundir import base_directory
 
     scratch = tempfile.TemporaryDirectory()
     trace = SwitchTrace(Path(scratch.name) / "switches") if options.timeline else None
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    runtime = [sys.executable, "-m", "runtime"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    runtime = [sys.executable, "-m", "llm_runtime"]
     up = [*runtime, "up", str(options.file), "--detach", "--port", str(options.port), "--set", f"node.name={NAME}"]
     for setting in options.set:
         up += ["--set", setting]

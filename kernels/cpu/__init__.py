@@ -3,7 +3,7 @@
 `build()` builds them ahead of time. A missing or failing compiler leaves everything to plain torch, after one warning.
 """
 
-from kernels.cpu.compile import INSTRUCTION_SETS, BuildError, build, instruction_sets
-from kernels.cpu.load import choice, library
+from llm_runtime.kernels.cpu.compile import INSTRUCTION_SETS, BuildError, build, instruction_sets
+from llm_runtime.kernels.cpu.load import choice, library
 
 __all__ = ["INSTRUCTION_SETS", "BuildError", "build", "choice", "instruction_sets", "library"]

@@ -9,8 +9,8 @@ import struct
 import torch
 from torch import Tensor
 
-from kernels.packing import GROUP
-from kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
+from llm_runtime.kernels.packing import GROUP
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight, SamplingTensors, TokenMasks
 
 _NO_MEMORY, _BAD_INDEX = -1, -2
 _BITS = {"int8": 8, "int4": 4}

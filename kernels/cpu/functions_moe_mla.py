@@ -6,10 +6,10 @@ import struct
 import torch
 from torch import Tensor
 
-from kernels.cpu.functions import check
-from kernels.cpu.paths import NEVER, VECTORS, limits
-from kernels.packing import PANEL
-from kernels.types import AttentionMeta, PackedWeight
+from llm_runtime.kernels.cpu.functions import check
+from llm_runtime.kernels.cpu.paths import NEVER, VECTORS, limits
+from llm_runtime.kernels.packing import PANEL
+from llm_runtime.kernels.types import AttentionMeta, PackedWeight
 
 _ROWS, _PANELS = 0, 1
 _QUANTIZED = {"int8": 2, "int4": 3}

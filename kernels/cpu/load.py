@@ -5,7 +5,7 @@ import os
 import warnings
 from functools import cache
 
-from kernels.cpu.compile import BuildError, build, instruction_sets
+from llm_runtime.kernels.cpu.compile import BuildError, build, instruction_sets
 
 CHOICES = ("torch", "avx2", "avx512")
 

@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.cpu.compile import EXTENSIONS, processor_flags
-from kernels.cpu.functions import linear_quantized
-from kernels.cpu.load import library
-from kernels.packing import packed_bytes
-from kernels.types import PackedWeight
+from llm_runtime.kernels.cpu.compile import EXTENSIONS, processor_flags
+from llm_runtime.kernels.cpu.functions import linear_quantized
+from llm_runtime.kernels.cpu.load import library
+from llm_runtime.kernels.packing import packed_bytes
+from llm_runtime.kernels.types import PackedWeight
 
 VECTORS, BYTE_TILES, BFLOAT16_TILES, PAIRS = 0, 1, 2, 3
 # The ways that each kind has. The first two give the same bits. A library without instructions for tiles takes vectors

@@ -9,7 +9,7 @@ from types import ModuleType
 @cache
 def library() -> ModuleType | None:
     """The kernels, under the names that operations have in `kernels`; None where Triton is not installed."""
-    return import_module("kernels.triton.functions") if find_spec("triton") else None
+    return import_module("llm_runtime.kernels.triton.functions") if find_spec("triton") else None
 
 
 __all__ = ["library"]

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.products import narrow
-from kernels.types import AttentionMeta
+from llm_runtime.kernels.triton.products import narrow
+from llm_runtime.kernels.types import AttentionMeta
 
 MOST_SPLITS = 32
 DETERMINISTIC_SPLITS = 8

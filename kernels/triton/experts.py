@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.products import narrow
-from kernels.types import PackedWeight
+from llm_runtime.kernels.triton.products import narrow
+from llm_runtime.kernels.types import PackedWeight
 
 BLOCK_ROWS, MANY_ROWS = 16, 64
 BLOCK_OUTPUTS = 64

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import LOWEST
-from kernels.types import SamplingTensors
+from llm_runtime.kernels.reference import LOWEST
+from llm_runtime.kernels.types import SamplingTensors
 
 BLOCK = 2048
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
-from actors.rank import Executor, RankConfig, build_executor
-from runtime.errors import UserError
-from runtime.plan import NodePlan
+from llm_runtime.actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
+from llm_runtime.actors.rank import Executor, RankConfig, build_executor
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.plan import NodePlan
 
 
 @dataclass(frozen=True)

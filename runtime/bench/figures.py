@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.bench.serving import Outcome
+from llm_runtime.runtime.bench.serving import Outcome
 
 
 def percentile(values: Sequence[float], percent: float) -> float:

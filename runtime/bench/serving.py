@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from runtime.errors import UserError
+from llm_runtime.runtime.errors import UserError
 
 Prompt = str | list[int]
 
@@ -76,7 +76,7 @@ class Outcome:
 
 def passages(count: int, words: int, draw: random.Random) -> list[str]:
     """Passages of English prose of so many words. Each begins with a number of its own: no two share a prefix."""
-    text = (resources.files("runtime.bench") / "prose.txt").read_text(encoding="utf-8").split()
+    text = (resources.files("llm_runtime.runtime.bench") / "prose.txt").read_text(encoding="utf-8").split()
     numbers = draw.sample(range(10**6), count)
     starts = [draw.randrange(len(text)) for _ in range(count)]
     return [

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from runtime.chaos.corpus import Request
+from llm_runtime.runtime.chaos.corpus import Request
 
 Token = int | str
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from runtime.chaos.client import Answer, Choice
-from runtime.chaos.corpus import Request
+from llm_runtime.runtime.chaos.client import Answer, Choice
+from llm_runtime.runtime.chaos.corpus import Request
 
 _WORD = re.compile(r"\s*\S+|\s+")
 

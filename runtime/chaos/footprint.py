@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.chaos.inject import node_report
+from llm_runtime.runtime.chaos.inject import node_report
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime.control import NodeReport, Status, ask
-from runtime.errors import UserError
-from runtime.rolling import restart_all
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.control import NodeReport, Status, ask
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rolling import restart_all
+from llm_runtime.supervisors.status import NodeStatus
 
 DOUBLE_WITHIN_S = 0.05
 _LOOK_S = 0.005

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bench.figures import percentile
-from runtime.chaos.pauses import STOPPED_WINDOW_S, WINDOW_S, pauses, typical_gap
-from runtime.chaos.run import Outcome
+from llm_runtime.runtime.bench.figures import percentile
+from llm_runtime.runtime.chaos.pauses import STOPPED_WINDOW_S, WINDOW_S, pauses, typical_gap
+from llm_runtime.runtime.chaos.run import Outcome
 
 NOBODY = "nobody (for comparison)"
 _ANSWERS_PROBES = "tokenizer"

@@ -14,12 +14,12 @@ from typing import Literal
 
 import aiohttp
 
-from runtime.chaos.client import Answer, send
-from runtime.chaos.compare import Difference, check, compare
-from runtime.chaos.corpus import Request, build_corpus, build_structured_corpus
-from runtime.chaos.inject import Fault, Injector, Plan, node_report
-from runtime.errors import UserError
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.chaos.client import Answer, send
+from llm_runtime.runtime.chaos.compare import Difference, check, compare
+from llm_runtime.runtime.chaos.corpus import Request, build_corpus, build_structured_corpus
+from llm_runtime.runtime.chaos.inject import Fault, Injector, Plan, node_report
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.supervisors.status import NodeStatus
 
 SETTLE_S = 60.0
 """How long the node may take, after the last fault, until all of its processes run."""

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from runtime.cli.output import complain
-from runtime.environment import prepare
-from runtime.errors import UserError
+from llm_runtime.runtime.cli.output import complain
+from llm_runtime.runtime.environment import prepare
+from llm_runtime.runtime.errors import UserError
 
 COMMANDS = {
     "serve": "serve a model: a name, a directory, a GGUF file or a Hugging Face id",
@@ -90,7 +90,7 @@ def _parser(
         hint = f"did you mean `runtime {nearest[0]}`?" if nearest else "`runtime --help` lists them"
         parser.error(f"there is no command {word}: {hint}")
     gc.disable()  # imports make much and drop little: looking for it costs a tenth of the start
-    module = None if chosen is None else importlib.import_module(f"runtime.cli.{chosen}")
+    module = None if chosen is None else importlib.import_module(f"llm_runtime.runtime.cli.{chosen}")
     gc.enable()
     own = None
     for name, summary in COMMANDS.items():
@@ -108,7 +108,7 @@ def _parser(
 
 def _settings(unknown: Sequence[str]) -> str:
     """Which `--set` does what other servers' options do, and keys that were taken for options."""
-    from runtime.offline.settings import key_of_option
+    from llm_runtime.runtime.offline.settings import key_of_option
 
     words = [each for each in unknown if each.startswith("--")]
     keys = [key for key in map(key_of_option, words) if key]
@@ -123,7 +123,7 @@ def _version() -> str:
 
 
 def _save_traceback() -> str:
-    from runtime.models import cache_dir
+    from llm_runtime.runtime.models import cache_dir
 
     path = cache_dir() / "last-error.log"
     try:

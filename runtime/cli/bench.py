@@ -7,14 +7,14 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
-from runtime.api_keys import key_from
-from runtime.cli.options import add_topology, topology_of
-from runtime.cli.output import say
-from runtime.errors import UserError
-from runtime.plan import plan_node
+from llm_runtime.runtime.api_keys import key_from
+from llm_runtime.runtime.cli.options import add_topology, topology_of
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.plan import plan_node
 
 if TYPE_CHECKING:
-    from runtime.bench.executor import Timing
+    from llm_runtime.runtime.bench.executor import Timing
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +67,8 @@ def _configure_serving(parser: argparse.ArgumentParser) -> None:
 
 
 def _serving(options: argparse.Namespace) -> dict[str, float]:
-    from runtime.bench.figures import summary
-    from runtime.bench.serving import Load, run_load
+    from llm_runtime.runtime.bench.figures import summary
+    from llm_runtime.runtime.bench.serving import Load, run_load
 
     load = Load(
         requests=options.requests,
@@ -128,7 +128,7 @@ def _offline(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _one_batch(options: argparse.Namespace) -> dict[str, float]:
-    from runtime.bench.figures import percentile
+    from llm_runtime.runtime.bench.figures import percentile
 
     timings = _run_executor(options, options.batch)
     prefill_s = sum(timing.duration_s for timing in timings if timing.prefilled)
@@ -146,7 +146,7 @@ def _one_batch(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _run_executor(options: argparse.Namespace, requests: int) -> list[Timing]:
-    from runtime.bench.executor import Batch, executor_for, run_batch
+    from llm_runtime.runtime.bench.executor import Batch, executor_for, run_batch
 
     loaded = topology_of(options)
     if len(loaded.topology.models) > 1:

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from runtime.api_keys import key_from
-from runtime.chaos.inject import Plan, read_schedule
-from runtime.chaos.report import figures, show
-from runtime.chaos.run import Load, run_chaos
-from runtime.cli.options import add_node, topology_of
-from runtime.cli.output import complain, say
-from runtime.errors import UserError
-from runtime.rundir import base_directory, find_node
+from llm_runtime.runtime.api_keys import key_from
+from llm_runtime.runtime.chaos.inject import Plan, read_schedule
+from llm_runtime.runtime.chaos.report import figures, show
+from llm_runtime.runtime.chaos.run import Load, run_chaos
+from llm_runtime.runtime.cli.options import add_node, topology_of
+from llm_runtime.runtime.cli.output import complain, say
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rundir import base_directory, find_node
 
 _UNITS = {"": 1.0, "s": 1.0, "ms": 0.001, "m": 60.0, "h": 3600.0}
 
@@ -130,7 +130,7 @@ def _node(options: argparse.Namespace) -> Iterator[Path]:
     options.set = [*settings, f"faults.seed={options.seed}"] if options.drop_rate or options.delay else settings
     options.log_level = None
     name = _name_of(options)
-    command = [sys.executable, "-m", "runtime", "up", str(options.file), "--detach"]
+    command = [sys.executable, "-m", "llm_runtime", "up", str(options.file), "--detach"]
     command += [] if options.port is None else ["--port", str(options.port)]
     for setting in options.set:
         command += ["--set", setting]
@@ -140,11 +140,13 @@ def _node(options: argparse.Namespace) -> Iterator[Path]:
     try:
         yield base_directory() / name
     finally:
-        subprocess.run([sys.executable, "-m", "runtime", "down", "--node", name], stdout=subprocess.PIPE, check=False)
+        subprocess.run(
+            [sys.executable, "-m", "llm_runtime", "down", "--node", name], stdout=subprocess.PIPE, check=False
+        )
 
 
 def _name_of(options: argparse.Namespace) -> str:
-    from runtime.plan import plan_node
+    from llm_runtime.runtime.plan import plan_node
 
     return plan_node(topology_of(options)).name
 

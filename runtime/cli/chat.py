@@ -10,13 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from runtime.api_keys import key_from
-from runtime.cli.options import add_node
-from runtime.cli.output import complain, say
-from runtime.conversation import Conversation
-from runtime.errors import UserError
-from runtime.offline.node import PrivateNode
-from runtime.rundir import find_node, read_info
+from llm_runtime.runtime.api_keys import key_from
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.cli.output import complain, say
+from llm_runtime.runtime.conversation import Conversation
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.offline.node import PrivateNode
+from llm_runtime.runtime.rundir import find_node, read_info
 
 _HELP = "/clear forgets what was said, /exit or Ctrl-D ends, Ctrl-C stops an answer."
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from runtime.cli.output import say
-from runtime.shipped import topologies
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.shipped import topologies
 
 _BASH = """\
 _runtime() {{
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
 def script(shell: str) -> str:
     """The script of a shell."""
-    from runtime.cli import COMMANDS
+    from llm_runtime.runtime.cli import COMMANDS
 
     words = {command: _words(command) for command in COMMANDS}
     if shell == "fish":
@@ -62,7 +62,7 @@ def script(shell: str) -> str:
 def _words(command: str) -> list[str]:
     """The options of a command, and the values of its arguments where they are known."""
     parser = argparse.ArgumentParser()
-    importlib.import_module(f"runtime.cli.{command}").configure(parser)
+    importlib.import_module(f"llm_runtime.runtime.cli.{command}").configure(parser)
     words: list[str] = []
     for action in parser._actions:  # argparse has no public way to list them
         words += [option for option in action.option_strings if option.startswith("--")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from runtime.cli.output import say
-from runtime.keys import write_keys
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.keys import write_keys
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -14,12 +14,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from runtime.cli.options import add_node
-from runtime.cli.output import say
-from runtime.errors import UserError
-from runtime.rundir import find_node, is_running
-from supervisors.exits import CrashReport, read_crashes
-from supervisors.logs import one_line
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rundir import find_node, is_running
+from llm_runtime.supervisors.exits import CrashReport, read_crashes
+from llm_runtime.supervisors.logs import one_line
 
 _HEAD = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) (DEBUG|INFO|WARNING|ERROR|CRITICAL) ")
 _LEVELS = ("debug", "info", "warning", "error", "critical")

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from runtime.cli.output import say
-from runtime.models import local_models
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.models import local_models
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

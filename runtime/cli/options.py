@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from runtime.shipped import find_topology
-from runtime.topology import LoadedTopology, load_topology
+from llm_runtime.runtime.shipped import find_topology
+from llm_runtime.runtime.topology import LoadedTopology, load_topology
 
 
 def add_topology(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from runtime.cli.output import say
-from runtime.display import Display
-from runtime.models import resolve_model
-from runtime.progress import notes_to
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.display import Display
+from llm_runtime.runtime.models import resolve_model
+from llm_runtime.runtime.progress import notes_to
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

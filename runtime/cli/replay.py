@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.api_keys import key_from
-from runtime.cli.options import add_node
-from runtime.cli.output import say
-from runtime.errors import UserError
-from runtime.rundir import find_node, read_info
+from llm_runtime.runtime.api_keys import key_from
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rundir import find_node, read_info
 
 _TIMEOUT_S = 3600.0
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from runtime.cli.options import add_node
-from runtime.cli.output import say
-from runtime.control import Restart, command
-from runtime.errors import UserError
-from runtime.rolling import restart_all
-from runtime.rundir import find_node
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.control import Restart, command
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rolling import restart_all
+from llm_runtime.runtime.rundir import find_node
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

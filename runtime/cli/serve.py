@@ -6,12 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from runtime.cli.options import add_settings, topology_of
-from runtime.cli.up import add_detach, start
-from runtime.errors import UserError
-from runtime.models import EMBEDDED, MINILM
-from runtime.nodes import node_to_start
-from runtime.topology import TopologyError
+from llm_runtime.runtime.cli.options import add_settings, topology_of
+from llm_runtime.runtime.cli.up import add_detach, start
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.models import EMBEDDED, MINILM
+from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.topology import TopologyError
 
 _TOPOLOGIES = {EMBEDDED: "smollm2", MINILM: "minilm"}
 """Models with a topology of their own. `serve` is that of all others."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
-from runtime.cli.options import add_node
-from runtime.cli.output import say
-from runtime.control import NodeReport, Status, ask
-from runtime.errors import UserError
-from runtime.report import as_json
-from runtime.rundir import find_node
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.cli.output import say
+from llm_runtime.runtime.control import NodeReport, Status, ask
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.report import as_json
+from llm_runtime.runtime.rundir import find_node
+from llm_runtime.supervisors.status import NodeStatus
 
 _HEADER = ("NAME", "STATE", "PID", "UPTIME", "RESTARTS", "CPU", "MEMORY", "LAST EXIT", "NOW")
 

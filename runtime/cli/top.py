@@ -19,13 +19,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from runtime.cli.options import add_node
-from runtime.control import NodeReport, Status, ask
-from runtime.errors import UserError
-from runtime.figures import Sample, rate, read_metrics, recent_quantile
-from runtime.happenings import Happening
-from runtime.rundir import find_node
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.cli.options import add_node
+from llm_runtime.runtime.control import NodeReport, Status, ask
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.figures import Sample, rate, read_metrics, recent_quantile
+from llm_runtime.runtime.happenings import Happening
+from llm_runtime.runtime.rundir import find_node
+from llm_runtime.supervisors.status import NodeStatus
 
 _STYLES = {
     "running": "green",

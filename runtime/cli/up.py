@@ -12,20 +12,20 @@ import urllib.parse
 from pathlib import Path
 from typing import NoReturn
 
-from runtime.cli.options import add_topology, topology_of
-from runtime.cli.output import complain
-from runtime.control import NodeReport, Status, ask
-from runtime.display import Display
-from runtime.errors import UserError
-from runtime.http_limits import http_warnings
-from runtime.native import build_kernels
-from runtime.node import run_node
-from runtime.nodes import node_to_start
-from runtime.plan import NodePlan, plan_node
-from runtime.ports import check_machine, check_ports
-from runtime.progress import Ready, Stopped, notes_to, pipe_writer, read_progress
-from runtime.rundir import base_directory, is_running
-from runtime.topology import LoadedTopology
+from llm_runtime.runtime.cli.options import add_topology, topology_of
+from llm_runtime.runtime.cli.output import complain
+from llm_runtime.runtime.control import NodeReport, Status, ask
+from llm_runtime.runtime.display import Display
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.http_limits import http_warnings
+from llm_runtime.runtime.native import build_kernels
+from llm_runtime.runtime.node import run_node
+from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.plan import NodePlan, plan_node
+from llm_runtime.runtime.ports import check_machine, check_ports
+from llm_runtime.runtime.progress import Ready, Stopped, notes_to, pipe_writer, read_progress
+from llm_runtime.runtime.rundir import base_directory, is_running
+from llm_runtime.runtime.topology import LoadedTopology
 
 _PATIENCE_S = 30.0
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
-from runtime.offline.node import PrivateNode
-from runtime.offline.params import SamplingParams
-from runtime.offline.requests import post_all
-from runtime.offline.results import Result, result
-from runtime.offline.settings import as_arguments
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.offline.node import PrivateNode
+from llm_runtime.runtime.offline.params import SamplingParams
+from llm_runtime.runtime.offline.requests import post_all
+from llm_runtime.runtime.offline.results import Result, result
+from llm_runtime.runtime.offline.settings import as_arguments
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]

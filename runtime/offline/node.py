@@ -21,10 +21,10 @@ from pathlib import Path
 
 import msgspec
 
-import runtime
-from runtime.errors import UserError
-from runtime.offline.order import Order
-from runtime.progress import Note, Ready, Stopped, read_progress
+import llm_runtime
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.offline.order import Order
+from llm_runtime.runtime.progress import Note, Ready, Stopped, read_progress
 
 STOP_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 5.0
@@ -115,12 +115,12 @@ class PrivateNode:
     def _start(self, file: Path, settings: list[str], listener: socket.socket) -> tuple[subprocess.Popen[bytes], int]:
         read, write = os.pipe()
         order = Order(str(file), settings, os.getpid(), str(self.directory), listener.fileno(), write, self.api_key)
-        root = str(Path(runtime.__file__).parents[1])
+        root = str(Path(llm_runtime.__file__).parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         try:
             with (self.directory / "start.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "runtime.offline.order"],
+                    [sys.executable, "-P", "-m", "llm_runtime.runtime.offline.order"],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,

@@ -1,4 +1,5 @@
-"""The process of a node that a program has started for itself: `python -m runtime.offline.order`, for `PrivateNode`."""
+"""The process of a node that a program has started for itself, for `PrivateNode`:
+`python -m llm_runtime.runtime.offline.order`."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from runtime.environment import prepare
-from runtime.errors import UserError
-from runtime.nodes import node_to_start
-from runtime.progress import Note, Progress, Ready, Stopped, notes_to, pipe_writer
-from runtime.topology import load_topology
+from llm_runtime.runtime.environment import prepare
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.progress import Note, Progress, Ready, Stopped, notes_to, pipe_writer
+from llm_runtime.runtime.topology import load_topology
 
 
 class Order(Struct, frozen=True):
@@ -73,9 +74,9 @@ def _run(order: Order) -> int:
         if len(loaded.topology.models) > 1:
             raise UserError(f"{loaded.file} serves several models, and LLM is for one: serve them with `runtime up`")
         node = node_to_start(loaded.topology, None)
-        from runtime.native import build_kernels
-        from runtime.node import Owner, run_node  # torch and all: only when the topology is right
-        from runtime.plan import plan_node
+        from llm_runtime.runtime.native import build_kernels
+        from llm_runtime.runtime.node import Owner, run_node  # torch and all: only when the topology is right
+        from llm_runtime.runtime.plan import plan_node
 
         plan = replace(
             plan_node(loaded, note=notes_to(tell), node=node),

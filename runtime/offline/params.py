@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from runtime.errors import UserError
+from llm_runtime.runtime.errors import UserError
 
 _NATIVE = {
     "max_tokens": "max_new_tokens",

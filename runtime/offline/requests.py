@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from runtime.errors import UserError
-from runtime.offline.node import PrivateNode
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.offline.node import PrivateNode
 
 IN_FLIGHT = 128
 """Requests that the node is given at once; what it does with them is its scheduler's business."""

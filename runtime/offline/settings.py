@@ -9,9 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from actors.scheduler.drafters import DRAFTERS
-from runtime.errors import UserError
-from runtime.topology.schema import Engine, Ingress, Model, Node
+from llm_runtime.actors.scheduler.drafters import DRAFTERS
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.topology.schema import Engine, Ingress, Model, Node
 
 _MODEL_KEYS = Model.__struct_fields__
 _ENGINE_KEYS = Engine.__struct_fields__

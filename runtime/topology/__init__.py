@@ -1,7 +1,17 @@
 """Topology files: what a node consists of, as a user writes it."""
 
-from runtime.topology.load import LoadedTopology, TopologyError, load_topology
-from runtime.topology.schema import Engine, Faults, Ingress, Machine, Model, Node, Supervision, Topology, Transport
+from llm_runtime.runtime.topology.load import LoadedTopology, TopologyError, load_topology
+from llm_runtime.runtime.topology.schema import (
+    Engine,
+    Faults,
+    Ingress,
+    Machine,
+    Model,
+    Node,
+    Supervision,
+    Topology,
+    Transport,
+)
 
 __all__ = [
     "Engine",

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from actors.errors import StartFailure
-from actors.registry import Registry
-from runtime.models import default_name
-from runtime.topology.positions import KeyPath
-from runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Node, Topology, describe, fields_of
+from llm_runtime.actors.errors import StartFailure
+from llm_runtime.actors.registry import Registry
+from llm_runtime.runtime.models import default_name
+from llm_runtime.runtime.topology.positions import KeyPath
+from llm_runtime.runtime.topology.schema import ROOT_CHILDREN, TABLES, Engine, Node, Topology, describe, fields_of
 
 _ENGINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UserError
-from runtime.shipped import topologies
-from runtime.topology.check import Check, did_you_mean, known_keys
-from runtime.topology.positions import KeyPath, key_lines
-from runtime.topology.schema import Topology
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.shipped import topologies
+from llm_runtime.runtime.topology.check import Check, did_you_mean, known_keys
+from llm_runtime.runtime.topology.positions import KeyPath, key_lines
+from llm_runtime.runtime.topology.schema import Topology
 
 
 class TopologyError(UserError):

@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
-from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
-from actors.registry import Registry
-from actors.scheduler.drafters import DRAFTERS
-from actors.scheduler.policies import POLICIES
-from runtime.api_keys import KEY
+from llm_runtime.actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from llm_runtime.actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
+from llm_runtime.actors.registry import Registry
+from llm_runtime.actors.scheduler.drafters import DRAFTERS
+from llm_runtime.actors.scheduler.policies import POLICIES
+from llm_runtime.runtime.api_keys import KEY
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""

@@ -8,7 +8,7 @@ import pytest
 from ingress.conftest import Served, one_ingress
 from support import Node, require_model
 
-from actors.messages import Generate, Refused
+from llm_runtime.actors.messages import Generate, Refused
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from ingress.fakes import unpacked
 from ingress.test_anthropic import TOOLS
 from ingress.test_tools import PARIS, REASONED
 
-from actors.messages import Generate
+from llm_runtime.actors.messages import Generate
 
 ASK: Any = {"model": "fake", "max_tokens": 300, "messages": [{"role": "user", "content": "hi"}]}
 

@@ -13,7 +13,7 @@ from ingress.test_tools import PARIS, TOOLS
 from pydantic import BaseModel
 from support import eventually
 
-from actors.messages import ChatPrompt
+from llm_runtime.actors.messages import ChatPrompt
 
 HI: Any = [{"role": "user", "content": "hi"}]
 OF_RESPONSES: Any = [{"type": "function", **each["function"]} for each in TOOLS]

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.encoder.actor import Encoder
-from actors.encoder.queue import Queue
-from actors.messages import Embed, EmbedRefused, Sequence
+from llm_runtime.actors.encoder.actor import Encoder
+from llm_runtime.actors.encoder.queue import Queue
+from llm_runtime.actors.messages import Embed, EmbedRefused, Sequence
 
 
 @pytest.mark.parametrize(

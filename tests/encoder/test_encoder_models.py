@@ -11,11 +11,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from actors.checkpoint import CheckpointError, PoolingConfig, read_pooling_config, task_of
-from actors.encoder.models.bert import Bert
-from actors.encoder.models.decoder import Decoder
-from actors.rank.shard import weight_bytes
-from transport import Arena
+from llm_runtime.actors.checkpoint import CheckpointError, PoolingConfig, read_pooling_config, task_of
+from llm_runtime.actors.encoder.models.bert import Bert
+from llm_runtime.actors.encoder.models.decoder import Decoder
+from llm_runtime.actors.rank.shard import weight_bytes
+from llm_runtime.transport import Arena
 
 SIZES = {
     "vocab_size": 99,

@@ -25,13 +25,13 @@ class Node:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
-        paths = os.pathsep.join((str(ROOT), str(directory)))
+        paths = os.pathsep.join((str(ROOT / "src"), str(directory)))
         self.environment = {**os.environ, "RUNTIME_DIR": str(directory / "run"), "PYTHONPATH": paths}
         self.environment.pop("RUNTIME_API_KEY", None)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A `runtime` command."""
-        command = [sys.executable, "-m", "runtime", *arguments]
+        command = [sys.executable, "-m", "llm_runtime", *arguments]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=150)
 
     @contextmanager

@@ -9,19 +9,19 @@ import pytest
 from extending_node import Node
 from extending_packages import install
 
-from actors.errors import StartFailure
-from actors.parsers.reasoning import FORMATS as REASONING_FORMATS
-from actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
-from actors.registry import Registry
-from actors.scheduler.drafters import DRAFTERS
-from actors.scheduler.policies import POLICIES
-from runtime.topology import LoadedTopology, TopologyError, load_topology
+from llm_runtime.actors.errors import StartFailure
+from llm_runtime.actors.parsers.reasoning import FORMATS as REASONING_FORMATS
+from llm_runtime.actors.parsers.tool_calls import FORMATS as TOOL_CALL_FORMATS
+from llm_runtime.actors.registry import Registry
+from llm_runtime.actors.scheduler.drafters import DRAFTERS
+from llm_runtime.actors.scheduler.policies import POLICIES
+from llm_runtime.runtime.topology import LoadedTopology, TopologyError, load_topology
 
 NODE = '[model]\npath = "smollm2-135m-instruct"\n[engine.main]\n'
 CODE = """
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.scheduler.drafters.base import Drafter
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.scheduler.drafters.base import Drafter
 
 class NoReader(ToolCallParser):
     MARKERS = ("@",)
@@ -60,13 +60,29 @@ def load(directory: Path, *settings: str) -> LoadedTopology:
     [
         ("ingress.tool_call_parser", "no_module:X", "ModuleNotFoundError: No module named 'no_module'"),
         ("ingress.tool_call_parser", "odd:X", "AttributeError: module 'odd' has no attribute 'X'"),
-        ("ingress.tool_call_parser", "odd:NoGuess", "it is not a subclass of actors.parsers.tool_calls.base.ToolCallP"),
-        ("ingress.tool_call_parser", "odd:NoReader", "it lacks read_calls of actors.parsers.tool_calls.base.ToolCallP"),
-        ("ingress.tool_call_parser", "odd:NoMarkers", "it lacks MARKERS of actors.parsers.tool_calls.base.ToolCallPar"),
+        (
+            "ingress.tool_call_parser",
+            "odd:NoGuess",
+            "it is not a subclass of llm_runtime.actors.parsers.tool_calls.base.ToolCallP",
+        ),
+        (
+            "ingress.tool_call_parser",
+            "odd:NoReader",
+            "it lacks read_calls of llm_runtime.actors.parsers.tool_calls.base.ToolCallP",
+        ),
+        (
+            "ingress.tool_call_parser",
+            "odd:NoMarkers",
+            "it lacks MARKERS of llm_runtime.actors.parsers.tool_calls.base.ToolCallPar",
+        ),
         ("ingress.reasoning_parser", "odd:NoArgument", "it cannot be called with (inside)"),
         ("engine.main.policy", "odd:of_one", "it cannot be called with (waiting, tree)"),
         ("engine.main.policy", "odd:__name__", "it cannot be called with (waiting, tree)"),
-        ("engine.main.speculation", "odd:NoGuess", "it lacks chances, guess of actors.scheduler.drafters.base.Drafter"),
+        (
+            "engine.main.speculation",
+            "odd:NoGuess",
+            "it lacks chances, guess of llm_runtime.actors.scheduler.drafters.base.Drafter",
+        ),
     ],
 )
 def test_what_a_package_lacks(

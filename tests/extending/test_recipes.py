@@ -13,8 +13,8 @@ from extending_node import Node, eventually
 from extending_packages import install_recipe
 from safetensors.torch import load_file, save_file
 
-from actors.vocabulary import load_vocabulary
-from runtime.models import resolve_model
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.runtime.models import resolve_model
 
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from support import Node, require_model
 
-from runtime.chaos.client import Answer
-from runtime.chaos.inject import Plan, Planned
-from runtime.chaos.run import Load, Outcome, run_chaos
+from llm_runtime.runtime.chaos.client import Answer
+from llm_runtime.runtime.chaos.inject import Plan, Planned
+from llm_runtime.runtime.chaos.run import Load, Outcome, run_chaos
 
 SETTINGS = (
     "model.dtype=float32",

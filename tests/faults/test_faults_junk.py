@@ -11,9 +11,9 @@ import pytest
 import zmq
 from support import Node, eventually
 
-from actors import messages
-from transport import Codec
-from transport.codec import DEFAULT_MAX_BYTES
+from llm_runtime.actors import messages
+from llm_runtime.transport import Codec
+from llm_runtime.transport.codec import DEFAULT_MAX_BYTES
 
 COUNT = 10_000
 PEERS = {

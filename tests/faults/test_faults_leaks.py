@@ -7,7 +7,7 @@ import signal
 
 from support import Node, eventually
 
-from runtime.chaos.footprint import NodeFootprint, node_footprint
+from llm_runtime.runtime.chaos.footprint import NodeFootprint, node_footprint
 
 ACTORS = ("bootstrap", "main.rank0", "main.scheduler", "detokenizer", "tokenizer", "main.ranks")
 ROUNDS = 5

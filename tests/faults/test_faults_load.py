@@ -6,7 +6,7 @@ import dataclasses
 
 from faults_tools import LOAD, DisturbedNode, assert_unnoticed
 
-from runtime.chaos.inject import Plan
+from llm_runtime.runtime.chaos.inject import Plan
 
 EVERY_ACTOR = (
     "tokenizer",

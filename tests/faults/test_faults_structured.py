@@ -13,7 +13,7 @@ from faults_tools import DisturbedNode, assert_unnoticed
 from support import DEADLINE_S, eventually
 from test_faults_speculation import complete
 
-from runtime.chaos.run import Load
+from llm_runtime.runtime.chaos.run import Load
 
 NODE = ("ingress.reasoning_parser=qwen3",)
 LIST = {"type": "array", "items": {"type": "string", "maxLength": 12}, "minItems": 5, "maxItems": 6}

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 from support import ROOT, Node, eventually
 
-from runtime.chaos.client import Answer, Choice
-from runtime.chaos.compare import check, compare
-from runtime.chaos.corpus import Request, build_corpus
-from runtime.chaos.inject import matching, read_schedule
-from runtime.chaos.pauses import pauses, typical_gap
-from runtime.errors import UserError
-from runtime.figures import parse, rate, recent_quantile
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.chaos.client import Answer, Choice
+from llm_runtime.runtime.chaos.compare import check, compare
+from llm_runtime.runtime.chaos.corpus import Request, build_corpus
+from llm_runtime.runtime.chaos.inject import matching, read_schedule
+from llm_runtime.runtime.chaos.pauses import pauses, typical_gap
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.figures import parse, rate, recent_quantile
+from llm_runtime.supervisors.status import NodeStatus
 
 REQUEST = Request("completion", "test", {"stream": True}, tokens=6, shows_tokens=True)
 
@@ -124,7 +124,7 @@ def test_figures_of_metrics() -> None:
 
 
 def command(node: Node, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "runtime", *arguments]
+    line = [sys.executable, "-m", "llm_runtime", *arguments]
     return subprocess.run(
         line, cwd=ROOT, env=node.environment, capture_output=True, text=True, timeout=120, check=False
     )

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from support import ROOT, eventually
 
-from actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.config import ServedModel
 
 from .fakes import EOS, MAX_MODEL_LEN, MODEL, VOCAB_SIZE, Fakes
 
@@ -60,7 +60,7 @@ class Served:
                 pass_fds=[listener.fileno(), shutdown],
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
             )
         os.close(shutdown)
         self.client = httpx.Client(base_url=self.url, timeout=60)

@@ -17,7 +17,7 @@ from typing import Any
 
 from msgspec import msgpack, structs
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     Abort,
     Acknowledge,
     ActorStats,
@@ -45,7 +45,7 @@ from actors.messages import (
     TokenizerDescribed,
     Unknown,
 )
-from transport import Codec, Mailbox
+from llm_runtime.transport import Codec, Mailbox
 
 VOCAB_SIZE = 1000
 EOS = 2

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from actors.ingress import Ingress
-from actors.ingress.journal import slot_bytes
-from transport import Arena
+from llm_runtime.actors.ingress import Ingress
+from llm_runtime.actors.ingress.journal import slot_bytes
+from llm_runtime.transport import Arena
 
 
 class Link:

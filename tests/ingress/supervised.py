@@ -16,8 +16,8 @@ import sys
 import threading
 from pathlib import Path
 
-from supervisors import Backoff, ChildSpec, Event, Supervisor, SupervisorSpec
-from transport import Arena
+from llm_runtime.supervisors import Backoff, ChildSpec, Event, Supervisor, SupervisorSpec
+from llm_runtime.transport import Arena
 
 
 def heard(event: Event) -> None:
@@ -30,14 +30,14 @@ def main() -> None:
     arguments = json.loads(sys.argv[1])
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run below nohup, which leaves it ignored
     gc.disable()
-    importlib.import_module("actors.ingress")
+    importlib.import_module("llm_runtime.actors.ingress")
     descriptors = dict(arguments["descriptors"])
     children = []
     for name, args in arguments["workers"]:
         journal = f"{name}.journal"
         descriptors[journal] = Arena.create(journal, arguments["journal_bytes"])
         children.append(
-            ChildSpec(id=name, start="actors.ingress:Ingress", args=args, descriptors=("listener", journal))
+            ChildSpec(id=name, start="llm_runtime.actors.ingress:Ingress", args=args, descriptors=("listener", journal))
         )
     backoff = Backoff(cap_ms=0, give_up_after=1000)
     spec = SupervisorSpec(children=tuple(children), intensity=1000, period_s=1, backoff=backoff)

@@ -14,9 +14,9 @@ import httpx
 import pytest
 from support import eventually
 
-from actors.ingress.engines import Engines
-from actors.ingress.service import Service
-from actors.messages import EngineInfo
+from llm_runtime.actors.ingress.engines import Engines
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import EngineInfo
 
 from .conftest import Serve, Served
 from .fakes import MAX_MODEL_LEN, MODEL

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.messages import ChatPrompt, Generate, Refused
+from llm_runtime.actors.messages import ChatPrompt, Generate, Refused
 
 from .conftest import Serve, Served, one_ingress
 from .fakes import MAX_MODEL_LEN, answer

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support import eventually
 
-from actors.messages import ChatPrompt
+from llm_runtime.actors.messages import ChatPrompt
 
 from .conftest import Served, chunks_of
 from .fakes import EOS, answer, packed, piece, token_at

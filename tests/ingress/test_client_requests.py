@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.messages import ChatPrompt
+from llm_runtime.actors.messages import ChatPrompt
 
 from .conftest import Served
 

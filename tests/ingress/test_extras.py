@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from actors.ingress.openai.logprobs import token_name
-from actors.messages import ChatPrompt
+from llm_runtime.actors.ingress.openai.logprobs import token_name
+from llm_runtime.actors.messages import ChatPrompt
 
 from .conftest import Serve, Served, chunks_of, one_ingress
 from .fakes import packed

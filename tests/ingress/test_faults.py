@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support import eventually
 
-from actors.messages import Generate, Refused, TextEvent
+from llm_runtime.actors.messages import Generate, Refused, TextEvent
 
 from .conftest import Serve, Served, chunks_of, listen
 from .fakes import answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors.ingress.metrics import ActorFigures, IngressMetrics
+from llm_runtime.actors.ingress.metrics import ActorFigures, IngressMetrics
 
 
 def requests_by_model(metrics: IngressMetrics, all_models: str) -> dict[str, tuple[float, float]]:

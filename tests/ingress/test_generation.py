@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from actors.ingress.engines import Engines
-from actors.ingress.generation import Generation
-from actors.ingress.journal import Past
-from actors.ingress.ledger import Entry, Ledger
-from actors.ingress.metrics import IngressMetrics
-from actors.ingress.work import Work
-from actors.messages import EngineInfo, SamplingParams, TextEvent, TextParams
+from llm_runtime.actors.ingress.engines import Engines
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.journal import Past
+from llm_runtime.actors.ingress.ledger import Entry, Ledger
+from llm_runtime.actors.ingress.metrics import IngressMetrics
+from llm_runtime.actors.ingress.work import Work
+from llm_runtime.actors.messages import EngineInfo, SamplingParams, TextEvent, TextParams
 
 COUNT = 12
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import actors.ingress
-from actors.histogram import QUEUE_TIME_BOUNDS, Histogram
-from actors.ingress.history import KEPT, NAMES, WINDOW, History
-from actors.ingress.metrics import HISTOGRAMS, IngressMetrics
+from llm_runtime.actors import ingress
+from llm_runtime.actors.histogram import QUEUE_TIME_BOUNDS, Histogram
+from llm_runtime.actors.ingress.history import KEPT, NAMES, WINDOW, History
+from llm_runtime.actors.ingress.metrics import HISTOGRAMS, IngressMetrics
 
 SGLANG_TTFT = (0.1, 0.2, 0.4, 0.6, 0.8, 1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 100, 200, 400)
 SGLANG_E2E = (*SGLANG_TTFT, 600, 1200, 1800, 2400)
@@ -91,7 +91,7 @@ def luminance(colour: str) -> float:
 
 def test_the_page_is_readable() -> None:
     """WCAG AA: 4.5 to 1 for text, in both themes."""
-    page = (Path(actors.ingress.__file__).parent / "status_page.html").read_text()
+    page = (Path(ingress.__file__).parent / "status_page.html").read_text()
     light, dark = (
         dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", each)) for each in page.split("prefers-color-scheme")
     )

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from actors.ingress.journal import GRAIN_BYTES, MAX_RESUMED, Journal, Slot, slot_bytes
-from actors.ingress.pieces import Identity, Piece
-from actors.ingress.positions import positions
-from transport import Arena
+from llm_runtime.actors.ingress.journal import GRAIN_BYTES, MAX_RESUMED, Journal, Slot, slot_bytes
+from llm_runtime.actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.positions import positions
+from llm_runtime.transport import Arena
 
 SLOT = slot_bytes(2**16)
 SERIAL = 7
@@ -211,7 +211,7 @@ def test_a_slot_without_room_is_given_up_before_its_memory(arena: int) -> None:
 
 def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that reads, journals and sends without end is killed, and the next one goes on at the same byte."""
-    monkeypatch.setattr("actors.ingress.journal.MAX_RESUMED", 1000)
+    monkeypatch.setattr("llm_runtime.actors.ingress.journal.MAX_RESUMED", 1000)
     server, client = connected()
     server.setblocking(False)
     client.settimeout(10)

@@ -8,12 +8,12 @@ from array import array
 import pytest
 from msgspec.structs import replace
 
-from actors.ingress.engines import GRACE_S, Engines
-from actors.ingress.errors import ApiError
-from actors.ingress.ledger import Entry, Ledger
-from actors.ingress.metrics import IngressMetrics
-from actors.ingress.pieces import Piece
-from actors.messages import (
+from llm_runtime.actors.ingress.engines import GRACE_S, Engines
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.ledger import Entry, Ledger
+from llm_runtime.actors.ingress.metrics import IngressMetrics
+from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.messages import (
     Abort,
     Acknowledge,
     EngineInfo,

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 from msgspec import Meta, Struct
 
-from actors.ingress.decoding import converted, decoded
-from actors.ingress.errors import ApiError
-from actors.messages import ChatPrompt
+from llm_runtime.actors.ingress.decoding import converted, decoded
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.messages import ChatPrompt
 
 from .conftest import Served
 

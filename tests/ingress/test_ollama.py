@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors.checkpoint import CheckpointFacts
-from actors.messages import ChatPrompt, TextPrompt
+from llm_runtime.actors.checkpoint import CheckpointFacts
+from llm_runtime.actors.messages import ChatPrompt, TextPrompt
 
 from .conftest import Serve, Served, one_ingress
 from .fakes import MAX_MODEL_LEN, answer, unpacked

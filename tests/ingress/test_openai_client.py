@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from actors.messages import Generate, Refused
+from llm_runtime.actors.messages import Generate, Refused
 
 from .conftest import Serve, Served
 from .fakes import answer

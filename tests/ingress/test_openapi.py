@@ -8,7 +8,7 @@ from unittest.mock import MagicMock
 import pytest
 from jsonschema import Draft202012Validator
 
-from actors.ingress.app import create_app
+from llm_runtime.actors.ingress.app import create_app
 
 from .conftest import Serve, Served
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support import eventually
 
-from actors.ingress.openai.responses import store as module
-from actors.ingress.openai.responses.store import ResponseStore, Stored
+from llm_runtime.actors.ingress.openai.responses import store as module
+from llm_runtime.actors.ingress.openai.responses.store import ResponseStore, Stored
 
 from .conftest import Serve, Served, one_ingress
 from .test_anthropic import events_of, prompt_of

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.messages import SamplingParams
+from llm_runtime.actors.messages import SamplingParams
 
 from .conftest import Served, one_ingress
 

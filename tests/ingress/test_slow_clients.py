@@ -17,8 +17,8 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from support import eventually
 
-from actors.ingress import connection, exchange, socket_transport
-from actors.ingress.server import Server
+from llm_runtime.actors.ingress import connection, exchange, socket_transport
+from llm_runtime.actors.ingress.server import Server
 
 SHORT_S = 0.3
 LONG_S = 60.0

@@ -22,8 +22,8 @@ import psutil
 import pytest
 from support import eventually
 
-from actors.ingress.journal import slot_bytes
-from actors.ingress.openai.tools import call_id
+from llm_runtime.actors.ingress.journal import slot_bytes
+from llm_runtime.actors.ingress.openai.tools import call_id
 
 from .conftest import ROOT, ingress_config, listen
 from .fakes import Fakes, answer
@@ -72,7 +72,7 @@ class Tree:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

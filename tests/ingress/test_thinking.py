@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 
-from actors.messages import Thinking
-from actors.parsers.reasoning import REASONING_FORMATS, Markers, markers_after, reasoning_format, reasoning_markers
+from llm_runtime.actors.messages import Thinking
+from llm_runtime.actors.parsers.reasoning import (
+    REASONING_FORMATS,
+    Markers,
+    markers_after,
+    reasoning_format,
+    reasoning_markers,
+)
 
 from .conftest import Serve, Served, one_ingress
 from .fakes import packed

@@ -10,8 +10,8 @@ import jsonschema
 import openai
 import pytest
 
-from actors.ingress.openai.tools import Function, NamedTool, Tool, call_id, calls_schema, constrained
-from actors.messages import ChatPrompt, Constraint, Generate, SamplingParams
+from llm_runtime.actors.ingress.openai.tools import Function, NamedTool, Tool, call_id, calls_schema, constrained
+from llm_runtime.actors.messages import ChatPrompt, Constraint, Generate, SamplingParams
 
 from .conftest import Serve, Served, chunks_of, one_ingress
 from .fakes import answer, unpacked

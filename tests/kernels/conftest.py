@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-import kernels
-from kernels import cpu
-from kernels.cpu import paths
+from llm_runtime import kernels
+from llm_runtime.kernels import cpu
+from llm_runtime.kernels.cpu import paths
 
 
 @pytest.fixture(autouse=True)

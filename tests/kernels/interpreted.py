@@ -7,11 +7,11 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-import kernels
-from kernels import AttentionMeta
-from kernels import reference as plain
-from kernels import reference_moe_mla as reference
-from kernels.triton import library
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta
+from llm_runtime.kernels import reference as plain
+from llm_runtime.kernels import reference_moe_mla as reference
+from llm_runtime.kernels.triton import library
 
 BFLOAT16_ERROR = 2e-2
 
@@ -86,7 +86,7 @@ def test_attention(
     a key head, and not all dimensions are rotated. Each token by itself has the same bits where they are asked for."""
     triton, page_size, kv_heads, dim = library(), 4, 2, 24
     assert triton is not None
-    monkeypatch.setattr("kernels.triton.attention.PROGRAMS", 40)  # which have to wait for each other here
+    monkeypatch.setattr("llm_runtime.kernels.triton.attention.PROGRAMS", 40)  # which have to wait for each other here
     starts, lengths, slots = [37, 0, 5, 11, 3], [1, 6, 0, 2, 1], [4, 1, 3, 0, 2]
     table = torch.randperm(60)[:55].int().view(5, 11)
     cos, sin = kernels.rotary_table(16, 44, 1e4)

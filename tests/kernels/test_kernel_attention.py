@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import AttentionMeta, cpu
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta, cpu
 
 LAYERS = 3
 Cache = tuple[Tensor, Tensor | None]

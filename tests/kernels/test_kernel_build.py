@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import kernels
-from kernels import cpu
-from kernels.cpu import compile
+from llm_runtime import kernels
+from llm_runtime.kernels import cpu
+from llm_runtime.kernels.cpu import compile
 
 ROOT = Path(kernels.__file__).parent.parent
 USE = """
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not cpu.instruction_sets(), reason="the kernels 
 
 
 def start(cache: Path, code: str = USE, **variables: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT), **variables}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT / "src"), **variables}
     environment.pop("LLM_RUNTIME_KERNELS", None)
     environment.update({name: value for name, value in variables.items() if name == "LLM_RUNTIME_KERNELS"})
     return subprocess.Popen(
@@ -140,7 +140,7 @@ def test_directory_of_others_is_not_used(tmp_path: Path) -> None:
     elsewhere = tmp_path / "temporary"
     elsewhere.mkdir()
     finish(start(tmp_path, TMPDIR=str(elsewhere), LLM_RUNTIME_KERNELS="torch"))
-    code = "from kernels.cpu.compile import _cache_directory; print(_cache_directory())"
+    code = "from llm_runtime.kernels.cpu.compile import _cache_directory; print(_cache_directory())"
     out, _ = finish(start(tmp_path, code, TMPDIR=str(elsewhere)))
     assert Path(out).parent.parent == elsewhere
 

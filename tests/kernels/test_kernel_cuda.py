@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-import kernels
-from kernels import AttentionMeta, SamplingTensors, reference, reference_moe_mla
-from kernels.triton import library
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta, SamplingTensors, reference, reference_moe_mla
+from llm_runtime.kernels.triton import library
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 

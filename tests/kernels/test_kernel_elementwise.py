@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-import kernels
+from llm_runtime import kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-import kernels
-from kernels import cpu, packing, reference
-from kernels.cpu import functions, paths
-from kernels.cpu.compile import processor_flags
+from llm_runtime import kernels
+from llm_runtime.kernels import cpu, packing, reference
+from llm_runtime.kernels.cpu import functions, paths
+from llm_runtime.kernels.cpu.compile import processor_flags
 
 SHAPES = [(32, 1), (96, 33), (64, 64), (576, 200), (1536, 70)]
 ODD_SHAPES = [(1, 5), (33, 96), (575, 130)]

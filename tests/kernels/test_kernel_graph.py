@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import AttentionMeta, GraphMemory, NotRecordable, SizedGraph, StepGraph
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta, GraphMemory, NotRecordable, SizedGraph, StepGraph
 
 HEADS, KV_HEADS, DIM, PAGE, PAGES, VOCABULARY, INNER = 4, 2, 32, 8, 17 * 8, 500, 96
 HIDDEN = HEADS * DIM

@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kernels
+from llm_runtime import kernels
 
 ROOT = Path(kernels.__file__).parent.parent
 
 
 def run(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -20,14 +20,14 @@ def run(code: str) -> str:
 def test_beside_transformers() -> None:
     """transformers probes for a package of this name, and must run a model with ours in its place."""
     code = """
-import kernels, torch, transformers
+import torch, transformers; from llm_runtime import kernels
 from transformers import LlamaConfig, LlamaForCausalLM
 config = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(config).eval()
 ids = torch.tensor([[1, 2, 3]])
 with torch.no_grad():
     assert model(ids).logits.shape == (1, 3, 99)
-    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 6)
+    assert model.generate(ids, min_new_tokens=3, max_new_tokens=3, do_sample=False).shape == (1, 6)
 print(kernels.__file__)
 """
     assert Path(run(code).splitlines()[-1]) == ROOT / "kernels" / "__init__.py"
@@ -43,7 +43,7 @@ class Refuse(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         raise AssertionError(f"{function} ran")
 with Refuse():
-    import kernels
+    from llm_runtime import kernels
 assert os.listdir("/proc/self/task") == tasks
 assert "triton" not in sys.modules
 assert not any("llm-runtime/kernels" in line for line in open("/proc/self/maps"))

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
-from kernels import cpu, reference
-from kernels.cpu import functions
-from kernels.cpu.compile import EXTENSIONS, processor_flags
+from llm_runtime import kernels
+from llm_runtime.kernels import cpu, reference
+from llm_runtime.kernels.cpu import functions
+from llm_runtime.kernels.cpu.compile import EXTENSIONS, processor_flags
 
 SHAPES = [(1, 1), (17, 33), (64, 64), (576, 960), (129, 200), (1536, 70)]
 
@@ -111,7 +111,7 @@ def test_without_matrix_instructions(use_backend: Callable[[str], None], monkeyp
     """Processors without AMX take another way through bfloat16: with AVX-512 and AVX2 the same to the bit."""
     if cpu.instruction_sets() != ["avx512", "avx2"]:
         pytest.skip("this processor has not both")
-    monkeypatch.setattr("kernels.cpu.compile.EXTENSIONS", ())
+    monkeypatch.setattr("llm_runtime.kernels.cpu.compile.EXTENSIONS", ())
     for inputs, outputs in SHAPES:
         weight, x = torch.randn(outputs, inputs).bfloat16(), torch.randn(40, inputs).bfloat16()
         packed = kernels.pack_weight(weight)
@@ -136,7 +136,7 @@ def test_products_of_pairs(
     extensions = EXTENSIONS[:2]
     if not processor_flags().issuperset(extensions[-1]) or "avx512" not in cpu.instruction_sets():
         pytest.skip("this processor does not multiply pairs of bfloat16")
-    monkeypatch.setattr("kernels.cpu.compile.EXTENSIONS", extensions)
+    monkeypatch.setattr("llm_runtime.kernels.cpu.compile.EXTENSIONS", extensions)
     use_backend("avx512")
     native = cpu.library()
     assert native is not None

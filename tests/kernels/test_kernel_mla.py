@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import AttentionMeta, GraphMemory, StepGraph, cpu
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta, GraphMemory, StepGraph, cpu
 
 Tokens = tuple[Tensor, Tensor, Tensor, Tensor]  # q_latent, q_rope, latent, k_rope
 TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-import kernels
-from kernels import GraphMemory, StepGraph, reference
+from llm_runtime import kernels
+from llm_runtime.kernels import GraphMemory, StepGraph, reference
 
 Matrix = Tensor | kernels.PackedWeight
 DTYPES = [torch.float32, torch.bfloat16]

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-import kernels
-from kernels import AttentionMeta, PackedWeight
-from kernels.reference import dequantize
+from llm_runtime import kernels
+from llm_runtime.kernels import AttentionMeta, PackedWeight
+from llm_runtime.kernels.reference import dequantize
 
 PAGE = 4
 HEADS, RANK, ROPE, NOPE, VALUE = 3, 64, 8, 12, 10

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import kernels
-from kernels import packing, reference
+from llm_runtime import kernels
+from llm_runtime.kernels import packing, reference
 
 SHAPES = [(1, 32), (64, 64), (130, 96), (5000, 160)]
 

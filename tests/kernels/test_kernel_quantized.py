@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
-from kernels import cpu, reference
-from kernels.cpu import functions, paths
+from llm_runtime import kernels
+from llm_runtime.kernels import cpu, reference
+from llm_runtime.kernels.cpu import functions, paths
 
 SHAPES = [(32, 1), (96, 33), (64, 64), (576, 200), (1536, 70)]
 KINDS: list[kernels.WeightKind] = ["int8", "int4"]
@@ -144,7 +144,7 @@ def test_instruction_sets_agree(
         use_backend(name)
         results.append(layers())
     with monkeypatch.context() as patch:
-        patch.setattr("kernels.cpu.compile.EXTENSIONS", ())
+        patch.setattr("llm_runtime.kernels.cpu.compile.EXTENSIONS", ())
         use_backend(available[0])
         results.append(layers())
     assert all(torch.equal(result, results[0]) for result in results)

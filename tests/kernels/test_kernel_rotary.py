@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import kernels
+from llm_runtime import kernels
 
 KINDS: list[dict[str, Any]] = [
     {"rope_type": "default"},

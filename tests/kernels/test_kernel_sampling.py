@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import SamplingTensors, TokenMasks, reference
+from llm_runtime import kernels
+from llm_runtime.kernels import SamplingTensors, TokenMasks, reference
 
 
 def random_seeds(count: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import kernels
+from llm_runtime import kernels
 
 HERE, ROOT = Path(__file__).parent, Path(kernels.__file__).parent.parent
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 def run(*arguments: str, **environment: str) -> None:
     done = subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -39,7 +39,7 @@ def test_they_compile(tmp_path: Path) -> None:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels.triton import attention, elementwise, experts, mla, sampling
+from llm_runtime.kernels.triton import attention, elementwise, experts, mla, sampling
 
 NARROW = "latent k_rope cache q_latent q_rope out x weight between shared q k v rotated residual gate_up"
 TYPES = {name: "*bf16" for name in NARROW.split()}

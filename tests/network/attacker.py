@@ -10,8 +10,8 @@ import time
 
 import zmq
 
-from actors.messages import Abort, Hello, Message
-from transport import Codec
+from llm_runtime.actors.messages import Abort, Hello, Message
+from llm_runtime.transport import Codec
 
 OPEN_AT_ONCE = 64
 PAUSE_S = 0.02

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from support import DEADLINE_S, eventually, node_environment
 
-from runtime.chaos.inject import node_report
-from runtime.control import Kill, command
-from runtime.errors import UserError
-from runtime.keys import write_keys
-from runtime.rundir import is_running
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.chaos.inject import node_report
+from llm_runtime.runtime.control import Kill, command
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.keys import write_keys
+from llm_runtime.runtime.rundir import is_running
+from llm_runtime.supervisors.status import NodeStatus
 
 HERE = Path(__file__).parent
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
@@ -122,7 +122,7 @@ class Hosts:
     def start(self, *hosts: str) -> None:
         """Starts the nodes of hosts and waits until all their processes run."""
         for host in hosts:
-            arguments = ["-m", "runtime", "up", str(self.file), "--node", host]
+            arguments = ["-m", "llm_runtime", "up", str(self.file), "--node", host]
             self.nodes[host] = self.on(host, arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         for host in hosts:
             node = self.nodes[host]

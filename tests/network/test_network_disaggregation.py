@@ -12,9 +12,9 @@ import pytest
 from network_hosts import ADDRESSES, HERE, Hosts, Stream
 from support import eventually
 
-from runtime.plan import plan_node
-from runtime.ports import listening
-from runtime.topology import load_topology
+from llm_runtime.runtime.plan import plan_node
+from llm_runtime.runtime.ports import listening
+from llm_runtime.runtime.topology import load_topology
 
 HOSTS = """\
 [model]

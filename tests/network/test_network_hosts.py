@@ -12,9 +12,9 @@ import pytest
 from network_hosts import ADDRESSES, HERE, Hosts, Stream
 from support import eventually
 
-from runtime.plan import plan_node
-from runtime.ports import listening
-from runtime.topology import load_topology
+from llm_runtime.runtime.plan import plan_node
+from llm_runtime.runtime.ports import listening
+from llm_runtime.runtime.topology import load_topology
 
 PROMPT, TOKENS = "Tell me a long story about a lighthouse.", 48
 CUT_S = 4.0
@@ -119,7 +119,7 @@ def test_strangers_get_nothing_through(hosts: Hosts, undisturbed: str) -> None:
 
 def test_figures_of_both_hosts_are_known_to_the_ingress(hosts: Hosts) -> None:
     eventually(lambda: hosts.metric("main.rank0", "alive_seconds") > 0, "figures of the rank")
-    status = [sys.executable, "-m", "runtime", "status", "--node", "pair-b", "--json"]
+    status = [sys.executable, "-m", "llm_runtime", "status", "--node", "pair-b", "--json"]
     ran = subprocess.run(status, env=hosts.environment, capture_output=True, text=True, timeout=30, check=True)
     report = json.loads(ran.stdout)
     assert (report["node"], report["url"], report["state"]) == ("pair-b", "", "running")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cli import main
-from runtime.errors import UserError
-from runtime.keys import read_keys, write_keys
+from llm_runtime.runtime.cli import main
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.keys import read_keys, write_keys
 
 
 def test_keygen_writes_a_private_file(

@@ -15,7 +15,7 @@ import zmq
 from msgspec import Struct, structs
 from support import DEADLINE_S, eventually, free_port
 
-from transport import Codec, Envelope, Mailbox, Network, curve
+from llm_runtime.transport import Codec, Envelope, Mailbox, Network, curve
 
 
 class Blob(Struct, tag=True, array_like=True):

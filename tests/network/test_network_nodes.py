@@ -9,20 +9,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from actors.actor import ActorArgs
-from actors.checkpoint import ModelConfig, SamplingDefaults
-from runtime import model_plan
-from runtime import plan as plan_module
-from runtime.cli import main
-from runtime.errors import UserError
-from runtime.keys import write_keys
-from runtime.models import ResolvedModel
-from runtime.nodes import node_to_start
-from runtime.plan import NodePlan, plan_node
-from runtime.ports import check_machine, check_ports, listening
-from runtime.topology import Machine, Topology, TopologyError, load_topology
-from runtime.tree import actor_names, arena_sizes, build_tree
-from supervisors import SupervisorSpec, validate
+from llm_runtime.actors.actor import ActorArgs
+from llm_runtime.actors.checkpoint import ModelConfig, SamplingDefaults
+from llm_runtime.runtime import model_plan
+from llm_runtime.runtime import plan as plan_module
+from llm_runtime.runtime.cli import main
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.keys import write_keys
+from llm_runtime.runtime.models import ResolvedModel
+from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.plan import NodePlan, plan_node
+from llm_runtime.runtime.ports import check_machine, check_ports, listening
+from llm_runtime.runtime.topology import Machine, Topology, TopologyError, load_topology
+from llm_runtime.runtime.tree import actor_names, arena_sizes, build_tree
+from llm_runtime.supervisors import SupervisorSpec, validate
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -236,7 +236,9 @@ def test_addresses_and_ports_that_this_machine_does_not_have(plan_of: Plan, monk
     ):
         plan_of("b", "node.b.address=no.such.host.invalid")
     with monkeypatch.context() as patched:
-        patched.setattr("runtime.ports.ip_address", lambda _: "127.0.1.1")  # as many a machine knows its own name
+        patched.setattr(
+            "llm_runtime.runtime.ports.ip_address", lambda _: "127.0.1.1"
+        )  # as many a machine knows its own name
         with pytest.raises(
             TopologyError, match=r'node\.b\.address: is "me", which is 127\.0\.1\.1 for this machine itse'
         ):

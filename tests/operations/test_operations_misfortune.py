@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from support import DEADLINE_S, ROOT, Node, eventually, require_model
 
-from runtime.chaos.inject import node_report
+from llm_runtime.runtime.chaos.inject import node_report
 
 ACTORS = ("main.rank0", "main.scheduler", "tokenizer", "detokenizer", "bootstrap", "ingress0")
 QUESTION = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
@@ -84,7 +84,7 @@ def test_a_cleaned_run_directory(node: Node, how: str) -> None:
             shutil.rmtree(path, ignore_errors=True)
     eventually(lambda: (node.run_dir / "status").exists() and node.running(), "the sockets of the root")
     again = subprocess.run(
-        [sys.executable, "-m", "runtime", "up", "topology/smollm2.toml", "--set", "node.name=n", "--port", "1"],
+        [sys.executable, "-m", "llm_runtime", "up", "topology/smollm2.toml", "--set", "node.name=n", "--port", "1"],
         cwd=ROOT, env=node.environment, capture_output=True, text=True, timeout=DEADLINE_S,
     )  # fmt: skip
     assert "the node n is running already" in again.stderr

@@ -16,7 +16,7 @@ import pytest
 from operations_tools import Collector, Span
 from support import ROOT, Node, eventually, require_model
 
-from runtime.control import Kill, command
+from llm_runtime.runtime.control import Kill, command
 
 MODEL = "smollm2-135m-instruct"
 DECODE, PREFILL = "decode.scheduler", "prefill.scheduler"
@@ -142,7 +142,7 @@ def test_the_logs_are_json_and_name_the_request(node: Node) -> None:
             assert line["actor"] == actor
     shown = node.run("logs", "ingress0")
     assert re.search(
-        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO actors.ingress.observation: "
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO llm_runtime.actors.ingress.observation: "
         r"POST /v1/completions 200 \S+ s, request mine-2 \[request [0-9a-f]{24}\]$",
         shown,
         re.MULTILINE,

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from actors.ingress.pieces import Identity
-from actors.ingress.tracing import Tracing, TracingConfig, attempt_context
-from actors.messages import SAMPLE, Message, OpenSlot, SamplingParams, SpanEnded, Step
-from actors.rank.traces import SlotTraces
-from actors.scheduler.phases import Phases
-from actors.scheduler.request import Lease
-from actors.spans import Spans
-from runtime.plan import plan_node
-from runtime.topology import TopologyError, load_topology
+from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.tracing import Tracing, TracingConfig, attempt_context
+from llm_runtime.actors.messages import SAMPLE, Message, OpenSlot, SamplingParams, SpanEnded, Step
+from llm_runtime.actors.rank.traces import SlotTraces
+from llm_runtime.actors.scheduler.phases import Phases
+from llm_runtime.actors.scheduler.request import Lease
+from llm_runtime.actors.spans import Spans
+from llm_runtime.runtime.plan import plan_node
+from llm_runtime.runtime.topology import TopologyError, load_topology
 
 TRACE = bytes(range(16))
 CONTEXT = TRACE + b"parent-8"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from rank_tools import PROMPTS, Sequence, generate, rank_config
 
-from actors.messages import SamplingParams
-from actors.rank import Executor, build_executor
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import Executor, build_executor
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from actors.rank import Rank
+from llm_runtime.actors.rank import Rank
 
 
 class Pipes:

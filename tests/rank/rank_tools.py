@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult, TopLogprobs
-from actors.rank import Executor, RankConfig
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult, TopLogprobs
+from llm_runtime.actors.rank import Executor, RankConfig
 
 GREEDY = SamplingParams(max_tokens=64, seed=0, temperature=0.0)
 PAGE_SIZE = 16

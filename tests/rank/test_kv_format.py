@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from actors.kv_format import KVDType, KVFormat
-from transport import Arena
+from llm_runtime.actors.kv_format import KVDType, KVFormat
+from llm_runtime.transport import Arena
 
 FORMAT = KVFormat(layers=3, page_size=4, kv_heads=2, head_dim=8, dtype="bfloat16")
 

@@ -17,10 +17,10 @@ import msgspec
 import pytest
 from rank_tools import Driver, generate, ints, rank_config, save_model
 
-from actors.checkpoint import read_config
-from actors.messages import Attach, Attached, Hello, Message, SamplingParams, Step, StepRefused, StepResult
-from actors.rank import Executor, build_executor, kv_format, weight_bytes
-from transport import Arena, Codec, Mailbox
+from llm_runtime.actors.checkpoint import read_config
+from llm_runtime.actors.messages import Attach, Attached, Hello, Message, SamplingParams, Step, StepRefused, StepResult
+from llm_runtime.actors.rank import Executor, build_executor, kv_format, weight_bytes
+from llm_runtime.transport import Arena, Codec, Mailbox
 
 HERE = Path(__file__).parent
 SAMPLING = SamplingParams(max_tokens=12, seed=9)
@@ -92,7 +92,7 @@ class Engine:
             stdout=subprocess.PIPE,
             text=True,
             pass_fds=list(descriptors.values()),
-            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1] / "src")},
         )
         self.processes[rank] = process
         assert process.stdin is not None

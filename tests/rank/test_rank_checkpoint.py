@@ -15,7 +15,7 @@ import pytest
 from rank_tools import save_model
 from test_rank_weights import write_gguf
 
-from actors.checkpoint import CheckpointError, GGUFFile, Latent, read_config
+from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile, Latent, read_config
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def test_config_of_smollm2(smollm2: Path) -> None:
 
 def test_reading_needs_no_torch(smollm2: Path) -> None:
     code = (
-        "import sys, pathlib; from actors.checkpoint import read_config; from actors.rank import weight_bytes;"
+        "import sys, pathlib; from llm_runtime.actors.checkpoint import read_config;"
+        "from llm_runtime.actors.rank import weight_bytes;"
         "weight_bytes(read_config(pathlib.Path(sys.argv[1])), 'float32', 1, 0); assert 'torch' not in sys.modules"
     )
     root = Path(__file__).parents[2]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from rank_tools import Driver, generate, i32, ints, rank_config, save_model
 
-from actors.actor import StartFailure
-from actors.messages import SAMPLE, VERIFY, SamplingParams, Step
-from actors.rank import Executor, build_executor
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.messages import SAMPLE, VERIFY, SamplingParams, Step
+from llm_runtime.actors.rank import Executor, build_executor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -197,6 +197,6 @@ def test_models_of_transformers(tmp_path: Path, architecture: str) -> None:
 
 def test_a_pool_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path, "LlamaForCausalLM")
-    monkeypatch.setattr("actors.rank.device.PATIENCE_S", 0.3)
+    monkeypatch.setattr("llm_runtime.actors.rank.device.PATIENCE_S", 0.3)
     with pytest.raises(StartFailure, match=r"a KV pool of \S+ GiB does not fit into .* GiB are free: lower kv_tokens"):
         on_cuda(tmp_path, num_pages=100_000_000)

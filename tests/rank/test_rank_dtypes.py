@@ -15,21 +15,21 @@ from rank_tools import generate, rank_config, save_model
 from test_rank_group import run_group
 from test_rank_weights import write_gguf
 
-import kernels
-from actors.actor import StartFailure
-from actors.checkpoint import GGUFFile, ModelConfig, read_config
-from actors.checkpoint.names import gguf_name
-from actors.dtypes import WeightDType, compute_dtype
-from actors.messages import SamplingParams
-from actors.rank import Executor, RankConfig, build_executor, shard_of, weight_bytes
-from actors.rank import executor as executor_module
-from actors.rank import source as source_module
-from actors.rank.dequantize import four_bits
-from actors.rank.precision import auto_dtype, matrix_dtype
-from actors.rank.shard import weight_layout
-from actors.rank.weights import load_weights
-from kernels import reference
-from transport import Arena
+from llm_runtime import kernels
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import GGUFFile, ModelConfig, read_config
+from llm_runtime.actors.checkpoint.names import gguf_name
+from llm_runtime.actors.dtypes import WeightDType, compute_dtype
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import Executor, RankConfig, build_executor, shard_of, weight_bytes
+from llm_runtime.actors.rank import executor as executor_module
+from llm_runtime.actors.rank import source as source_module
+from llm_runtime.actors.rank.dequantize import four_bits
+from llm_runtime.actors.rank.precision import auto_dtype, matrix_dtype
+from llm_runtime.actors.rank.shard import weight_layout
+from llm_runtime.actors.rank.weights import load_weights
+from llm_runtime.kernels import reference
+from llm_runtime.transport import Arena
 
 GREEDY = SamplingParams(max_tokens=6, seed=0, temperature=0.0, logprobs=0)
 PROMPT = list(range(30, 60))

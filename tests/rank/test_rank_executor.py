@@ -13,10 +13,10 @@ import pytest
 import torch
 from rank_tools import PAGE_SIZE, Driver, Sequence, generate, i32, ints, rank_config, save_model
 
-from actors.actor import BadMessage, StartFailure
-from actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, OpenSlot, SamplingParams, Step
-from actors.rank import Executor, build_executor
-from actors.rank.executor import BadStep
+from llm_runtime.actors.actor import BadMessage, StartFailure
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, OpenSlot, SamplingParams, Step
+from llm_runtime.actors.rank import Executor, build_executor
+from llm_runtime.actors.rank.executor import BadStep
 
 VOCABULARY = 300
 
@@ -249,7 +249,7 @@ def test_samples_follow_the_distribution(tiny: Executor) -> None:
 def test_logit_bias(tiny: Executor, monkeypatch: pytest.MonkeyPatch, dense: bool) -> None:
     """A few values are added one by one, many as a vector that is made once for all who have the same."""
     if dense:
-        monkeypatch.setattr("actors.rank.sampler.DENSE_BIAS", 1)
+        monkeypatch.setattr("llm_runtime.actors.rank.sampler.DENSE_BIAS", 1)
     prompt = prompts_of(9)[0]
     wanted = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logit_bias={17: 1e4})
     forbidden = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logit_bias={17: 1e4, 18: 2e4, 19: -1e4})

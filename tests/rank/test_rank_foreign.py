@@ -11,12 +11,12 @@ import pytest
 import torch
 from rank_tools import PAGE_SIZE, Driver, generate, rank_config, save_model
 
-import kernels
-from actors.actor import StartFailure
-from actors.checkpoint import CheckpointError, read_config
-from actors.messages import SamplingParams
-from actors.rank import build_executor, weight_bytes
-from transport import Arena
+from llm_runtime import kernels
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import CheckpointError, read_config
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor, weight_bytes
+from llm_runtime.transport import Arena
 
 SAMPLING = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logprobs=0)
 VARIANTS: dict[str, dict[str, Any]] = {

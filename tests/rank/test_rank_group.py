@@ -17,9 +17,9 @@ import torch
 from rank_tools import generate, rank_config, save_model
 from support import eventually
 
-from actors.messages import SamplingParams
-from actors.rank import build_executor
-from actors.rank.group import Group
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor
+from llm_runtime.actors.rank.group import Group
 
 HERE = Path(__file__).parent
 GREEDY = {"max_tokens": 64, "seed": 0, "temperature": 0.0}
@@ -27,7 +27,7 @@ GREEDY = {"max_tokens": 64, "seed": 0, "temperature": 0.0}
 
 def run_group(model: Path, directory: Path, tp: int, runs: list[dict[str, Any]], **settings: Any) -> list[Any]:
     """Runs all ranks and returns rank 0's results."""
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}:{HERE}"}
+    environment = {**os.environ, "PYTHONPATH": f"{HERE.parents[1]}/src:{HERE}"}
     processes = []
     for rank in range(tp):
         config = rank_config(model, tp=tp, rank=rank, process_group_dir=str(directory / "group"), **settings)
@@ -103,7 +103,7 @@ def test_biases_are_added_once(tmp_path: Path) -> None:
 def test_meetings_of_the_past_are_not_joined(tmp_path: Path) -> None:
     """A rank waits for a rank 0 that is alive, not for files that a killed one has left."""
     script = (
-        "import sys, os, signal; from pathlib import Path; from actors.rank.group import Group;"
+        "import sys, os, signal; from pathlib import Path; from llm_runtime.actors.rank.group import Group;"
         "Group(2, 0, Path(sys.argv[1]))._open_meeting(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=HERE.parents[1], timeout=60)

@@ -17,9 +17,9 @@ from rank_tools import generate, rank_config, save_model
 from safetensors.torch import load_file, save_file
 from test_rank_weights import write_gguf
 
-from actors.checkpoint import CheckpointError, GGUFFile, checkpoint_identity, read_config
-from actors.messages import SamplingParams
-from actors.rank import build_executor
+from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile, checkpoint_identity, read_config
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor
 
 SAMPLING = SamplingParams(max_tokens=4, seed=0, temperature=0.0, logprobs=0)
 PROMPT = list(range(3, 40))

@@ -14,10 +14,10 @@ import torch
 from msgspec import structs
 from rank_tools import Driver, Sequence, rank_config
 
-from actors.grammar import Backend, closing, load_backend
-from actors.messages import Constraint, OpenSlot, SamplingParams
-from actors.rank import Executor, build_executor
-from actors.rank.masks import allow, unpacked
+from llm_runtime.actors.grammar import Backend, closing, load_backend
+from llm_runtime.actors.messages import Constraint, OpenSlot, SamplingParams
+from llm_runtime.actors.rank import Executor, build_executor
+from llm_runtime.actors.rank.masks import allow, unpacked
 
 EOS = 2
 PROMPT = [1, 4093, 198, 18243, 335, 253, 1528]

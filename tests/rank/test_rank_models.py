@@ -10,8 +10,8 @@ import pytest
 import torch
 from rank_tools import Driver, generate, rank_config, save_model
 
-from actors.messages import SamplingParams
-from actors.rank import build_executor
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor
 
 LLAMA3 = {
     "rope_type": "llama3",

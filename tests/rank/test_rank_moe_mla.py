@@ -14,11 +14,11 @@ from rank_tools import PAGE_SIZE, Driver, Sequence, generate, rank_config, save_
 from safetensors.torch import load_file, save_file
 from test_rank_group import run_group
 
-from actors.actor import StartFailure
-from actors.checkpoint import CheckpointError, read_config
-from actors.messages import SamplingParams
-from actors.rank import Executor, build_executor
-from actors.rank.source import open_source
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import CheckpointError, read_config
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import Executor, build_executor
+from llm_runtime.actors.rank.source import open_source
 
 EXPERTS: dict[str, Any] = {
     "hidden_size": 128,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from rank_tools import Driver, rank_config, save_model
 
-from actors.actor import StartFailure
-from actors.messages import SamplingParams
-from actors.rank import Executor, build_executor, device
-from actors.rank.device import in_device_memory
-from actors.rank.padded import PaddedDecode, PaddedSteps, padded_rows
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import Executor, build_executor, device
+from llm_runtime.actors.rank.device import in_device_memory
+from llm_runtime.actors.rank.padded import PaddedDecode, PaddedSteps, padded_rows
 
 
 def test_a_full_device(monkeypatch: pytest.MonkeyPatch) -> None:

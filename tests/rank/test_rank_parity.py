@@ -10,8 +10,8 @@ import pytest
 import torch
 from rank_tools import PAGE_SIZE, Driver, Sequence, generate, rank_config
 
-from actors.messages import SamplingParams
-from actors.rank import Executor, build_executor
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import Executor, build_executor
 
 
 def test_prompts_are_varied(prompts: list[list[int]]) -> None:

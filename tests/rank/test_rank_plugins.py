@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rank_tools import generate, rank_config, save_model
 
-from actors.checkpoint import CheckpointError, read_config
-from actors.messages import SamplingParams
-from actors.rank import build_executor
+from llm_runtime.actors.checkpoint import CheckpointError, read_config
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor
 
 SAMPLING = SamplingParams(max_tokens=3, seed=0, temperature=0.0, logprobs=0)
 
@@ -21,7 +21,7 @@ def install(directory: Path, monkeypatch: pytest.MonkeyPatch, entry: str) -> Non
     (directory / "warm_llama.py").write_text(
         textwrap.dedent(
             """
-            from actors.rank.models import Llama
+            from llm_runtime.actors.rank.models import Llama
 
             class WarmLlama(Llama):
                 reads_as = "LlamaForCausalLM"

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rank_tools import Driver, Sequence, i32, ints
 
-from actors.actor import BadMessage
-from actors.messages import SAMPLE, VERIFY, Constraint, SamplingParams, Thinking
-from actors.rank import Executor
-from actors.rank.thinking import Spelling, Thought
-from actors.vocabulary import Vocabulary, load_vocabulary
+from llm_runtime.actors.actor import BadMessage
+from llm_runtime.actors.messages import SAMPLE, VERIFY, Constraint, SamplingParams, Thinking
+from llm_runtime.actors.rank import Executor
+from llm_runtime.actors.rank.thinking import Spelling, Thought
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary
 
 # -- one output ----------------------------------------------------------------------------------------------------
 

@@ -16,17 +16,17 @@ import pytest
 import torch
 from rank_tools import generate, rank_config, save_model
 
-from actors.actor import StartFailure
-from actors.checkpoint import CheckpointError, read_config
-from actors.checkpoint.gguf import BLOCKS
-from actors.messages import SamplingParams
-from actors.rank import build_executor, shard_of, weight_bytes
-from actors.rank import source as source_module
-from actors.rank.dequantize import DEQUANTIZERS, dequantize
-from actors.rank.shard import HEADER_BYTES, PANEL_ROWS, split, weight_layout
-from actors.rank.source import open_source
-from actors.rank.weights import load_weights
-from transport import Arena
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import CheckpointError, read_config
+from llm_runtime.actors.checkpoint.gguf import BLOCKS
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import build_executor, shard_of, weight_bytes
+from llm_runtime.actors.rank import source as source_module
+from llm_runtime.actors.rank.dequantize import DEQUANTIZERS, dequantize
+from llm_runtime.actors.rank.shard import HEADER_BYTES, PANEL_ROWS, split, weight_layout
+from llm_runtime.actors.rank.source import open_source
+from llm_runtime.actors.rank.weights import load_weights
+from llm_runtime.transport import Arena
 
 SAMPLING = SamplingParams(max_tokens=5, seed=0, temperature=0.0, logprobs=0)
 PROMPT = list(range(30, 60))
@@ -176,7 +176,7 @@ def test_shards_of_smollm2(smollm2: Path) -> None:
 
 
 def test_panels_are_those_of_the_kernels() -> None:
-    import kernels
+    from llm_runtime import kernels
 
     assert kernels.pack_weight(torch.zeros(65, 3)).panels.shape == (2, 3, PANEL_ROWS)
 
@@ -212,9 +212,9 @@ def test_killed_while_packing(checkpoint: Path) -> None:
         """
         import os, signal, sys
         from pathlib import Path
-        from actors.checkpoint import read_config
-        from actors.rank import weights
-        from actors.rank.shard import shard_of
+        from llm_runtime.actors.checkpoint import read_config
+        from llm_runtime.actors.rank import weights
+        from llm_runtime.actors.rank.shard import shard_of
         fill, left = weights._fill, [12]
         def fill_some(*arguments):
             fill(*arguments)
@@ -227,7 +227,7 @@ def test_killed_while_packing(checkpoint: Path) -> None:
         weights.load_weights(path, config, "float32", shard_of(config, 1, 0), sys.argv[3] == "True", int(sys.argv[2]))
         """
     )
-    import kernels
+    from llm_runtime import kernels
 
     packed = str(kernels.backend() != "torch")
     process = subprocess.run(

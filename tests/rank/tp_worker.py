@@ -14,9 +14,9 @@ import msgspec
 import torch
 from rank_tools import generate
 
-from actors.messages import SamplingParams
-from actors.rank import RankConfig, build_executor
-from actors.rank.group import Group
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.rank import RankConfig, build_executor
+from llm_runtime.actors.rank.group import Group
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from actors.messages import SAMPLE, Step
-from runtime.bench.executor import Batch, run_batch
-from runtime.bench.figures import percentile, summary
-from runtime.bench.serving import Outcome, passages
+from llm_runtime.actors.messages import SAMPLE, Step
+from llm_runtime.runtime.bench.executor import Batch, run_batch
+from llm_runtime.runtime.bench.figures import percentile, summary
+from llm_runtime.runtime.bench.serving import Outcome, passages
 
 
 @dataclass

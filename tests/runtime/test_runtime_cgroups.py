@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from runtime import cgroups
+from llm_runtime.runtime import cgroups
 
 MEMORY = 7 * 2**30
 

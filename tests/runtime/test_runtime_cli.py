@@ -18,8 +18,8 @@ import psutil
 import pytest
 from support import DEADLINE_S, ROOT, eventually, free_port, node_environment
 
-from runtime.cli import COMMANDS
-from runtime.cli.logs import _as_text
+from llm_runtime.runtime.cli import COMMANDS
+from llm_runtime.runtime.cli.logs import _as_text
 
 KEYS = {
     "name", "kind", "role", "pid", "state", "incarnation", "restarts", "last_exit", "doing", "doing_s", "uptime_s",
@@ -42,7 +42,7 @@ class Cli:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "runtime", *arguments],
+            [sys.executable, "-m", "llm_runtime", *arguments],
             cwd=ROOT,
             env=self.environment,
             stdout=subprocess.PIPE,
@@ -274,7 +274,9 @@ def test_logs(node: Cli) -> None:
     assert "root             | " in everything
     assert "forked the zygote from a process with 1 thread(s)" in everything  # more could deadlock its children
     told = {
-        line.partition(" ")[0] for line in everything.splitlines() if " supervisors.supervisor: main.rank0: " in line
+        line.partition(" ")[0]
+        for line in everything.splitlines()
+        if " llm_runtime.supervisors.supervisor: main.rank0: " in line
     }
     assert told == {"main.ranks"}  # and not by the supervisors above it as well
     last = node("logs", "--tail", "2").stdout.splitlines()
@@ -336,7 +338,7 @@ def test_down_leaves_nothing(node: Cli) -> None:
 def test_a_node_in_the_foreground_ends_with_a_signal(cli: Cli, number: signal.Signals) -> None:
     with open(cli.run_dir / "output", "w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runtime", "up", "topology/smollm2.toml", "--port", str(cli.port)],
+            [sys.executable, "-m", "llm_runtime", "up", "topology/smollm2.toml", "--port", str(cli.port)],
             cwd=ROOT,
             env={**cli.environment, "RUNTIME_DIR": str(cli.run_dir / "r")},
             stdout=output,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import environment
-from runtime.models import cache_dir
+from llm_runtime.runtime import environment
+from llm_runtime.runtime.models import cache_dir
 
 ROOT = Path(__file__).parents[2]
 TOPOLOGY = ROOT / "topology/smollm2.toml"
@@ -20,7 +20,12 @@ TOPOLOGY = ROOT / "topology/smollm2.toml"
 
 def run(script: str, **settings: str | None) -> subprocess.CompletedProcess[str]:
     """A shell script in which $RUNTIME is the command and $FILE a topology; a setting of None is not set at all."""
-    given = {"RUNTIME": f"{sys.executable} -m runtime", "FILE": str(TOPOLOGY), "PYTHONPATH": str(ROOT), **settings}
+    given = {
+        "RUNTIME": f"{sys.executable} -m llm_runtime",
+        "FILE": str(TOPOLOGY),
+        "PYTHONPATH": str(ROOT / "src"),
+        **settings,
+    }
     values = {**os.environ, **{name: value for name, value in given.items() if value is not None}}
     for name, value in given.items():
         if value is None:
@@ -32,7 +37,7 @@ def test_a_number_without_a_name_and_a_home():
     command = "unshare --user --map-user=4242"
     if run(f"{command} true").returncode:
         pytest.skip("needs unprivileged user namespaces")
-    show = "import getpass, pathlib, os; from runtime.environment import prepare; prepare();"
+    show = "import getpass, pathlib, os; from llm_runtime.runtime.environment import prepare; prepare();"
     show += "print(os.getuid(), getpass.getuser(), pathlib.Path.home().stat().st_uid)"
     answer = run(
         f"{command} {sys.executable} -c '{show}'", HOME=None, LOGNAME=None, USER=None, LNAME=None, USERNAME=None
@@ -59,7 +64,8 @@ def test_commands_work(script: str, settings: dict[str, str | None], tmp_path: P
 
 
 def test_what_is_opened_first_does_not_get_the_number_of_a_closed_stream():
-    show = "import os; from runtime.environment import prepare; prepare(); assert os.open('/', os.O_RDONLY) > 2"
+    prepare = "import os; from llm_runtime.runtime.environment import prepare; prepare()"
+    show = f"{prepare}; assert os.open('/', os.O_RDONLY) > 2"
     answer = run(f'{sys.executable} -c "{show}" <&- >&- 2>&-')
     assert answer.returncode == 0
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,13 +16,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from kernels import cpu
-from runtime import shipped
-from runtime.cli.completion import script
-from runtime.display import Display
-from runtime.errors import UserError
-from runtime.packaged import Package, fetch
-from runtime.progress import Note, no_notes
+from llm_runtime.kernels import cpu
+from llm_runtime.runtime import shipped
+from llm_runtime.runtime.cli.completion import script
+from llm_runtime.runtime.display import Display
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.packaged import Package, fetch
+from llm_runtime.runtime.progress import Note, no_notes
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +87,7 @@ def test_packages_and_lock_agree() -> None:
     """What the runtime fetches is what the tests have installed, and every dependency is locked within its range."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     locked = {name: (ROOT / "requirements" / f"{name}.txt").read_text() for name in ("serve", "test")}
-    from runtime import models
+    from llm_runtime.runtime import models
 
     for each in (models._EMBEDDED_PACKAGE, models._MINILM_PACKAGE):
         assert f"{each.name}=={each.version} " in locked["test"]
@@ -117,30 +118,72 @@ def test_messages_name_packages_that_exist() -> None:
         assert requirement.rstrip(".") in pinned
 
 
-@pytest.mark.parametrize("how", ["--prefix", "--target"])
-def test_a_wheel_brings_topologies_and_documentation(tmp_path: Path, how: str) -> None:
-    copy = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this distribution."""
+    directory = tmp_path_factory.mktemp("wheel")
+    copy = directory / "source"
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file() and not name.startswith("tests/"):
+        if not name.startswith("tests/") and os.path.lexists(ROOT / name):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, copy / name, follow_symlinks=False)
     build = "from setuptools import build_meta; print(build_meta.build_wheel('..'))"
     done = subprocess.run([sys.executable, "-c", build], cwd=copy, capture_output=True, text=True, check=True)
-    wheel = tmp_path / done.stdout.split()[-1]
-    site = tmp_path / "site"
+    return Path(directory / done.stdout.split()[-1])
+
+
+def install(wheel: Path, how: str, site: Path) -> Path:
+    """Where the package is after an installation."""
     # Without the last flag, pip removes the package that runs this test, wherever it puts the new one.
-    install = ["install", "-q", "--no-deps", "--no-index", how, str(site), "--ignore-installed", str(wheel)]
-    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
-    (path,) = (each.parent for each in site.rglob("runtime") if (each / "shipped.py").is_file())
-    code = "from runtime.shipped import topologies; print(*topologies(), *topologies().values())"
+    options = ["-q", "--no-deps", "--no-index", how, str(site), "--ignore-installed", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options], check=True, capture_output=True)
+    (package,) = (each for each in site.rglob("llm_runtime") if (each / "runtime").is_dir())
+    return package.parent
+
+
+@pytest.mark.parametrize("how", ["--prefix", "--target"])
+def test_a_wheel_brings_topologies_and_documentation(wheel: Path, tmp_path: Path, how: str) -> None:
+    path = install(wheel, how, tmp_path)
+    code = "from llm_runtime.runtime.shipped import topologies; print(*topologies(), *topologies().values())"
     said = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(path)},
         capture_output=True, text=True, check=True,
     ).stdout.split()  # fmt: skip
     assert {"smollm2", "serve", "pd-deepseek"} <= set(said)
-    assert all(Path(each).is_file() and site in Path(each).parents for each in said if each.endswith(".toml"))
-    assert list(site.rglob("api.md"))
+    assert all(Path(each).is_file() and tmp_path in Path(each).parents for each in said if each.endswith(".toml"))
+    assert list(tmp_path.rglob("api.md"))
+
+
+PROGRAM = """
+import kernels, runtime
+import llm_runtime
+from llm_runtime import LLM, SamplingParams
+
+assert runtime.mine and kernels.of_others
+with LLM("smollm2-135m-instruct", max_model_len=256) as llm:
+    (result,) = llm.generate(["The capital of France is"], SamplingParams(max_tokens=4, temperature=0))
+print(llm_runtime.__file__, result.usage.completion_tokens)
+"""
+
+
+def test_it_serves_beside_packages_with_the_names_of_its_folders(wheel: Path, tmp_path: Path) -> None:
+    """Hugging Face has a package `kernels`; a project may have a folder `runtime`."""
+    site = install(wheel, "--target", tmp_path / "site")
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("of_others = True\n")
+    project = tmp_path / "project"
+    (project / "runtime").mkdir(parents=True)
+    (project / "runtime" / "__init__.py").write_text("mine = True\n")
+    (project / "program.py").write_text(PROGRAM)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    for command in (["program.py"], ["-m", "llm_runtime", "check", "smollm2"]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=project, env=environment, capture_output=True, text=True, timeout=150
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if command == ["program.py"]:
+            assert done.stdout.split() == [str(site / "llm_runtime" / "__init__.py"), "4"]
 
 
 def test_shipped_topologies_have_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+NAME = "llm_runtime"
 PACKAGES = ("transport", "kernels", "supervisors", "actors", "runtime")
 MAY_IMPORT = {
     "transport": set(),
@@ -28,13 +29,18 @@ def modules(package: str) -> list[Path]:
 
 
 def imported(tree: ast.AST, package: tuple[str, ...]) -> Iterator[str]:
-    """Absolute names of the modules that a file imports anywhere, relative imports resolved."""
+    """Names of the modules that a file imports anywhere, relative imports resolved, ours as from the top folders."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join([*base, *([node.module] if node.module else [])])
+            names = [".".join([*base, *([node.module] if node.module else [])])]
+            if names == [NAME]:
+                names = [f"{NAME}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix(f"{NAME}.") for name in names)
 
 
 def called(tree: ast.AST) -> Iterator[str]:
@@ -69,15 +75,18 @@ def test_nothing_that_runs_what_it_reads(package: str) -> None:
 
 
 def test_the_arrows_would_be_found() -> None:
-    source = "from actors.rank import Rank\nfrom .. import wire\nimport kernels.cpu as k\neval('1')\n"
+    source = "from llm_runtime.actors.rank import Rank\nfrom .. import wire\nimport llm_runtime.kernels.cpu as k\n"
+    source += "from llm_runtime import runtime\neval('1')\n"
     tree = ast.parse(source)
-    assert set(imported(tree, ("supervisors", "inner"))) == {"actors.rank", "supervisors", "kernels.cpu"}
+    assert set(imported(tree, ("supervisors", "inner"))) == {"actors.rank", "supervisors", "kernels.cpu", "runtime"}
     assert set(called(tree)) == {"eval"}
 
 
 def test_kernels_stands_beside_transformers() -> None:
-    """`transformers` probes for another package of the name `kernels`; ours must not disturb it."""
-    code = "import kernels, transformers, transformers.integrations; print(transformers.AutoConfig.__name__)"
+    """`transformers` probes for a package of the name `kernels`, which ours is not."""
+    code = (
+        "import llm_runtime.kernels, transformers, transformers.integrations; print(transformers.AutoConfig.__name__)"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
@@ -86,7 +95,7 @@ def test_kernels_stands_beside_transformers() -> None:
 
 def test_looking_at_a_node_needs_no_torch() -> None:
     """`runtime status` and its like start in a fraction of a second."""
-    code = "import sys, runtime.cli.status, runtime.cli.check, runtime.cli.logs; print('torch' in sys.modules)"
+    code = "import sys; from llm_runtime.runtime.cli import status, check, logs; print('torch' in sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from actors.checkpoint import read_config
-from actors.vocabulary import load_vocabulary
-from runtime import models, tiny_model
-from runtime.errors import UserError
-from runtime.models import EMBEDDED, NotLocal, ResolvedModel, default_name, local_models, resolve_model
-from runtime.tiny_model import make_tiny_model
+from llm_runtime.actors.checkpoint import read_config
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.runtime import models, tiny_model
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.models import EMBEDDED, NotLocal, ResolvedModel, default_name, local_models, resolve_model
+from llm_runtime.runtime.tiny_model import make_tiny_model
 
 TINY_SHA256 = "c85ce78f5c61cf8debdb404a8925be0e754be17709c52fd1cd20831a98d09664"
 """Of the weights of deepseek-v3-tiny."""
@@ -202,5 +202,5 @@ def hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "src"))
     return home

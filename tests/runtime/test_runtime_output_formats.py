@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from actors.parsers.reasoning import FORMATS as REASONING
-from actors.parsers.registry import Formats
-from actors.parsers.tool_calls import FORMATS as CALLS
-from runtime.output_formats import chat_template_source, output_formats
-from runtime.plan import plan_node
-from runtime.topology import TopologyError, load_topology
+from llm_runtime.actors.parsers.reasoning import FORMATS as REASONING
+from llm_runtime.actors.parsers.registry import Formats
+from llm_runtime.actors.parsers.tool_calls import FORMATS as CALLS
+from llm_runtime.runtime.output_formats import chat_template_source, output_formats
+from llm_runtime.runtime.plan import plan_node
+from llm_runtime.runtime.topology import TopologyError, load_topology
 
 QWEN = "<|im_start|>{% if enable_thinking %}<think>{% endif %}<tool_call>"
 TEMPLATE = "model.chat_template=qwen.jinja"

@@ -14,11 +14,22 @@ from pathlib import Path
 import pytest
 import zmq
 
-from runtime.control import ControlServer, Done, Down, Kill, NodeReport, Question, Reply, Status, ask, command
-from runtime.errors import UserError
-from runtime.rundir import NodeInfo, RunDirectory, base_directory, find_node, is_running
-from runtime.watch import RemovalWatch
-from supervisors import NodeStatus
+from llm_runtime.runtime.control import (
+    ControlServer,
+    Done,
+    Down,
+    Kill,
+    NodeReport,
+    Question,
+    Reply,
+    Status,
+    ask,
+    command,
+)
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.rundir import NodeInfo, RunDirectory, base_directory, find_node, is_running
+from llm_runtime.runtime.watch import RemovalWatch
+from llm_runtime.supervisors import NodeStatus
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +85,7 @@ def test_logs_of_a_crashed_node_stay_and_can_be_found(base: Path) -> None:
 
 
 def test_a_living_node_keeps_its_directory(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr("llm_runtime.runtime.rundir._LOCK_PATIENCE_S", 0.1)
     first, second = node("a"), node("b")
     with pytest.raises(UserError, match=r"the node a is running already.*: stop it with `runtime down --node a`"):
         RunDirectory("a", "x")
@@ -89,7 +100,7 @@ def test_a_living_node_keeps_its_directory(base: Path, monkeypatch: pytest.Monke
 
 def test_what_a_killed_node_left_is_cleaned(base: Path) -> None:
     code = (
-        "import os, signal; from runtime.rundir import *; d = RunDirectory('n', 'x');"
+        "import os, signal; from llm_runtime.runtime.rundir import *; d = RunDirectory('n', 'x');"
         "d.write_info(NodeInfo('n', 1, '', '', 0.0)); (d.path / 'sockets/stale').touch();"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -133,7 +144,7 @@ def lost(base: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["files", "node", "all", "renamed"])
 def test_what_is_removed_is_made_again(base: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.rundir._LOCK_PATIENCE_S", 0.1)
+    monkeypatch.setattr("llm_runtime.runtime.rundir._LOCK_PATIENCE_S", 0.1)
     run_dir = node("n")
     watch = RemovalWatch([run_dir.path, base])
     made: list[bool] = []

@@ -9,11 +9,11 @@ from typing import Any
 import gguf
 import pytest
 
-from actors.checkpoint import CheckpointError, ModelConfig, SamplingDefaults, read_sampling_defaults
-from runtime import model_plan
-from runtime.models import EMBEDDED_SAMPLING, ResolvedModel
-from runtime.plan import plan_node
-from runtime.topology import TopologyError, load_topology
+from llm_runtime.actors.checkpoint import CheckpointError, ModelConfig, SamplingDefaults, read_sampling_defaults
+from llm_runtime.runtime import model_plan
+from llm_runtime.runtime.models import EMBEDDED_SAMPLING, ResolvedModel
+from llm_runtime.runtime.plan import plan_node
+from llm_runtime.runtime.topology import TopologyError, load_topology
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM",

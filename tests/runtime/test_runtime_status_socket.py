@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from runtime.happenings import KEPT, Happenings
-from runtime.status_socket import MAX_READERS, NAME, Reply, StatusSocket
-from supervisors.loop import Loop
-from supervisors.status import Event
+from llm_runtime.runtime.happenings import KEPT, Happenings
+from llm_runtime.runtime.status_socket import MAX_READERS, NAME, Reply, StatusSocket
+from llm_runtime.supervisors.loop import Loop
+from llm_runtime.supervisors.status import Event
 
 POLL_S = 5.0
 

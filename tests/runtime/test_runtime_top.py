@@ -7,12 +7,12 @@ import io
 import pytest
 from rich.console import Console
 
-from runtime.cli.top import frame
-from runtime.control import NodeReport
-from runtime.figures import Sample
-from runtime.happenings import Happening
-from supervisors.exits import ExitReason
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.cli.top import frame
+from llm_runtime.runtime.control import NodeReport
+from llm_runtime.runtime.figures import Sample
+from llm_runtime.runtime.happenings import Happening
+from llm_runtime.supervisors.exits import ExitReason
+from llm_runtime.supervisors.status import NodeStatus
 
 METRICS = ("time_to_first_token", "inter_token_latency", "queue_time", "e2e_request_latency")
 

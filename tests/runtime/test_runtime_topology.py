@@ -7,9 +7,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from runtime.topology import Engine, Topology, TopologyError, load_topology
-from runtime.topology.positions import key_lines
-from runtime.topology.schema import TABLES, describe, description, fields_of
+from llm_runtime.runtime.topology import Engine, Topology, TopologyError, load_topology
+from llm_runtime.runtime.topology.positions import key_lines
+from llm_runtime.runtime.topology.schema import TABLES, describe, description, fields_of
 
 ROOT = Path(__file__).parents[2]
 MINIMAL = '[model]\npath = "m"\n[engine.main]\n'

@@ -10,24 +10,24 @@ from typing import Any
 import msgspec
 import pytest
 
-from actors.actor import ActorArgs
-from actors.bootstrap import BootstrapConfig
-from actors.checkpoint import ModelConfig, SamplingDefaults
-from actors.detokenizer.actor import DetokenizerConfig
-from actors.grammar import GrammarConfig
-from actors.ingress.config import IngressConfig
-from actors.rank import RankConfig, kv_format, weight_bytes
-from actors.scheduler.config import Config as SchedulerConfig
-from actors.tokenizer.actor import TokenizerConfig
-from runtime import model_plan, needs
-from runtime import plan as plan_module
-from runtime.errors import UserError
-from runtime.http_limits import describe_http, http_warnings
-from runtime.models import ResolvedModel
-from runtime.plan import NodePlan, plan_node
-from runtime.topology import TopologyError, load_topology
-from runtime.tree import actor_names, arena_sizes, build_tree
-from supervisors import ChildSpec, SupervisorSpec, validate
+from llm_runtime.actors.actor import ActorArgs
+from llm_runtime.actors.bootstrap import BootstrapConfig
+from llm_runtime.actors.checkpoint import ModelConfig, SamplingDefaults
+from llm_runtime.actors.detokenizer.actor import DetokenizerConfig
+from llm_runtime.actors.grammar import GrammarConfig
+from llm_runtime.actors.ingress.config import IngressConfig
+from llm_runtime.actors.rank import RankConfig, kv_format, weight_bytes
+from llm_runtime.actors.scheduler.config import Config as SchedulerConfig
+from llm_runtime.actors.tokenizer.actor import TokenizerConfig
+from llm_runtime.runtime import model_plan, needs
+from llm_runtime.runtime import plan as plan_module
+from llm_runtime.runtime.errors import UserError
+from llm_runtime.runtime.http_limits import describe_http, http_warnings
+from llm_runtime.runtime.models import ResolvedModel
+from llm_runtime.runtime.plan import NodePlan, plan_node
+from llm_runtime.runtime.topology import TopologyError, load_topology
+from llm_runtime.runtime.tree import actor_names, arena_sizes, build_tree
+from llm_runtime.supervisors import ChildSpec, SupervisorSpec, validate
 
 MODEL = ModelConfig(
     architecture="LlamaForCausalLM",
@@ -305,7 +305,7 @@ def test_who_may_ask(plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_warnings_of_too_few_descriptors(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of("ingress.max_concurrent=700")
     for limit, allowed, warned in ((4096, 3840, False), (1024, 768, False), (900, 644, True), (600, 400, True)):
-        monkeypatch.setattr("runtime.http_limits._descriptors", lambda limit=limit: limit)
+        monkeypatch.setattr("llm_runtime.runtime.http_limits._descriptors", lambda limit=limit: limit)
         assert f"{allowed:,} connections (ulimit -n {limit:,})" in describe_http(plan)
         assert bool(http_warnings(plan)) == warned
 

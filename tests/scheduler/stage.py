@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     SAMPLE,
     Attached,
     Generate,
@@ -23,10 +23,10 @@ from actors.messages import (
     TokenEvent,
     Tokens,
 )
-from actors.scheduler.actor import Scheduler
-from actors.scheduler.engine import EngineScheduler
-from actors.scheduler.pages import page_ledger_bytes
-from transport import Arena, Codec, Mailbox
+from llm_runtime.actors.scheduler.actor import Scheduler
+from llm_runtime.actors.scheduler.engine import EngineScheduler
+from llm_runtime.actors.scheduler.pages import page_ledger_bytes
+from llm_runtime.transport import Arena, Codec, Mailbox
 
 PEERS = ("ingress0", "main.rank0", "detokenizer", "bootstrap")
 DEADLINE_S = 10.0

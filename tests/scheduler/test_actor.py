@@ -11,7 +11,7 @@ import pytest
 from msgspec import structs
 from stage import NUM_PAGES, Stage, generate
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     SAMPLE,
     Abort,
     Acknowledge,
@@ -31,7 +31,7 @@ from actors.messages import (
     TopLogprobs,
     Unknown,
 )
-from actors.scheduler.actor import GROUP_STEPS
+from llm_runtime.actors.scheduler.actor import GROUP_STEPS
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_steps_are_short_after_the_ranks_died_until_some_are_answered(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ranks die more often than a long prefill takes, it would never be answered."""
-    monkeypatch.setattr("actors.scheduler.engine.SLOW_START_TOKENS", 10)
+    monkeypatch.setattr("llm_runtime.actors.scheduler.engine.SLOW_START_TOKENS", 10)
     stage.send("ingress0", generate(prompt=100, max_tokens=1))
     assert len(stage.expect("main.rank0", Step).tokens) == 4 * 100
     stage.received["main.rank0"].clear()
@@ -425,7 +425,7 @@ def test_prompt_logprobs_of_a_chunked_prompt_begin_anew_with_the_ranks(stage: St
 
 
 def test_a_step_longer_than_the_silence_allowed_is_not_repeated(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.scheduler.engine.RANK_SILENCE_S", 0.0)
+    monkeypatch.setattr("llm_runtime.actors.scheduler.engine.RANK_SILENCE_S", 0.0)
     stage.send("ingress0", generate(max_tokens=1))
     step = stage.expect("main.rank0", Step)
     stage.received["main.rank0"].clear()

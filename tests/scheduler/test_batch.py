@@ -10,15 +10,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from actors.messages import SAMPLE, VERIFY, Generate, SamplingParams, TextParams
-from actors.scheduler.batch import Batch, Row
-from actors.scheduler.config import Config
-from actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
-from actors.scheduler.request import Request
-from actors.scheduler.speculation import Speculation
-from actors.scheduler.step_times import StepTimes
-from actors.scheduler.wire import encode_step
-from transport import Arena
+from llm_runtime.actors.messages import SAMPLE, VERIFY, Generate, SamplingParams, TextParams
+from llm_runtime.actors.scheduler.batch import Batch, Row
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
+from llm_runtime.actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.speculation import Speculation
+from llm_runtime.actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.scheduler.wire import encode_step
+from llm_runtime.transport import Arena
 
 PAGE_SIZE, NUM_PAGES, SLOTS = 4, 40, 6
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from stage import NUM_PAGES, PAGE_SIZE, Stage, generate
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     Abort,
     CancelReceive,
     EngineInfo,
@@ -28,8 +28,8 @@ from actors.messages import (
     Released,
     Step,
 )
-from actors.scheduler import transfers
-from actors.scheduler.decode import DecodeScheduler
+from llm_runtime.actors.scheduler import transfers
+from llm_runtime.actors.scheduler.decode import DecodeScheduler
 
 PREFILLS = ("p.scheduler", "q.scheduler")
 RECEIVER = "main.kv_receiver"

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import pytest
 
-from actors.scheduler.config import Config
-from actors.scheduler.drafters.ngram import MAX_CANDIDATES, NgramDrafter
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.drafters.ngram import MAX_CANDIDATES, NgramDrafter
 
 
 def drafter(tokens: array[int], shortest: int, longest: int) -> NgramDrafter:

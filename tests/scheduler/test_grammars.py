@@ -10,11 +10,11 @@ import pytest
 from msgspec import structs
 from stage import PEERS, Stage, generate
 
-from actors.messages import Compile, Compiled, Constraint, Hello, Refused
-from actors.scheduler import grammars
-from actors.scheduler.config import Config
-from actors.scheduler.grammars import Grammars
-from actors.scheduler.request import Request
+from llm_runtime.actors.messages import Compile, Compiled, Constraint, Hello, Refused
+from llm_runtime.actors.scheduler import grammars
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.grammars import Grammars
+from llm_runtime.actors.scheduler.request import Request
 
 GRAMMAR = "main.grammar"
 GOOD = Constraint("regex", "a+")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from actors.messages import Generate, SamplingParams, TextParams
-from actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
-from actors.scheduler.poison import Bisection
-from actors.scheduler.policies import LPM_LIMIT, POLICIES
-from actors.scheduler.radix import PrefixTree
-from actors.scheduler.request import Request
-from transport import Arena
+from llm_runtime.actors.messages import Generate, SamplingParams, TextParams
+from llm_runtime.actors.scheduler.pages import PageLedger, PagePool, page_ledger_bytes
+from llm_runtime.actors.scheduler.poison import Bisection
+from llm_runtime.actors.scheduler.policies import LPM_LIMIT, POLICIES
+from llm_runtime.actors.scheduler.radix import PrefixTree
+from llm_runtime.actors.scheduler.request import Request
+from llm_runtime.transport import Arena
 
 PAGE_SIZE = 4
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from stage import NUM_PAGES, PAGE_SIZE, Stage
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     Attached,
     Hello,
     Offer,
@@ -26,8 +26,8 @@ from actors.messages import (
     Withdraw,
     Withdrawn,
 )
-from actors.scheduler import prefill
-from actors.scheduler.prefill import PrefillScheduler
+from llm_runtime.actors.scheduler import prefill
+from llm_runtime.actors.scheduler.prefill import PrefillScheduler
 
 DECODE, SENDER = "d.scheduler", "main.kv_sender"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 
-from actors.scheduler.radix import PrefixTree
+from llm_runtime.actors.scheduler.radix import PrefixTree
 
 ROOT, OTHER = b"root", b"other"
 

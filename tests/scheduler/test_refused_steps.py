@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from stage import NUM_PAGES, Stage, generate
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     SAMPLE,
     Attach,
     Generate,
@@ -124,7 +124,7 @@ def test_what_ranks_are_told_of_new_requests_is_spread_over_steps(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of all of them would be larger than a message may be; also when the ranks have been restarted."""
-    monkeypatch.setattr("actors.scheduler.batch.OPENING_BYTES", 12 * 25)
+    monkeypatch.setattr("llm_runtime.actors.scheduler.batch.OPENING_BYTES", 12 * 25)
     sampling = SamplingParams(max_tokens=12, seed=1, logit_bias=dict.fromkeys(range(10), 1.0))
     for rid in RIDS:
         stage.send("ingress0", generate(rid, max_tokens=3, sampling=sampling))

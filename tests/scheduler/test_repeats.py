@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from stage import Stage, generate
 
-from actors.messages import Generate, SamplingParams, TextParams
-from actors.scheduler.request import REPEATED_TOKENS, Request
+from llm_runtime.actors.messages import Generate, SamplingParams, TextParams
+from llm_runtime.actors.scheduler.request import REPEATED_TOKENS, Request
 
 
 def request_of(output: list[int], **sampling: int) -> Request:

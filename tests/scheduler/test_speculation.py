@@ -11,7 +11,7 @@ import pytest
 from test_actor import NUM_PAGES, Stage
 from test_batch import SimulatedRank
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     SAMPLE,
     VERIFY,
     Attach,
@@ -24,10 +24,10 @@ from actors.messages import (
     TextParams,
     TopLogprobs,
 )
-from actors.scheduler.config import Config
-from actors.scheduler.request import Request
-from actors.scheduler.speculation import TRY_AGAIN, Speculation
-from actors.scheduler.step_times import StepTimes
+from llm_runtime.actors.scheduler.config import Config
+from llm_runtime.actors.scheduler.request import Request
+from llm_runtime.actors.scheduler.speculation import TRY_AGAIN, Speculation
+from llm_runtime.actors.scheduler.step_times import StepTimes
 
 LOOP = [11, 12, 13, 14]
 STOP = 2

@@ -8,7 +8,7 @@ import pytest
 from serving_node import FLOAT32, start
 from support import MODEL, Node, require_model
 
-from runtime import LLM
+from llm_runtime import LLM
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 import socket
 from typing import Any
 
-from runtime import LLM
+from llm_runtime import LLM
 
 
 def private_tree(llm: LLM) -> dict[str, dict[str, Any]]:

@@ -11,18 +11,18 @@ import time
 
 from support import DEADLINE_S, ROOT, eventually
 
-from runtime import LLM
+from llm_runtime import LLM
 
 QUESTION = "What is the capital of France?"
 
 
 def command(llm: LLM, *arguments: str) -> list[str]:
     server = ["--url", llm.node.url, "--api-key", llm.node.api_key]
-    return [sys.executable, "-m", "runtime", "chat", *server, "--temperature", "0", *arguments]
+    return [sys.executable, "-m", "llm_runtime", "chat", *server, "--temperature", "0", *arguments]
 
 
 def test_piped_input_is_one_prompt(llm: LLM) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     ran = subprocess.run(
         command(llm, "--max-tokens", "16"), input=QUESTION, capture_output=True, text=True, env=environment, timeout=60
     )
@@ -45,7 +45,7 @@ class Terminal:
     def __init__(self, command: list[str]) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"})
+            os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "dumb"})
         self._readable = select.poll()  # takes descriptors beyond 1024
         self._readable.register(self.fd, select.POLLIN)
         self.shown = ""

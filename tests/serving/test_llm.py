@@ -19,8 +19,8 @@ import pytest
 from llm_tools import private_tree
 from support import MODEL, ROOT, eventually
 
-from runtime import LLM, SamplingParams, UserError
-from runtime.offline.settings import as_arguments
+from llm_runtime import LLM, SamplingParams, UserError
+from llm_runtime.runtime.offline.settings import as_arguments
 
 STORIES = [f"Story {number}: once upon a time" for number in range(8)]
 GREEDY = SamplingParams(max_tokens=8, temperature=0)
@@ -29,7 +29,7 @@ GREEDY = SamplingParams(max_tokens=8, temperature=0)
 def python(code: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -172,7 +172,7 @@ def test_refusals_are_one_sentence(llm: LLM, tmp_path: Path) -> None:
 def test_no_process_outlives_the_program(llm: LLM) -> None:
     """Nor does its run directory. Neither program closes its LLM: one ends by itself, the other is killed."""
     code = (
-        f"from runtime import LLM\nllm = LLM({MODEL!r}, kv_tokens=1024)\n"
+        f"from llm_runtime import LLM\nllm = LLM({MODEL!r}, kv_tokens=1024)\n"
         "print(llm.node._process.pid, llm.node.directory, flush=True)\ninput()\n"
     )
     programs = [python(code), python(code)]

@@ -11,7 +11,7 @@ import pytest
 from browser import PROGRAM, browser
 from llm_tools import private_tree
 
-from runtime import LLM
+from llm_runtime import LLM
 
 BUTTON = "document.querySelector('[data-action=\"{}\"]')"
 HEALTH = "document.querySelector('tr[data-name=\"main.scheduler\"]')?.dataset.health"

@@ -21,8 +21,8 @@ import torch
 from serving_node import FLOAT32, start
 from support import MODEL, Node, eventually
 
-from actors.checkpoint import read_pooling_config
-from actors.encoder.models.bert import Bert
+from llm_runtime.actors.checkpoint import read_pooling_config
+from llm_runtime.actors.encoder.models.bert import Bert
 
 PROMPT = "The meaning of life is"
 TEXT = "Paris is the capital of France."

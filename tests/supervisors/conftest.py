@@ -10,7 +10,7 @@ import pytest
 from supervised_tools import Node, alive
 from support import eventually
 
-from supervisors import ChildSpec, SupervisorSpec
+from llm_runtime.supervisors import ChildSpec, SupervisorSpec
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from supervisors import ChildContext
+from llm_runtime.supervisors import ChildContext
 
 
 def note(context: ChildContext, text: str) -> None:

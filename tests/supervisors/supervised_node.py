@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import supervised  # noqa: F401  what is imported here need not be imported by each child
 
-from supervisors import ChildInstance, ChildSpec, Event, Supervisor, SupervisorSpec
+from llm_runtime.supervisors import ChildInstance, ChildSpec, Event, Supervisor, SupervisorSpec
 
 
 class Request(msgspec.Struct):

@@ -15,7 +15,7 @@ import psutil
 from supervised_node import Answer, Request
 from support import DEADLINE_S, ROOT, eventually
 
-from supervisors import (
+from llm_runtime.supervisors import (
     ChildCounts,
     ChildInfo,
     ChildInstance,
@@ -41,7 +41,7 @@ class Node:
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "supervised_node.py"), str(run_dir), str(theirs.fileno()), *names],
             pass_fds=[theirs.fileno(), *descriptors.values()],
-            env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"},
+            env={**os.environ, "PYTHONPATH": f"{ROOT}/src{os.pathsep}{HERE}"},
             start_new_session=True,
         )
         theirs.close()

@@ -12,7 +12,7 @@ import pytest
 from supervised_tools import alive, child, nested, steady
 from support import eventually
 
-from supervisors import Backoff, read_crashes
+from llm_runtime.supervisors import Backoff, read_crashes
 
 
 def zygotes(node) -> dict[str, int]:

@@ -9,7 +9,7 @@ import pytest
 from supervised_tools import child, nested, steady
 from support import eventually
 
-from supervisors import ChildCounts, ChildInfo, ChildInstance
+from llm_runtime.supervisors import ChildCounts, ChildInfo, ChildInstance
 
 
 def test_child_added_terminated_restarted_deleted(start_node):

@@ -13,8 +13,8 @@ import pytest
 from supervised_tools import nested, steady
 from support import eventually
 
-from supervisors import logs, read_crashes
-from supervisors.logs import LogFile, open_log
+from llm_runtime.supervisors import logs, read_crashes
+from llm_runtime.supervisors.logs import LogFile, open_log
 
 
 def test_a_supervisor_lives_on_where_nothing_can_be_written(start_node):

@@ -10,7 +10,7 @@ import pytest
 from supervised_tools import child, nested, steady
 from support import eventually
 
-from supervisors import Backoff, ExitReason
+from llm_runtime.supervisors import Backoff, ExitReason
 
 
 def kill(pid: int) -> None:

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 from supervised_tools import child, nested, steady
 
-from supervisors import Backoff, ChildSpec, SpecError, Supervisor, SupervisorSpec, validate
-from supervisors.loop import Loop
-from supervisors.restarts import Delay, Intensity
-from supervisors.spec import MAX_MS, AutoShutdown, Restart, validate_child
-from supervisors.wire import PACKET_BYTES, Channel, socket_pair
+from llm_runtime.supervisors import Backoff, ChildSpec, SpecError, Supervisor, SupervisorSpec, validate
+from llm_runtime.supervisors.loop import Loop
+from llm_runtime.supervisors.restarts import Delay, Intensity
+from llm_runtime.supervisors.spec import MAX_MS, AutoShutdown, Restart, validate_child
+from llm_runtime.supervisors.wire import PACKET_BYTES, Channel, socket_pair
 
 
 @pytest.mark.parametrize(

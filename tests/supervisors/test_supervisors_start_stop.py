@@ -9,7 +9,7 @@ from pathlib import Path
 from supervised_tools import alive, child, nested, steady
 from support import eventually
 
-from supervisors import read_crashes
+from llm_runtime.supervisors import read_crashes
 
 
 def test_start_normal_left_to_right_and_stop_right_to_left(start_node):

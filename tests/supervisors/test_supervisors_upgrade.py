@@ -8,7 +8,7 @@ import signal
 from supervised_tools import nested
 from support import eventually
 
-from supervisors import ChildSpec
+from llm_runtime.supervisors import ChildSpec
 
 PROGRAM = """
 from supervised import Steady, note

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from runtime.chaos.inject import node_report
-from runtime.control import Kill, command
-from supervisors.status import NodeStatus
+from llm_runtime.runtime.chaos.inject import node_report
+from llm_runtime.runtime.control import Kill, command
+from llm_runtime.supervisors.status import NodeStatus
 from support.waiting import DEADLINE_S, eventually
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 def node_environment(base: Path) -> dict[str, str]:
     """Of a `runtime` command that keeps its run directories in `base`."""
-    environment = {**os.environ, "RUNTIME_DIR": str(base), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "RUNTIME_DIR": str(base), "PYTHONPATH": str(ROOT / "src")}
     environment.pop("RUNTIME_API_KEY", None)
     return environment
 
@@ -78,7 +78,7 @@ class Node:
             self.run(*arguments, "--detach")
             return
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "runtime", *arguments],
+            [sys.executable, "-m", "llm_runtime", *arguments],
             env=self.environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -157,7 +157,7 @@ class Node:
 
     def run(self, *arguments: str) -> str:
         """Standard output of a `runtime` command that must succeed."""
-        line = [sys.executable, "-m", "runtime", *arguments]
+        line = [sys.executable, "-m", "llm_runtime", *arguments]
         done = subprocess.run(line, env=self.environment, capture_output=True, text=True, timeout=COMMAND_S)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

@@ -10,7 +10,7 @@ import pytest
 from support import eventually
 from text_harness import Node
 
-from actors.messages import EngineInfo, Hello, Register, Registry
+from llm_runtime.actors.messages import EngineInfo, Hello, Register, Registry
 
 NewNode = Callable[..., Node]
 ENGINES = ["a", "b", "c"]
@@ -19,7 +19,7 @@ ENGINES = ["a", "b", "c"]
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     peers = ["ingress0", "ingress1", *(f"{engine}.scheduler" for engine in ENGINES)]
-    node = Node(tmp_path, "actors.bootstrap:Bootstrap", "bootstrap", {"forget_s": 2.0}, peers)
+    node = Node(tmp_path, "llm_runtime.actors.bootstrap:Bootstrap", "bootstrap", {"forget_s": 2.0}, peers)
     node.start()
     yield node
     node.close()

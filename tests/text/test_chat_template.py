@@ -7,8 +7,8 @@ from typing import Any
 import jinja2
 import pytest
 
-from actors.tokenizer import chat_template
-from actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
+from llm_runtime.actors.tokenizer import chat_template
+from llm_runtime.actors.tokenizer.chat_template import ChatTemplate, TemplateFailure
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from actors.checkpoint import CheckpointFacts, checkpoint_facts
+from llm_runtime.actors.checkpoint import CheckpointFacts, checkpoint_facts
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from text_harness import Node
 from vocabularies import write_gguf
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     ActorStats,
     Hello,
     OpenText,
@@ -23,8 +23,8 @@ from actors.messages import (
     TokenLogprob,
     Tokens,
 )
-from actors.vocabulary import pack_ids
-from actors.vocabulary.byte_alphabet import tokens_to_bytes
+from llm_runtime.actors.vocabulary import pack_ids
+from llm_runtime.actors.vocabulary.byte_alphabet import tokens_to_bytes
 
 EOS, EOT, MARK = 256, 257, 258
 """Special tokens after the 256 bytes: end of sequence, end of turn (also an EOS), and one that is not."""
@@ -64,7 +64,7 @@ def new_node(tmp_path: Path, model: Path) -> Iterator[NewNode]:
     def start(**config: Any) -> Node:
         node = Node(
             tmp_path,
-            "actors.detokenizer:Detokenizer",
+            "llm_runtime.actors.detokenizer:Detokenizer",
             "detokenizer",
             {"model": str(model), **config},
             SCHEDULERS + INGRESSES,

@@ -9,10 +9,10 @@ import pytest
 from text_harness import Node
 from vocabularies import byte_level_gguf, sentencepiece_gguf, trained
 
-from actors.checkpoint.gguf import GGUFFile
-from actors.messages import FillPrompt, Tokenize, Tokenized, TokenizeFailed
-from actors.tokenizer.fill_in import FORMATS, Format, fill_in
-from actors.vocabulary import Vocabulary, load_vocabulary, unpack_ids
+from llm_runtime.actors.checkpoint.gguf import GGUFFile
+from llm_runtime.actors.messages import FillPrompt, Tokenize, Tokenized, TokenizeFailed
+from llm_runtime.actors.tokenizer.fill_in import FORMATS, Format, fill_in
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary, unpack_ids
 
 BEFORE, BEHIND = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))"
 
@@ -72,7 +72,9 @@ def test_the_actor(tmp_path: Path) -> None:
     for model, works in ((path, True), (byte_level_gguf(tmp_path / "n.gguf", "llama-bpe"), False)):
         directory = tmp_path / str(works)
         directory.mkdir()
-        node = Node(directory, "actors.tokenizer:Tokenizer", "tokenizer", {"model": str(model)}, ["ingress0"]).start()
+        node = Node(
+            directory, "llm_runtime.actors.tokenizer:Tokenizer", "tokenizer", {"model": str(model)}, ["ingress0"]
+        ).start()
         try:
             node.send("ingress0", Tokenize("r", FillPrompt("a", "b")))
             answer = node.receive("ingress0", Tokenized if works else TokenizeFailed)

@@ -12,8 +12,8 @@ import pytest
 from text_harness import DEADLINE_S, Node
 from vocabularies import byte_level_gguf
 
-from actors.grammar import Workshop, load_backend, missing
-from actors.messages import Compile, Compiled, Constraint
+from llm_runtime.actors.grammar import Workshop, load_backend, missing
+from llm_runtime.actors.messages import Compile, Compiled, Constraint
 
 LEVELS = 1500
 SLOW = Constraint(
@@ -36,7 +36,13 @@ def new_node(tmp_path: Path) -> Iterator[NewNode]:
     def start(**config: Any) -> Node:
         settings = {"model": str(model), "vocab_size": 600, **config}
         nodes.append(
-            Node(tmp_path, "actors.grammar:Grammar", "main.grammar", settings, ["main.scheduler", "b.scheduler"])
+            Node(
+                tmp_path,
+                "llm_runtime.actors.grammar:Grammar",
+                "main.grammar",
+                settings,
+                ["main.scheduler", "b.scheduler"],
+            )
         )
         return nodes[-1].start()
 

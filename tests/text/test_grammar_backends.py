@@ -14,9 +14,9 @@ import pytest
 from text_harness import smollm2
 from vocabularies import byte_level_gguf
 
-from actors.grammar import Backend, BackendName, BadGrammar, Compiled, load_backend, missing
-from actors.grammar.examples import examples
-from actors.messages import Constraint
+from llm_runtime.actors.grammar import Backend, BackendName, BadGrammar, Compiled, load_backend, missing
+from llm_runtime.actors.grammar.examples import examples
+from llm_runtime.actors.messages import Constraint
 
 ROOT = Path(__file__).parents[2]
 BACKENDS: tuple[BackendName, ...] = ("llguidance", "xgrammar")
@@ -433,7 +433,7 @@ def printed(code: str) -> str:
 
 def test_a_library_is_loaded_only_when_it_is_needed() -> None:
     names = "{'xgrammar', 'llguidance', 'transformers'}"
-    code = f"import sys, actors.grammar, actors.rank.config; print({names} & {{*sys.modules}})"
+    code = f"import sys, llm_runtime.actors.grammar, llm_runtime.actors.rank.config; print({names} & {{*sys.modules}})"
     assert printed(code) == "set()"
 
 
@@ -443,7 +443,7 @@ def test_xgrammar_is_loaded_without_transformers_and_does_not_ask_for_cuda_devic
     code = (
         "import sys, runtime.environment as e; e.prepare(); import torch; asked = []; "
         "torch.cuda.is_available = lambda: asked.append(1); "
-        "from actors.grammar.backends.xgrammar_library import xgrammar; xgrammar(); "
+        "from llm_runtime.actors.grammar.backends.xgrammar_library import xgrammar; xgrammar(); "
         "assert 'transformers' not in sys.modules; print(asked)"
     )
     assert printed(code) == "[]"

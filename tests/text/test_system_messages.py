@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.tokenizer.chat_template import ChatTemplate
+from llm_runtime.actors.tokenizer.chat_template import ChatTemplate
 
 IN_PLACE = """\
 {%- for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}

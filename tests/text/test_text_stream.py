@@ -7,10 +7,10 @@ import random
 import pytest
 from corpus import TEXTS, random_text
 
-from actors.detokenizer.stop import StopMatcher
-from actors.detokenizer.stream import Pieces, TextStream
-from actors.messages import TextParams
-from actors.vocabulary import Vocabulary
+from llm_runtime.actors.detokenizer.stop import StopMatcher
+from llm_runtime.actors.detokenizer.stream import Pieces, TextStream
+from llm_runtime.actors.messages import TextParams
+from llm_runtime.actors.vocabulary import Vocabulary
 
 BYTES = 256
 

@@ -13,7 +13,7 @@ from corpus import TEXTS
 from text_harness import Node
 from vocabularies import byte_level_gguf
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     ActorStats,
     ChatPrompt,
     Detokenize,
@@ -23,7 +23,7 @@ from actors.messages import (
     Tokenized,
     TokenizeFailed,
 )
-from actors.vocabulary import Vocabulary, load_vocabulary, pack_ids, unpack_ids
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary, pack_ids, unpack_ids
 
 TEMPLATE = (
     "{% for m in messages %}<|begin|>{{ m.role + ': ' + m.content }}<|end|>{% endfor %}"
@@ -51,7 +51,7 @@ def new_node(tmp_path: Path, model: Path) -> Iterator[NewNode]:
 
     def start(**config: Any) -> Node:
         config = {"model": str(model), **config}
-        node = Node(tmp_path, "actors.tokenizer:Tokenizer", "tokenizer", config, ["ingress0", "ingress1"])
+        node = Node(tmp_path, "llm_runtime.actors.tokenizer:Tokenizer", "tokenizer", config, ["ingress0", "ingress1"])
         nodes.append(node)
         return node.start()
 

@@ -15,9 +15,9 @@ from text_harness import smollm2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from vocabularies import CONTROL, WORDS, byte_level_gguf, sentencepiece_gguf, trained
 
-from actors.checkpoint import CheckpointError
-from actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
-from actors.vocabulary.byte_alphabet import tokens_to_bytes
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.vocabulary import load_vocabulary, pack_ids, unpack_ids
+from llm_runtime.actors.vocabulary.byte_alphabet import tokens_to_bytes
 
 ALL_TEXTS = TEXTS + RANDOM_TEXTS
 

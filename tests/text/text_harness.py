@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.messages import Message
-from transport import Codec, Envelope, Mailbox
+from llm_runtime.actors.messages import Message
+from llm_runtime.transport import Codec, Envelope, Mailbox
 
 DEADLINE_S = 20.0
 

@@ -14,7 +14,7 @@ import torch
 from msgspec import structs
 from transfer_stage import DEADLINE_S, NUM_PAGES, RECEIVER, SENDER, D, HeldEngine, P, Stage, packed
 
-from actors.messages import (
+from llm_runtime.actors.messages import (
     CancelReceive,
     Confirm,
     Confirmed,
@@ -331,7 +331,7 @@ def test_a_failed_read_is_tried_again(stage: Stage) -> None:
 def test_a_failed_read_is_tried_again_at_once_when_the_pages_are_offered_again(
     new_stage: NewStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actors.kv_receiver.actor._TICK_S", 2 * DEADLINE_S)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor._TICK_S", 2 * DEADLINE_S)
     stage = new_stage()
     engine = hold(stage)
     stage.receive("t", [8])
@@ -347,7 +347,7 @@ def test_a_failed_read_is_tried_again_at_once_when_the_pages_are_offered_again(
 
 
 def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor.RETRY_S", 0.001)
     engine = hold(stage)
     stage.receive("t", [8])
     stage.offer("t", [3])
@@ -359,7 +359,7 @@ def test_a_transfer_whose_reads_fail_again_and_again_fails(stage: Stage, monkeyp
 
 
 def test_memory_that_is_not_mapped_here_is_named(new_stage: NewStage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.kv_receiver.actor.RETRY_S", 0.001)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor.RETRY_S", 0.001)
     stage = new_stage()
     stage.restart(RECEIVER, sources=[])
     stage.receive("t", [8])
@@ -515,9 +515,9 @@ def test_whatever_is_lost_and_restarted_no_mixture_arrives(
 ) -> None:
     """Messages are lost, both actors and the prefill scheduler are restarted, pages are taken back, overwritten and
     offered from elsewhere: what is reported as received is what was offered at one time."""
-    monkeypatch.setattr("actors.kv_receiver.actor.CONFIRM_INTERVAL_S", 0.02)
-    monkeypatch.setattr("actors.kv_receiver.actor._TICK_S", 0.01)
-    monkeypatch.setattr("actors.kv_receiver.actor.MAX_FAILURES", 10_000)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor.CONFIRM_INTERVAL_S", 0.02)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor._TICK_S", 0.01)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor.MAX_FAILURES", 10_000)
     draw = random.Random(seed)
     stage = new_stage()
     stage.lost = lambda sender, message: draw.random() < 0.2
@@ -652,7 +652,7 @@ def test_heads_that_no_rank_of_the_sender_holds_are_named(new_stage: NewStage) -
 
 
 def test_the_sender_forgets_the_oldest_of_too_many_transfers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.kv_sender.actor.MAX_TRANSFERS", 2)
+    monkeypatch.setattr("llm_runtime.actors.kv_sender.actor.MAX_TRANSFERS", 2)
     for number in range(3):
         stage.offer(f"t{number}", [number])
     stage.until(lambda: stage.sender.offers == 3)
@@ -660,8 +660,8 @@ def test_the_sender_forgets_the_oldest_of_too_many_transfers(stage: Stage, monke
 
 
 def test_early_offers_and_ends_are_bounded(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.kv_receiver.early.MAX_PAGES", 4)
-    monkeypatch.setattr("actors.kv_receiver.actor.MAX_FINISHED", 1)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.early.MAX_PAGES", 4)
+    monkeypatch.setattr("llm_runtime.actors.kv_receiver.actor.MAX_FINISHED", 1)
     for number in range(5):
         stage.offer(f"early{number}", [number])
     stage.until(lambda: stage.sender.offers == 5)

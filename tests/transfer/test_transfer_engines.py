@@ -17,9 +17,9 @@ import pytest
 import zmq
 from transfer_peer import STUCK, Peer, Unavailable
 
-from transport import Arena
-from transport.transfer import Piece, Region, TransferSettings, TransferUnavailable, create_engine
-from transport.transfer.listeners import listening, restrict, restrict_new
+from llm_runtime.transport import Arena
+from llm_runtime.transport.transfer import Piece, Region, TransferSettings, TransferUnavailable, create_engine
+from llm_runtime.transport.transfer.listeners import listening, restrict, restrict_new
 
 MIB = 2**20
 SIZE = 64 * MIB

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from transfer_actor import StartFailed, kill, start
 
-from actors.kv_format import KVFormat
-from actors.messages import Message, Offer, Receive, Received, ReceiveFailed
-from transport import Arena, Codec, Mailbox
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.messages import Message, Offer, Receive, Received, ReceiveFailed
+from llm_runtime.transport import Arena, Codec, Mailbox
 
 DEADLINE_S = 60.0
 NUM_PAGES = 64
 FORMAT = KVFormat(layers=30, page_size=16, kv_heads=3, head_dim=64, dtype="bfloat16")  # SmolLM2's: 360 KiB a page
 P, D = "prefill.scheduler", "decode.scheduler"
 SENDER, RECEIVER = "prefill.kv_sender", "decode.kv_receiver"
-CLASSES = {SENDER: "actors.kv_sender:KvSender", RECEIVER: "actors.kv_receiver:KvReceiver"}
+CLASSES = {SENDER: "llm_runtime.actors.kv_sender:KvSender", RECEIVER: "llm_runtime.actors.kv_receiver:KvReceiver"}
 SCHEDULER = {SENDER: P, RECEIVER: D}
 OTHER = {SENDER: RECEIVER, RECEIVER: SENDER}
 

@@ -70,7 +70,7 @@ def start(spec: Mapping[str, Any]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
         pass_fds=list(spec["descriptors"].values()),
     )
     assert process.stdout is not None

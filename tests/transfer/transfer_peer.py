@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from transport import Arena
-from transport.transfer import (
+from llm_runtime.transport import Arena
+from llm_runtime.transport.transfer import (
     Piece,
     Region,
     TransferSettings,
@@ -112,7 +112,7 @@ class Peer:
             text=True,
             pass_fds=[*arenas.values(), *(sources or {}).values()],
             cwd=Path(__file__).parents[2],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(environment or {})},
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), **(environment or {})},
         )
         word, self.endpoint = self.hear()
         if word == "unavailable":

@@ -14,17 +14,17 @@ import msgspec
 import numpy as np
 import torch
 
-from actors.actor import Actor
-from actors.kv_format import KVFormat
-from actors.kv_receiver import KvReceiver
-from actors.kv_sender import KvSender
-from actors.messages import (
+from llm_runtime.actors.actor import Actor
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.kv_receiver import KvReceiver
+from llm_runtime.actors.kv_sender import KvSender
+from llm_runtime.actors.messages import (
     Message,
     Offer,
     Receive,
 )
-from transport import Arena, Codec, Mailbox
-from transport.transfer import Piece, TransferEngine
+from llm_runtime.transport import Arena, Codec, Mailbox
+from llm_runtime.transport.transfer import Piece, TransferEngine
 
 DEADLINE_S = 10.0
 NUM_PAGES = 24

@@ -9,7 +9,7 @@ import sys
 
 from msgspec import Struct
 
-from transport import Codec, Mailbox
+from llm_runtime.transport import Codec, Mailbox
 
 
 class Number(Struct, tag=True, array_like=True):

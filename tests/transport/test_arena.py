@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from transport import Arena
+from llm_runtime.transport import Arena
 
 WRITER = """
 import sys
-from transport import Arena
+from llm_runtime.transport import Arena
 arena = Arena(int(sys.argv[1]))
 at = int(sys.argv[2])
 arena.buffer[at : at + 4] = b"life"

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from mailbox_peer import Blob, Body, Number
 
-from transport import Codec, Envelope, MalformedMessage, OversizedMessage
+from llm_runtime.transport import Codec, Envelope, MalformedMessage, OversizedMessage
 
 CODEC: Codec[Body] = Codec(Body, max_bytes=4096)
 FRAMES = [

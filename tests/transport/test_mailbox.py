@@ -16,7 +16,7 @@ import pytest
 import zmq
 from mailbox_peer import Blob, Body, Number
 
-from transport import Codec, Envelope, Mailbox, mailbox
+from llm_runtime.transport import Codec, Envelope, Mailbox, mailbox
 
 DEADLINE_S = 20.0
 Addresses = Callable[[str], str]

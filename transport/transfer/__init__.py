@@ -4,8 +4,8 @@ A receiver pulls. So only its own process ever writes into its memory, and when 
 has said that a read is over, nothing is written there any more.
 """
 
-from transport.transfer.create import TransferSettings, create_engine
-from transport.transfer.engine import Piece, Region, TransferEngine, TransferStuck, TransferUnavailable
+from llm_runtime.transport.transfer.create import TransferSettings, create_engine
+from llm_runtime.transport.transfer.engine import Piece, Region, TransferEngine, TransferStuck, TransferUnavailable
 
 __all__ = [
     "Piece",

@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
-from transport.transfer.engine import Piece, TransferFailed
-from transport.transfer.worker import Progress, Reading
+from llm_runtime.transport.transfer.engine import Piece, TransferFailed
+from llm_runtime.transport.transfer.worker import Progress, Reading
 
 Token = TypeVar("Token")
 

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from transport.transfer.engine import TransferEngine
-from transport.transfer.nothing import NoTransfer
-from transport.transfer.shm import ShmEngine
+from llm_runtime.transport.transfer.engine import TransferEngine
+from llm_runtime.transport.transfer.nothing import NoTransfer
+from llm_runtime.transport.transfer.shm import ShmEngine
 
 TransferKind = Literal["shared", "shm", "tcp", "mooncake", "nixl", "fake"]
 LOOPBACK = "127.0.0.1"
@@ -73,13 +73,13 @@ def create_engine(settings: TransferSettings, sources: Mapping[str, memoryview] 
     if settings.kind == "shm":
         return ShmEngine(sources or {}, settings.timeout_s)
     if settings.kind == "tcp":
-        from transport.transfer.tcp import TcpEngine
+        from llm_runtime.transport.transfer.tcp import TcpEngine
 
         return TcpEngine(settings)
     if settings.kind == "mooncake":
-        from transport.transfer.mooncake import MooncakeEngine
+        from llm_runtime.transport.transfer.mooncake import MooncakeEngine
 
         return MooncakeEngine(settings)
-    from transport.transfer.nixl import NixlEngine
+    from llm_runtime.transport.transfer.nixl import NixlEngine
 
     return NixlEngine(settings)

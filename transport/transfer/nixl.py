@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from transport.transfer.chunks import ChunkedReading, cut, grouped
-from transport.transfer.engine import Piece, Region, TransferFailed, TransferUnavailable
-from transport.transfer.listeners import listening, restrict_new
-from transport.transfer.mooncake import address_of
-from transport.transfer.worker import Endpoint, Reading, WorkerEngine
+from llm_runtime.transport.transfer.chunks import ChunkedReading, cut, grouped
+from llm_runtime.transport.transfer.engine import Piece, Region, TransferFailed, TransferUnavailable
+from llm_runtime.transport.transfer.listeners import listening, restrict_new
+from llm_runtime.transport.transfer.mooncake import address_of
+from llm_runtime.transport.transfer.worker import Endpoint, Reading, WorkerEngine
 
 if TYPE_CHECKING:
-    from transport.transfer.create import TransferSettings
+    from llm_runtime.transport.transfer.create import TransferSettings
 
 _CHUNK_BYTES = 2 * 2**20
 _WINDOW = 2

@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from transport.transfer.engine import Piece, Region
+from llm_runtime.transport.transfer.engine import Piece, Region
 
 
 class NoTransfer:

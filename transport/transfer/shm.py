@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from transport.transfer.engine import Piece, Region, TransferFailed
-from transport.transfer.worker import Endpoint, Progress, Reading, WorkerEngine
+from llm_runtime.transport.transfer.engine import Piece, Region, TransferFailed
+from llm_runtime.transport.transfer.worker import Endpoint, Progress, Reading, WorkerEngine
 
 _SLICE_BYTES = 4 * 2**20
 """Copied between two looks at what was cancelled: about a millisecond."""

@@ -18,13 +18,13 @@ import zmq
 from msgspec import Meta
 from zmq.utils import z85
 
-from transport.curve import ZAP_ADDRESS, decide
-from transport.transfer.chunks import ChunkedReading, cut, grouped
-from transport.transfer.engine import Piece, Region, TransferFailed, TransferUnavailable
-from transport.transfer.worker import Endpoint, Progress, Reading, WorkerEngine
+from llm_runtime.transport.curve import ZAP_ADDRESS, decide
+from llm_runtime.transport.transfer.chunks import ChunkedReading, cut, grouped
+from llm_runtime.transport.transfer.engine import Piece, Region, TransferFailed, TransferUnavailable
+from llm_runtime.transport.transfer.worker import Endpoint, Progress, Reading, WorkerEngine
 
 if TYPE_CHECKING:
-    from transport.transfer.create import TransferSettings
+    from llm_runtime.transport.transfer.create import TransferSettings
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from transport.transfer.engine import MAX_ENDPOINT_BYTES, Piece, Region, TransferFailed, TransferStuck
+from llm_runtime.transport.transfer.engine import MAX_ENDPOINT_BYTES, Piece, Region, TransferFailed, TransferStuck
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, relu, scaled_dot_product_attention
 
-from actors.checkpoint import PoolingConfig
-from actors.encoder.models.tensors import Tensors
+from llm_runtime.actors.checkpoint import PoolingConfig
+from llm_runtime.actors.encoder.models.tensors import Tensors
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import kernels
-from actors.checkpoint import PoolingConfig
-from actors.dtypes import WeightDType
-from actors.encoder.models.tensors import Tensors
-from actors.encoder.sizes import PAGE_SIZE, scratch_format, scratch_pages
-from actors.rank.models import model_class
-from actors.rank.shard import shard_of
-from actors.rank.weights import load_weights
-from kernels import AttentionMeta
+from llm_runtime import kernels
+from llm_runtime.actors.checkpoint import PoolingConfig
+from llm_runtime.actors.dtypes import WeightDType
+from llm_runtime.actors.encoder.models.tensors import Tensors
+from llm_runtime.actors.encoder.sizes import PAGE_SIZE, scratch_format, scratch_pages
+from llm_runtime.actors.rank.models import model_class
+from llm_runtime.actors.rank.shard import shard_of
+from llm_runtime.actors.rank.weights import load_weights
+from llm_runtime.kernels import AttentionMeta
 
 
 class Decoder:

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from actors.checkpoint import CheckpointError
-from actors.checkpoint.files import weight_files
+from llm_runtime.actors.checkpoint import CheckpointError
+from llm_runtime.actors.checkpoint.files import weight_files
 
 
 class Tensors:

@@ -10,9 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from actors.grammar.backends.base import Backend, Compiled, Matcher
-from actors.grammar.tokens import Tokens
-from actors.vocabulary import Vocabulary, load_vocabulary
+from llm_runtime.actors.grammar.backends.base import Backend, Compiled, Matcher
+from llm_runtime.actors.grammar.tokens import Tokens
+from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary
 
 BackendName = Literal["llguidance", "xgrammar"]
 INSTALL = {"llguidance": 'pip install "llguidance>=1.9,<2"', "xgrammar": "pip install xgrammar==0.2.8"}
@@ -40,7 +40,7 @@ def _tokens(vocabulary: Vocabulary, vocab_size: int) -> Tokens:
 
 
 def _backend(tokens: Tokens, name: BackendName) -> Backend:
-    backend: Backend = importlib.import_module(f"actors.grammar.backends.{name}").build(tokens, THREADS)
+    backend: Backend = importlib.import_module(f"llm_runtime.actors.grammar.backends.{name}").build(tokens, THREADS)
     return backend
 
 

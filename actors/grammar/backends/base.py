@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from actors.grammar.tokens import Tokens
-from actors.messages import Constraint
+from llm_runtime.actors.grammar.tokens import Tokens
+from llm_runtime.actors.messages import Constraint
 
 Int32s = NDArray[np.int32]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
-from actors.grammar.backends.ecmascript import library_pattern
-from actors.grammar.backends.json_analysis import Analysis
-from actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.backends.ecmascript import library_pattern
+from llm_runtime.actors.grammar.backends.json_analysis import Analysis
+from llm_runtime.actors.grammar.errors import BadGrammar
 
 MAX_DEPTH = 128
 MAX_EXACT = 2**53

@@ -9,11 +9,11 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
-from actors.grammar.backends.gbnf import lark_of
-from actors.grammar.backends.json_schema import prepared
-from actors.grammar.errors import BadGrammar
-from actors.grammar.examples import examples, string_ends
-from actors.messages import Constraint
+from llm_runtime.actors.grammar.backends.gbnf import lark_of
+from llm_runtime.actors.grammar.backends.json_schema import prepared
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.examples import examples, string_ends
+from llm_runtime.actors.messages import Constraint
 
 HEAD = '%llguidance {"no_forcing": true}\n'
 _LARK = re.compile(r"^\s*(%llguidance\b|start\s*:[^:])", re.MULTILINE)
@@ -37,7 +37,9 @@ def grammar_of(constraint: Constraint) -> tuple[str, Sequence[bytes]]:
         case "choice":
             return f"{HEAD}start: /{_choice(text)}/", ()
         case _:
-            from actors.grammar.backends.structural_tag import structural_tag  # it is made of the parts below
+            from llm_runtime.actors.grammar.backends.structural_tag import (
+                structural_tag,  # it is made of the parts below
+            )
 
             return structural_tag(json.loads(text))
 

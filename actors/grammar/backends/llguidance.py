@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
-from actors.grammar.backends.base import Int32s, Matcher
-from actors.grammar.backends.lark import grammar_of
-from actors.grammar.closing import closing
-from actors.grammar.errors import BadGrammar
-from actors.grammar.json_limits import Limits, State
-from actors.grammar.tokens import Tokens
-from actors.messages import Constraint
+from llm_runtime.actors.grammar.backends.base import Int32s, Matcher
+from llm_runtime.actors.grammar.backends.lark import grammar_of
+from llm_runtime.actors.grammar.closing import closing
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.json_limits import Limits, State
+from llm_runtime.actors.grammar.tokens import Tokens
+from llm_runtime.actors.messages import Constraint
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=5_000_000,

@@ -9,10 +9,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from actors.grammar.backends.json_schema import prepared
-from actors.grammar.backends.lark import HEAD, json_grammar, regex_grammar
-from actors.grammar.errors import BadGrammar
-from actors.grammar.examples import MAX_EXAMPLES, string_ends
+from llm_runtime.actors.grammar.backends.json_schema import prepared
+from llm_runtime.actors.grammar.backends.lark import HEAD, json_grammar, regex_grammar
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.examples import MAX_EXAMPLES, string_ends
 
 MAX_FORMATS = 2048
 _ANY = r"(?s:.*)"

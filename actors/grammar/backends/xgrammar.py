@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from actors.grammar.backends.base import Int32s, Matcher
-from actors.grammar.backends.xgrammar_library import xgrammar
-from actors.grammar.backends.xgrammar_schema import prepared
-from actors.grammar.closing import closing
-from actors.grammar.errors import BadGrammar
-from actors.grammar.json_limits import Limits, State
-from actors.grammar.tokens import Tokens
-from actors.messages import Constraint
+from llm_runtime.actors.grammar.backends.base import Int32s, Matcher
+from llm_runtime.actors.grammar.backends.xgrammar_library import xgrammar
+from llm_runtime.actors.grammar.backends.xgrammar_schema import prepared
+from llm_runtime.actors.grammar.closing import closing
+from llm_runtime.actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.json_limits import Limits, State
+from llm_runtime.actors.grammar.tokens import Tokens
+from llm_runtime.actors.messages import Constraint
 
 MAX_COMPILED_BYTES = 64 * 2**20
 """A larger automaton is refused: one rank holds many."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from actors.grammar.backends.json_analysis import Analysis
-from actors.grammar.errors import BadGrammar
+from llm_runtime.actors.grammar.backends.json_analysis import Analysis
+from llm_runtime.actors.grammar.errors import BadGrammar
 
 MAX_DEPTH = 64
 MAX_INTEGER = 2**63 - 1

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.openai.turn import Output, Turn
-from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
-from actors.parsers.json_text import object_of
+from llm_runtime.actors.ingress.openai.turn import Output, Turn
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from llm_runtime.actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 

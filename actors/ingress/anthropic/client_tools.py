@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from actors.ingress.openai.tools import Function, Tool
+from llm_runtime.actors.ingress.openai.tools import Function, Tool
 
 _TYPE = re.compile(r"(bash|text_editor|memory)_\d{8}")
 

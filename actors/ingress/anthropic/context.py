@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
-from actors.ingress.anthropic.protocol import (
+from llm_runtime.actors.ingress.anthropic.protocol import (
     Block,
     ClearThinking,
     ClearToolUses,

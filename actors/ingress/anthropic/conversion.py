@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from actors.ingress.anthropic.protocol import (
+from llm_runtime.actors.ingress.anthropic.protocol import (
     Compaction,
     CountRequest,
     Document,
@@ -23,10 +23,10 @@ from actors.ingress.anthropic.protocol import (
     ToolResult,
     ToolUse,
 )
-from actors.ingress.anthropic.tools import offered_tools
-from actors.ingress.errors import invalid, unsupported
-from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
-from actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.anthropic.tools import offered_tools
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
 
 Warn = Callable[[str], None]
 

@@ -7,18 +7,18 @@ from typing import NoReturn
 import msgspec
 from msgspec import structs
 
-from actors.ingress.anthropic.answers import Answer
-from actors.ingress.anthropic.context import Edited, Messages, edited
-from actors.ingress.anthropic.conversion import chat_request
-from actors.ingress.anthropic.protocol import Compact, CountRequest, MessagesRequest, Thread
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.tools import callable_tools
-from actors.ingress.openai.turn import conversation, open_turn
-from actors.ingress.pieces import new_rid
-from actors.ingress.service import Service
-from actors.messages import ChatPrompt, Tokenize
+from llm_runtime.actors.ingress.anthropic.answers import Answer
+from llm_runtime.actors.ingress.anthropic.context import Edited, Messages, edited
+from llm_runtime.actors.ingress.anthropic.conversion import chat_request
+from llm_runtime.actors.ingress.anthropic.protocol import Compact, CountRequest, MessagesRequest, Thread
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.tools import callable_tools
+from llm_runtime.actors.ingress.openai.turn import conversation, open_turn
+from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import ChatPrompt, Tokenize
 
 _TEMPLATE_TOKENS = 2048
 """More than any template adds to a conversation as a whole."""

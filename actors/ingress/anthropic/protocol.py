@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from actors.ingress.openai.tools import ToolName
-from actors.ingress.sampling import TopP
+from llm_runtime.actors.ingress.openai.tools import ToolName
+from llm_runtime.actors.ingress.sampling import TopP
 
 Effort = Literal["low", "medium", "high", "xhigh", "max"]
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.anthropic.client_tools import definition_of
-from actors.ingress.anthropic.protocol import (
+from llm_runtime.actors.ingress.anthropic.client_tools import definition_of
+from llm_runtime.actors.ingress.anthropic.protocol import (
     Choice,
     CountRequest,
     ToolAddition,
@@ -22,9 +22,9 @@ from actors.ingress.anthropic.protocol import (
     ToolResult,
     ToolSearchToolResult,
 )
-from actors.ingress.decoding import converted
-from actors.ingress.errors import invalid, unsupported
-from actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
+from llm_runtime.actors.ingress.decoding import converted
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
 
 _CUSTOM = (None, "custom")
 _SEARCHES = "tool_search_tool_"

@@ -10,12 +10,12 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.openai.logprobs import chat_logprobs
-from actors.ingress.openai.turn import Turn
-from actors.ingress.pieces import Identity
-from actors.ingress.times import timestamp
-from actors.parsers.events import CallArguments, CallStart, Content, Reasoning
-from actors.parsers.json_text import object_of
+from llm_runtime.actors.ingress.openai.logprobs import chat_logprobs
+from llm_runtime.actors.ingress.openai.turn import Turn
+from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.times import timestamp
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Reasoning
+from llm_runtime.actors.parsers.json_text import object_of
 
 _encode = msgspec.json.encode
 

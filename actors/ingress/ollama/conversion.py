@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from actors.ingress.decoding import converted
-from actors.ingress.errors import ApiError, invalid, unsupported
-from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
-from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.sampling import Number
-from actors.ingress.service import LATEST, Service
+from llm_runtime.actors.ingress.decoding import converted
+from llm_runtime.actors.ingress.errors import ApiError, invalid, unsupported
+from llm_runtime.actors.ingress.ollama.protocol import ChatBody, GenerateBody, Message, Options, Request
+from llm_runtime.actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.sampling import Number
+from llm_runtime.actors.ingress.service import LATEST, Service
 
 Warn = Callable[[str], None]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.ollama.conversion import served_name
-from actors.ingress.ollama.protocol import EmbedBody, EmbeddingsBody
-from actors.ingress.openai.embeddings import check_dimensions, floats, shortened
-from actors.ingress.pooling.inputs import vectors_of_texts
-from actors.ingress.service import Service
-from actors.messages import TextPrompt
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.ollama.conversion import served_name
+from llm_runtime.actors.ingress.ollama.protocol import EmbedBody, EmbeddingsBody
+from llm_runtime.actors.ingress.openai.embeddings import check_dimensions, floats, shortened
+from llm_runtime.actors.ingress.pooling.inputs import vectors_of_texts
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import TextPrompt
 
 _encode = msgspec.json.encode
 

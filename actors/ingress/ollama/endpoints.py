@@ -7,15 +7,15 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.ollama.answers import Answer
-from actors.ingress.ollama.conversion import of_chat, of_generate, served_name
-from actors.ingress.ollama.protocol import ChatBody, GenerateBody, Request
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.turn import open_turn
-from actors.ingress.service import Prompt, Service
-from actors.ingress.times import timestamp
-from actors.messages import FillPrompt, TextPrompt
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.ollama.answers import Answer
+from llm_runtime.actors.ingress.ollama.conversion import of_chat, of_generate, served_name
+from llm_runtime.actors.ingress.ollama.protocol import ChatBody, GenerateBody, Request
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.turn import open_turn
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.ingress.times import timestamp
+from llm_runtime.actors.messages import FillPrompt, TextPrompt
 
 _encode = msgspec.json.encode
 

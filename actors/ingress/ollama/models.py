@@ -6,15 +6,15 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from actors.checkpoint import CheckpointFacts
-from actors.ingress.administration import VERSION
-from actors.ingress.config import ServedModel
-from actors.ingress.errors import ApiError
-from actors.ingress.exchange import Exchange
-from actors.ingress.ollama.conversion import served_name
-from actors.ingress.ollama.protocol import PullBody, ShowBody
-from actors.ingress.service import Service
-from actors.ingress.times import timestamp
+from llm_runtime.actors.checkpoint import CheckpointFacts
+from llm_runtime.actors.ingress.administration import VERSION
+from llm_runtime.actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.errors import ApiError
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.ollama.conversion import served_name
+from llm_runtime.actors.ingress.ollama.protocol import PullBody, ShowBody
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.ingress.times import timestamp
 
 _encode = msgspec.json.encode
 

@@ -10,10 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import invalid
-from actors.ingress.openai.protocol import TopLogprobsCount
-from actors.ingress.openai.tools import Tool
-from actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TopP
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.openai.protocol import TopLogprobsCount
+from llm_runtime.actors.ingress.openai.tools import Tool
+from llm_runtime.actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TopP
 
 Temperature = Annotated[float, Meta(ge=0, le=1e6)]
 TokenIdsOfContext = list[Annotated[int, Meta(ge=0, lt=2**31)]]

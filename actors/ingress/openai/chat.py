@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import msgspec
 
-from actors.ingress.exchange import DONE, Exchange
-from actors.ingress.ledger import Entry
-from actors.ingress.openai.choices import ChatChoice
-from actors.ingress.openai.protocol import ChunkFrame, usage
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.turn import open_turn
-from actors.ingress.service import Service
+from llm_runtime.actors.ingress.exchange import DONE, Exchange
+from llm_runtime.actors.ingress.ledger import Entry
+from llm_runtime.actors.ingress.openai.choices import ChatChoice
+from llm_runtime.actors.ingress.openai.protocol import ChunkFrame, usage
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.turn import open_turn
+from llm_runtime.actors.ingress.service import Service
 
 _encode = msgspec.json.encode
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.generation import Generation
-from actors.ingress.openai.logprobs import chat_logprobs
-from actors.ingress.openai.protocol import ChunkFrame
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.turn import Output
-from actors.messages import TextLogprob
-from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.openai.logprobs import chat_logprobs
+from llm_runtime.actors.ingress.openai.protocol import ChunkFrame
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.turn import Output
+from llm_runtime.actors.messages import TextLogprob
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import msgspec
 from msgspec import structs
 
-from actors.ingress.errors import invalid, unsupported
-from actors.ingress.exchange import DONE, Exchange
-from actors.ingress.generation import Generation
-from actors.ingress.ledger import Entry
-from actors.ingress.openai.logprobs import CompletionLogprobs
-from actors.ingress.openai.protocol import (
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.ingress.exchange import DONE, Exchange
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.ledger import Entry
+from llm_runtime.actors.ingress.openai.logprobs import CompletionLogprobs
+from llm_runtime.actors.ingress.openai.protocol import (
     NEUTRAL,
     UNSUPPORTED,
     ChunkFrame,
@@ -22,9 +22,9 @@ from actors.ingress.openai.protocol import (
     TopLogprobsCount,
     usage,
 )
-from actors.ingress.sampling import limit_of
-from actors.ingress.service import Prompt, Service
-from actors.messages import FillPrompt, TextPrompt
+from llm_runtime.actors.ingress.sampling import limit_of
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.messages import FillPrompt, TextPrompt
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""

@@ -9,11 +9,11 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.pooling.inputs import Truncate, vectors_of_texts
-from actors.ingress.service import Prompt, Service
-from actors.messages import TextPrompt
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.pooling.inputs import Truncate, vectors_of_texts
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.messages import TextPrompt
 
 
 class EmbeddingsRequest(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -6,7 +6,7 @@ import codecs
 from collections.abc import Iterable
 from typing import Any
 
-from actors.messages import TextLogprob
+from llm_runtime.actors.messages import TextLogprob
 
 LOWEST = -9999.0
 """Stands for minus infinity, which JSON does not have."""

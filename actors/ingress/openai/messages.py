@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Literal
 import msgspec
 from msgspec import Struct
 
-from actors.ingress.decoding import asks_for_nothing, unknown
-from actors.ingress.errors import invalid, unsupported
-from actors.messages import ChatPrompt
+from llm_runtime.actors.ingress.decoding import asks_for_nothing, unknown
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.messages import ChatPrompt
 
 _ROLES = {
     "system": "system",

@@ -6,10 +6,10 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.config import ServedModel
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Service
-from actors.ingress.times import timestamp
+from llm_runtime.actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.ingress.times import timestamp
 
 
 async def list_models(service: Service, exchange: Exchange) -> None:

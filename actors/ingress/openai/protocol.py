@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.config import IngressConfig, ServedModel
-from actors.ingress.constraints import FIELDS, constraint_of
-from actors.ingress.errors import invalid, unsupported
-from actors.ingress.generation import Generation
-from actors.ingress.sampling import (
+from llm_runtime.actors.ingress.config import IngressConfig, ServedModel
+from llm_runtime.actors.ingress.constraints import FIELDS, constraint_of
+from llm_runtime.actors.ingress.errors import invalid, unsupported
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.sampling import (
     ExtraKey,
     LogitBias,
     MinP,
@@ -27,7 +27,7 @@ from actors.ingress.sampling import (
     sampling_params,
     text_params,
 )
-from actors.messages import SamplingParams, TextParams
+from llm_runtime.actors.messages import SamplingParams, TextParams
 
 Choices = Annotated[int, Meta(ge=1, lt=2**31)]
 TopLogprobsCount = Annotated[int, Meta(ge=0, le=20)]

@@ -6,12 +6,12 @@ from typing import Any, ClassVar, Literal
 
 from msgspec import Struct
 
-from actors.ingress.errors import invalid
-from actors.ingress.openai.messages import ChatMessage
-from actors.ingress.openai.protocol import UNSUPPORTED, CompletionsRequest, TopLogprobsCount
-from actors.ingress.openai.tools import Function, FunctionName, Tool, ToolChoice, named_tool
-from actors.ingress.sampling import TokenLimit, Tokens
-from actors.ingress.thinking import CustomParams
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.openai.messages import ChatMessage
+from llm_runtime.actors.ingress.openai.protocol import UNSUPPORTED, CompletionsRequest, TopLogprobsCount
+from llm_runtime.actors.ingress.openai.tools import Function, FunctionName, Tool, ToolChoice, named_tool
+from llm_runtime.actors.ingress.sampling import TokenLimit, Tokens
+from llm_runtime.actors.ingress.thinking import CustomParams
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 

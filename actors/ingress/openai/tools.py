@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from actors.ingress.constraints import either, schema_constraint
-from actors.ingress.errors import invalid
-from actors.messages import SamplingParams
-from actors.parsers.tool_calls.base import Tools
+from llm_runtime.actors.ingress.constraints import either, schema_constraint
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.messages import SamplingParams
+from llm_runtime.actors.parsers.tool_calls.base import Tools
 
 ToolName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,128}\Z")]
 

@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple
 
 from msgspec import structs
 
-from actors.ingress.config import ServedModel
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.generation import Generation
-from actors.ingress.ledger import Entry
-from actors.ingress.openai.messages import chat_prompt
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.tools import (
+from llm_runtime.actors.ingress.config import ServedModel
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.generation import Generation
+from llm_runtime.actors.ingress.ledger import Entry
+from llm_runtime.actors.ingress.openai.messages import chat_prompt
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.tools import (
     Tool,
     call_id,
     callable_tools,
@@ -24,16 +24,16 @@ from actors.ingress.openai.tools import (
     parameters_of,
     rendered,
 )
-from actors.ingress.sampling import limit_of
-from actors.ingress.service import Prompt, Service
-from actors.ingress.thinking import thinking_budget, thinking_of
-from actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
-from actors.parsers.events import CallStart, Content, Event, Parser
-from actors.parsers.output import OutputParser
-from actors.parsers.reasoning import reasoning_format, reasoning_markers, reasoning_parser
-from actors.parsers.tool_calls import tool_call_format, tool_call_parser
-from actors.parsers.tool_calls.json_list import ForcedCalls, JSONListCalls
-from actors.parsers.whole import WholeOutput
+from llm_runtime.actors.ingress.sampling import limit_of
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.ingress.thinking import thinking_budget, thinking_of
+from llm_runtime.actors.messages import ChatPrompt, SamplingParams, TextLogprob, TextPrompt
+from llm_runtime.actors.parsers.events import CallStart, Content, Event, Parser
+from llm_runtime.actors.parsers.output import OutputParser
+from llm_runtime.actors.parsers.reasoning import reasoning_format, reasoning_markers, reasoning_parser
+from llm_runtime.actors.parsers.tool_calls import tool_call_format, tool_call_parser
+from llm_runtime.actors.parsers.tool_calls.json_list import ForcedCalls, JSONListCalls
+from llm_runtime.actors.parsers.whole import WholeOutput
 
 _TAIL_TOKENS = 32
 """Tokens at the end of a prompt that tell whether it has begun the reasoning."""

@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.pooling.inputs import Truncate, vectors_of_texts
-from actors.ingress.service import Service
-from actors.messages import TextPrompt
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.pooling.inputs import Truncate, vectors_of_texts
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import TextPrompt
 
 
 class ClassifyRequest(Struct, forbid_unknown_fields=True, kw_only=True):

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.service import Prompt, Service
-from actors.messages import PairPrompt, TextPrompt
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.service import Prompt, Service
+from llm_runtime.actors.messages import PairPrompt, TextPrompt
 
 MAX_INPUTS = 2048
 """OpenAI's."""

@@ -13,12 +13,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import invalid
-from actors.ingress.exchange import Exchange
-from actors.ingress.pooling.classify import activated
-from actors.ingress.pooling.inputs import Truncate, vectors_of_pairs, vectors_of_texts
-from actors.ingress.service import Service
-from actors.messages import TextPrompt
+from llm_runtime.actors.ingress.errors import invalid
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.pooling.classify import activated
+from llm_runtime.actors.ingress.pooling.inputs import Truncate, vectors_of_pairs, vectors_of_texts
+from llm_runtime.actors.ingress.service import Service
+from llm_runtime.actors.messages import TextPrompt
 
 
 class Document(Struct):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from actors.parsers.events import Parser
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS as FORMATS
+from llm_runtime.actors.parsers.events import Parser
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.reasoning.registry import FORMATS as FORMATS
 
 FORMATS.load(__name__, __path__)
 

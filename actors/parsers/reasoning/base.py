@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from actors.parsers.events import Reasoning
-from actors.parsers.reader import Reader, Steps
+from llm_runtime.actors.parsers.events import Reasoning
+from llm_runtime.actors.parsers.reader import Reader, Steps
 
 
 class ReasoningParser(Reader):

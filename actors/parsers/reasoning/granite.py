@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.reasoning.registry import FORMATS
 
 _THOUGHTS = ("Here is my thought process:", "Here's my thought process:")
 _RESPONSES = ("Here is my response:", "Here's my response:")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from actors.parsers.events import Content
-from actors.parsers.reader import Steps
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS
+from llm_runtime.actors.parsers.events import Content
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.reasoning.registry import FORMATS
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _ENDS = ("<|end|>", "<|return|>", "<|call|>")

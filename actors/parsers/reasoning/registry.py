@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.registry import Formats
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.registry import Formats
 
 FORMATS: Formats[ReasoningParser] = Formats(
     "reasoning format", "llm_runtime.reasoning_formats", "inside", ReasoningParser

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.reasoning.registry import FORMATS
 
 
 @FORMATS.register("kimi", template=lambda template: "◁think▷" in template)

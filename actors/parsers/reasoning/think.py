@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from actors.parsers.reasoning.base import ReasoningParser
-from actors.parsers.reasoning.registry import FORMATS
+from llm_runtime.actors.parsers.reasoning.base import ReasoningParser
+from llm_runtime.actors.parsers.reasoning.registry import FORMATS
 
 
 def _thinks(template: str) -> bool:

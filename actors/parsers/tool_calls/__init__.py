@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.events import Parser
-from actors.parsers.tool_calls.base import ToolCallParser, Tools
-from actors.parsers.tool_calls.registry import FORMATS as FORMATS
+from llm_runtime.actors.parsers.events import Parser
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser, Tools
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS as FORMATS
 
 FORMATS.load(__name__, __path__)
 

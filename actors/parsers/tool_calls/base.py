@@ -6,8 +6,8 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from actors.parsers.events import CallArguments, CallStart
-from actors.parsers.reader import Reader, Steps
+from llm_runtime.actors.parsers.events import CallArguments, CallStart
+from llm_runtime.actors.parsers.reader import Reader, Steps
 
 Tools = Mapping[str, Any]
 """JSON schemas of the parameters of the tools that may be called, by their names."""

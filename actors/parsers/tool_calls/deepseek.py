@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.registry import FORMATS
-from actors.parsers.tool_calls.sections import SectionCalls
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.sections import SectionCalls
 
 _SEPARATOR = "<｜tool▁sep｜>"
 _MARK = "<｜tool▁call▁begin｜>"

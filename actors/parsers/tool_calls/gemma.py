@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any, ClassVar
 
-from actors.parsers.json_text import json_number, quoted
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.parsers.tool_calls.pythonic import PythonCalls
-from actors.parsers.tool_calls.registry import FORMATS
-from actors.parsers.tool_calls.values import parameter_kind, value_json
+from llm_runtime.actors.parsers.json_text import json_number, quoted
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.tool_calls.pythonic import PythonCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.values import parameter_kind, value_json
 
 _MAX_DEPTH = 64
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 MESSAGE = "<|message|>"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.parsers.tool_calls.json_calls import JSONCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.json_calls import JSONCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 
 @FORMATS.register(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.tagged_calls import TaggedCalls
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.tagged_calls import TaggedCalls
 
 
 class InvokeCalls(TaggedCalls):

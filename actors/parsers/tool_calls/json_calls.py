@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from actors.parsers.json_text import QUOTES, quoted, repaired, string_value
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.parsers.tool_calls.values import parameter_kind
+from llm_runtime.actors.parsers.json_text import QUOTES, quoted, repaired, string_value
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.tool_calls.values import parameter_kind
 
 _NAMES = ("name", "tool_name", "function")
 _ARGUMENTS = ("arguments", "parameters", "args", "input")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.parsers.tool_calls.json_calls import JSONCalls
+from llm_runtime.actors.parsers.tool_calls.json_calls import JSONCalls
 
 
 class JSONListCalls(JSONCalls):

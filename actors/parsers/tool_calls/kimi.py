@@ -6,10 +6,10 @@ import json
 import re
 from typing import Any
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.registry import FORMATS
-from actors.parsers.tool_calls.sections import SectionCalls
-from actors.parsers.tool_calls.values import parameter_kind, required_parameters, type_of
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.sections import SectionCalls
+from llm_runtime.actors.parsers.tool_calls.values import parameter_kind, required_parameters, type_of
 
 _NAMED = re.compile(r"(?:functions?[._:])?(?P<name>.+?)(?:[:._-][0-9]+)?")
 _OWN_NAME = re.compile(r"(?:functions\.)?(?P<name>.+):[0-9]+")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.json_calls import JSONCalls
-from actors.parsers.tool_calls.pythonic import PythonCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.json_calls import JSONCalls
+from llm_runtime.actors.parsers.tool_calls.pythonic import PythonCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 
 @FORMATS.register(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.parsers.tool_calls.invoke_calls import InvokeCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.invoke_calls import InvokeCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 
 @FORMATS.register("minimax-m2", "minimax_m2", template=lambda template: "<minimax:tool_call>" in template, rank=2)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.json_calls import JSONCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.json_calls import JSONCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 
 @FORMATS.register("mistral", template=lambda template: "[TOOL_CALLS]" in template)

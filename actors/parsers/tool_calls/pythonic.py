@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.parsers.tool_calls.python_literal import MAX_CHARACTERS, MAX_DEPTH, keywords_of_call
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.tool_calls.python_literal import MAX_CHARACTERS, MAX_DEPTH, keywords_of_call
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 

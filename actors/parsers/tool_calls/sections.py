@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
 
 
 class SectionCalls(ToolCallParser):

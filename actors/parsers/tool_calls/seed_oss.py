@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from actors.parsers.tool_calls.qwen_coder import QwenCoderCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.tool_calls.qwen_coder import QwenCoderCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 
 @FORMATS.register("seed_oss", template=lambda template: "<seed:tool_call>" in template, rank=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.invoke_calls import InvokeCalls
-from actors.parsers.tool_calls.registry import FORMATS
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.invoke_calls import InvokeCalls
+from llm_runtime.actors.parsers.tool_calls.registry import FORMATS
 
 _CALL, _CALL_END = "<｜tool_call_begin｜>", "<｜tool_call_end｜>"
 

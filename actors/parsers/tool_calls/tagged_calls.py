@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from actors.parsers.json_text import quoted
-from actors.parsers.reader import Steps
-from actors.parsers.tool_calls.base import ToolCallParser
-from actors.parsers.tool_calls.values import TEXT, parameter_kind, value_json
+from llm_runtime.actors.parsers.json_text import quoted
+from llm_runtime.actors.parsers.reader import Steps
+from llm_runtime.actors.parsers.tool_calls.base import ToolCallParser
+from llm_runtime.actors.parsers.tool_calls.values import TEXT, parameter_kind, value_json
 
 
 class TaggedCalls(ToolCallParser):

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from actors.parsers.json_text import is_json, json_number, quoted, repaired
-from actors.parsers.tool_calls.python_literal import json_of_python
+from llm_runtime.actors.parsers.json_text import is_json, json_number, quoted, repaired
+from llm_runtime.actors.parsers.tool_calls.python_literal import json_of_python
 
 _MAX_REFERENCES = 16
 _MAX_BRANCHES = 256

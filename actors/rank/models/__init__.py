@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.actor import StartFailure
-from actors.checkpoint.plugins import plugin
-from actors.rank.models.deepseek import DeepseekV3
-from actors.rank.models.llama import Llama
-from actors.rank.models.model import Model
-from actors.rank.models.moe import MixtureOfExperts
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint.plugins import plugin
+from llm_runtime.actors.rank.models.deepseek import DeepseekV3
+from llm_runtime.actors.rank.models.llama import Llama
+from llm_runtime.actors.rank.models.model import Model
+from llm_runtime.actors.rank.models.moe import MixtureOfExperts
 
 MODELS: dict[str, type[Llama]] = {
     "LlamaForCausalLM": Llama,

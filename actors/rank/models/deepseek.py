@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-import kernels
-from actors.rank.models.moe import MixtureOfExperts
-from actors.rank.weights import LatentWeights, LayerWeights
-from kernels import AttentionMeta
+from llm_runtime import kernels
+from llm_runtime.actors.rank.models.moe import MixtureOfExperts
+from llm_runtime.actors.rank.weights import LatentWeights, LayerWeights
+from llm_runtime.kernels import AttentionMeta
 
 LATENT_EPS = 1e-6
 """Of the norms of latent vectors, whatever that of the others is."""

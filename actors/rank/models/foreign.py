@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import kernels
-from actors.actor import StartFailure
-from actors.checkpoint import ModelConfig, checkpoint_identity
-from actors.dtypes import ComputeDType
-from actors.kv_format import KVFormat
-from actors.rank.shard import ALIGNMENT, HEADER_BYTES
-from actors.rank.weights_arena import (
+from llm_runtime import kernels
+from llm_runtime.actors.actor import StartFailure
+from llm_runtime.actors.checkpoint import ModelConfig, checkpoint_identity
+from llm_runtime.actors.dtypes import ComputeDType
+from llm_runtime.actors.kv_format import KVFormat
+from llm_runtime.actors.rank.shard import ALIGNMENT, HEADER_BYTES
+from llm_runtime.actors.rank.weights_arena import (
     Contents,
     StoredTensor,
     check_room,
@@ -34,8 +34,8 @@ from actors.rank.weights_arena import (
     packing,
     sealed_arena,
 )
-from kernels import AttentionMeta, KVCache
-from transport import Arena
+from llm_runtime.kernels import AttentionMeta, KVCache
+from llm_runtime.transport import Arena
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-import kernels
-from actors.checkpoint import ModelConfig
-from actors.rank.shard import Shard
-from actors.rank.weights import AttentionWeights, LayerWeights, Matrix, MLPWeights, Weights
-from kernels import AttentionMeta, KVCache
+from llm_runtime import kernels
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.actors.rank.shard import Shard
+from llm_runtime.actors.rank.weights import AttentionWeights, LayerWeights, Matrix, MLPWeights, Weights
+from llm_runtime.kernels import AttentionMeta, KVCache
 
 Reduce = Callable[[Tensor], Tensor]
 """Adds up the parts of a result that the ranks of a group hold; the result itself in a group of one."""

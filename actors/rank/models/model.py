@@ -6,8 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from actors.checkpoint import ModelConfig
-from kernels import AttentionMeta, KVCache
+from llm_runtime.actors.checkpoint import ModelConfig
+from llm_runtime.kernels import AttentionMeta, KVCache
 
 
 class Model(Protocol):

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-import kernels
-from actors.rank.models.llama import Llama
-from actors.rank.weights import ExpertWeights, LayerWeights
+from llm_runtime import kernels
+from llm_runtime.actors.rank.models.llama import Llama
+from llm_runtime.actors.rank.weights import ExpertWeights, LayerWeights
 
 
 class MixtureOfExperts(Llama):

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from array import array
 from typing import TYPE_CHECKING
 
-from actors.registry import Registry
+from llm_runtime.actors.registry import Registry
 
 if TYPE_CHECKING:
-    from actors.scheduler.config import Config
+    from llm_runtime.actors.scheduler.config import Config
 
 
 class Drafter(ABC):

@@ -9,10 +9,10 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from actors.scheduler.drafters.base import DRAFTERS, Drafter
+from llm_runtime.actors.scheduler.drafters.base import DRAFTERS, Drafter
 
 if TYPE_CHECKING:
-    from actors.scheduler.config import Config
+    from llm_runtime.actors.scheduler.config import Config
 
 MAX_CANDIDATES = 8
 """Earlier places that are compared with the last tokens, the nearest first; the longest match is followed."""

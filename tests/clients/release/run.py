@@ -24,8 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from actors.vocabulary import load_vocabulary
-from runtime.models import resolve_model
+from llm_runtime.actors.vocabulary import load_vocabulary
+from llm_runtime.runtime.models import resolve_model
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -84,7 +84,7 @@ def scripted() -> Iterator[str]:
     """URL of a server with the scripted model."""
     with tempfile.TemporaryDirectory(prefix="c-") as directory:
         command = [sys.executable, str(HERE / "scripted.py"), directory]
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT / 'tests'}"}
         with subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as process:
@@ -104,9 +104,9 @@ def node() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     with tempfile.TemporaryDirectory(prefix="n-") as directory:
-        environment = {**os.environ, "RUNTIME_DIR": directory, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "RUNTIME_DIR": directory, "PYTHONPATH": str(ROOT / "src")}
         environment.pop("RUNTIME_API_KEY", None)
-        command = [sys.executable, "-m", "runtime"]
+        command = [sys.executable, "-m", "llm_runtime"]
         up = ["up", str(ROOT / "topology/smollm2.toml"), "--port", port, "--detach"]
         subprocess.run([*command, *up], env=environment, check=True, timeout=300)
         try:

@@ -13,7 +13,7 @@ from typing import Any
 from ingress.conftest import one_ingress
 from ingress.fakes import Fakes, unpacked
 
-from actors.messages import ChatPrompt, Generate
+from llm_runtime.actors.messages import ChatPrompt, Generate
 
 MAX_MODEL_LEN = 200_000
 ANSWER = "It is sunny in Paris."

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from actors.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Parser, Reasoning, merged
 
 TOOLS: dict[str, Any] = {
     "get_weather": {

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.parsers.events import CallStart, Parser
-from actors.parsers.reasoning import REASONING_FORMATS, reasoning_parser
-from actors.parsers.tool_calls import TOOL_CALL_FORMATS, tool_call_parser
-from actors.parsers.tool_calls.json_list import ForcedCalls
+from llm_runtime.actors.parsers.events import CallStart, Parser
+from llm_runtime.actors.parsers.reasoning import REASONING_FORMATS, reasoning_parser
+from llm_runtime.actors.parsers.tool_calls import TOOL_CALL_FORMATS, tool_call_parser
+from llm_runtime.actors.parsers.tool_calls.json_list import ForcedCalls
 
 from .outputs import TOOLS, parsed, plain
 

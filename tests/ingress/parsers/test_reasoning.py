@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.parsers.events import Content, Reasoning
-from actors.parsers.output import OutputParser
-from actors.parsers.reasoning import REASONING_FORMATS, reasoning_format, reasoning_parser
-from actors.parsers.tool_calls import tool_call_parser
+from llm_runtime.actors.parsers.events import Content, Reasoning
+from llm_runtime.actors.parsers.output import OutputParser
+from llm_runtime.actors.parsers.reasoning import REASONING_FORMATS, reasoning_format, reasoning_parser
+from llm_runtime.actors.parsers.tool_calls import tool_call_parser
 
 from .outputs import TOOLS, WRITERS, parsed, plain
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from actors.parsers.events import CallArguments, CallStart, Parser
-from actors.parsers.tool_calls import TOOL_CALL_FORMATS, tool_call_format, tool_call_parser
-from actors.parsers.tool_calls.json_list import JSONListCalls
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Parser
+from llm_runtime.actors.parsers.tool_calls import TOOL_CALL_FORMATS, tool_call_format, tool_call_parser
+from llm_runtime.actors.parsers.tool_calls.json_list import JSONListCalls
 
 from .outputs import TOOLS, WRITERS, Call, js, parsed, plain
 

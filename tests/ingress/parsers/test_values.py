@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from actors.parsers.json_text import LenientJson, is_json, repaired
-from actors.parsers.reasoning import detect_reasoning
-from actors.parsers.tool_calls import detect_tool_calls
-from actors.parsers.tool_calls.python_literal import json_of_python
-from actors.parsers.tool_calls.values import Kind, parameter_kind, value_json
+from llm_runtime.actors.parsers.json_text import LenientJson, is_json, repaired
+from llm_runtime.actors.parsers.reasoning import detect_reasoning
+from llm_runtime.actors.parsers.tool_calls import detect_tool_calls
+from llm_runtime.actors.parsers.tool_calls.python_literal import json_of_python
+from llm_runtime.actors.parsers.tool_calls.values import Kind, parameter_kind, value_json
 
 JSON = [
     "{}",

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.openai.responses.protocol import ResponsesRequest
-from actors.ingress.openai.turn import Turn
-from actors.ingress.pieces import Identity
-from actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
+from llm_runtime.actors.ingress.openai.responses.protocol import ResponsesRequest
+from llm_runtime.actors.ingress.openai.turn import Turn
+from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode
 

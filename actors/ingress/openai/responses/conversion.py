@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
-from actors.ingress.decoding import asks_for_nothing, converted
-from actors.ingress.errors import ApiError, invalid, unsupported
-from actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.responses.protocol import (
+from llm_runtime.actors.ingress.decoding import asks_for_nothing, converted
+from llm_runtime.actors.ingress.errors import ApiError, invalid, unsupported
+from llm_runtime.actors.ingress.openai.messages import CalledFunction, ChatMessage, ToolCall
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.responses.protocol import (
     AllowedTools,
     CustomCall,
     FunctionCall,
@@ -27,8 +27,8 @@ from actors.ingress.openai.responses.protocol import (
     ShellCallOutput,
     Text,
 )
-from actors.ingress.openai.responses.store import ResponseStore
-from actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
+from llm_runtime.actors.ingress.openai.responses.store import ResponseStore
+from llm_runtime.actors.ingress.openai.tools import Function, Tool, ToolChoice, named_tool
 
 _LOGPROBS = "message.output_text.logprobs"
 """The one thing in `include` that is not built. The others belong to tools that this server does not run, or are given

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from actors.ingress.errors import unsupported
-from actors.ingress.exchange import Exchange
-from actors.ingress.openai.responses.answers import Answer
-from actors.ingress.openai.responses.conversion import chat_request, items_of
-from actors.ingress.openai.responses.protocol import ResponsesRequest
-from actors.ingress.openai.responses.store import Stored
-from actors.ingress.openai.responses.truncation import truncate
-from actors.ingress.openai.turn import open_turn
-from actors.ingress.service import Service
+from llm_runtime.actors.ingress.errors import unsupported
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.openai.responses.answers import Answer
+from llm_runtime.actors.ingress.openai.responses.conversion import chat_request, items_of
+from llm_runtime.actors.ingress.openai.responses.protocol import ResponsesRequest
+from llm_runtime.actors.ingress.openai.responses.store import Stored
+from llm_runtime.actors.ingress.openai.responses.truncation import truncate
+from llm_runtime.actors.ingress.openai.turn import open_turn
+from llm_runtime.actors.ingress.service import Service
 
 
 async def responses(service: Service, request: ResponsesRequest, exchange: Exchange) -> None:

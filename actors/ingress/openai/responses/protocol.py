@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta, Struct
 
-from actors.ingress.openai.requests import ReasoningEffort
-from actors.ingress.openai.tools import ToolName
-from actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TokenLimit, TopK, TopP
+from llm_runtime.actors.ingress.openai.requests import ReasoningEffort
+from llm_runtime.actors.ingress.openai.tools import ToolName
+from llm_runtime.actors.ingress.sampling import MinP, Penalty, RepetitionPenalty, SeedField, TokenLimit, TopK, TopP
 
 
 class Text(Struct, forbid_unknown_fields=True):

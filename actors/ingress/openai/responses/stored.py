@@ -8,10 +8,10 @@ from urllib.parse import parse_qsl
 import msgspec
 from msgspec import Meta, Struct
 
-from actors.ingress.errors import ApiError, from_decoding, invalid, unsupported
-from actors.ingress.exchange import Exchange
-from actors.ingress.openai.responses.store import Stored
-from actors.ingress.service import Service
+from llm_runtime.actors.ingress.errors import ApiError, from_decoding, invalid, unsupported
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.openai.responses.store import Stored
+from llm_runtime.actors.ingress.service import Service
 
 _encode = msgspec.json.encode
 

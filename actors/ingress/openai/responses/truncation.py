@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from actors.ingress.exchange import Exchange
-from actors.ingress.openai.messages import ChatMessage
-from actors.ingress.openai.requests import ChatRequest
-from actors.ingress.openai.tools import callable_tools
-from actors.ingress.openai.turn import conversation
-from actors.ingress.service import Service
+from llm_runtime.actors.ingress.exchange import Exchange
+from llm_runtime.actors.ingress.openai.messages import ChatMessage
+from llm_runtime.actors.ingress.openai.requests import ChatRequest
+from llm_runtime.actors.ingress.openai.tools import callable_tools
+from llm_runtime.actors.ingress.openai.turn import conversation
+from llm_runtime.actors.ingress.service import Service
 
 
 async def truncate(service: Service, exchange: Exchange, request: ChatRequest) -> None:

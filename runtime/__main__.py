@@ -1,7 +1,0 @@
-"""`python -m runtime`."""
-
-import sys
-
-from runtime.cli import main
-
-sys.exit(main())
