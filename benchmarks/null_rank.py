@@ -36,7 +36,7 @@ class NullRank(Actor):
         """Draws without computing."""
         if sender != self.source:
             return
-        for opening in message.opens:
+        for opening in message.new_requests:
             self.steps_per_s = opening.sampling.seed
         if self.steps_per_s:
             now = time.monotonic()

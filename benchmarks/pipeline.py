@@ -31,7 +31,7 @@ def bare_loop(options: argparse.Namespace) -> None:
     """Child process: reads a seed a line, prints the seconds that the batch took."""
     import torch
 
-    from llm_runtime.actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
+    from llm_runtime.actors.messages import SAMPLE, NewRequest, SamplingParams, Step
     from llm_runtime.actors.rank.config import RankConfig
     from llm_runtime.actors.rank.executor import build_executor
     from llm_runtime.runtime.models import resolve_model
@@ -61,7 +61,7 @@ def bare_loop(options: argparse.Namespace) -> None:
         for first in range(0, count, per_step):
             slots = range(first, min(first + per_step, count))
             pages = [(slot, index, page) for slot in slots for index, page in enumerate(table[slot].tolist())]
-            opens = [OpenSlot(slot, length, sampling) for slot in slots]
+            opens = [NewRequest(slot, length, sampling) for slot in slots]
             n = len(slots)
             made.append(
                 Step(

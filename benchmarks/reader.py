@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llm_runtime.actors.dtypes import WeightDType
 from llm_runtime.actors.kv_format import KVDType
-from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, NewRequest, SamplingParams, Step, StepResult
 from llm_runtime.actors.rank import Executor, RankConfig, build_executor
 from llm_runtime.runtime.cgroups import cpu_count
 
@@ -106,10 +106,10 @@ class Reader:
     ) -> StepResult:
         """A step with new tokens of some slots, which are opened if it is said how they are sampled."""
         self._steps += 1
-        opens: list[OpenSlot] = []
+        opens: list[NewRequest] = []
         pages: list[int] = []
         if sampling is not None:
-            opens = [OpenSlot(slot, len(new), sampling) for slot, new in zip(slots, tokens, strict=True)]
+            opens = [NewRequest(slot, len(new), sampling) for slot, new in zip(slots, tokens, strict=True)]
             for slot in slots:
                 pages += chain(*([slot, page, slot * self._pages + page] for page in range(self._pages)))
         return self.executor.execute(

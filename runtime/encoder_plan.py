@@ -10,7 +10,7 @@ from llm_runtime.actors.checkpoint import PoolingConfig
 from llm_runtime.actors.checkpoint.files import weight_files
 from llm_runtime.actors.dtypes import WeightDType
 from llm_runtime.actors.encoder import scratch_bytes
-from llm_runtime.actors.rank.precision import auto_dtype
+from llm_runtime.actors.rank.quantization_policy import auto_dtype
 from llm_runtime.actors.rank.shard import weight_bytes
 from llm_runtime.runtime.models import ResolvedModel
 from llm_runtime.runtime.topology import Engine, LoadedTopology, Model

@@ -11,10 +11,10 @@ from llm_runtime.actors.checkpoint import ModelConfig
 from llm_runtime.actors.dtypes import WeightDType, compute_dtype
 from llm_runtime.actors.grammar import missing
 from llm_runtime.actors.kv_format import KVDType, KVFormat
-from llm_runtime.actors.rank.precision import auto_dtype
+from llm_runtime.actors.rank.quantization_policy import auto_dtype
 from llm_runtime.actors.rank.shard import kv_format, shard_of, weight_bytes
 from llm_runtime.actors.scheduler.pages import page_ledger_bytes
-from llm_runtime.runtime.nodes import Placement
+from llm_runtime.runtime.placement import Placement
 from llm_runtime.runtime.topology import Engine, LoadedTopology, Model, Topology
 
 

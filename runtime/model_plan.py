@@ -25,7 +25,7 @@ from llm_runtime.runtime.encoder_plan import EncoderPlan, check_keys, plan_encod
 from llm_runtime.runtime.engine_plan import EnginePlan, plan_engine, share_arenas
 from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.models import NotLocal, ResolvedModel, resolve_model
-from llm_runtime.runtime.nodes import Placement
+from llm_runtime.runtime.placement import Placement
 from llm_runtime.runtime.progress import TellNote
 from llm_runtime.runtime.topology import LoadedTopology, Model
 

@@ -13,9 +13,9 @@ from llm_runtime.runtime.cgroups import cpu_count
 from llm_runtime.runtime.encoder_plan import EncoderPlan
 from llm_runtime.runtime.engine_plan import EnginePlan
 from llm_runtime.runtime.model_plan import ModelPlan, plan_model
-from llm_runtime.runtime.needs import check_needs
-from llm_runtime.runtime.nodes import Placement, place
+from llm_runtime.runtime.placement import Placement, place
 from llm_runtime.runtime.progress import TellNote, no_notes
+from llm_runtime.runtime.resource_check import check_needs
 from llm_runtime.runtime.topology import LoadedTopology, Topology
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llm_runtime.runtime.errors import UserError
-from llm_runtime.runtime.nodes import ip_address, listeners
+from llm_runtime.runtime.placement import ip_address, listeners
 from llm_runtime.runtime.plan import NodePlan
 from llm_runtime.runtime.topology import LoadedTopology, TopologyError
 from llm_runtime.runtime.tree import actor_names, build_tree

@@ -15,10 +15,10 @@ from llm_runtime.actors.ingress.journal import slot_bytes
 from llm_runtime.runtime.encoder_plan import EncoderPlan
 from llm_runtime.runtime.engine_plan import EnginePlan
 from llm_runtime.runtime.model_plan import ModelPlan
-from llm_runtime.runtime.needs import arena_sizes_of
-from llm_runtime.runtime.nodes import ip_address, part_of
 from llm_runtime.runtime.output_formats import output_formats
+from llm_runtime.runtime.placement import ip_address, part_of
 from llm_runtime.runtime.plan import NodePlan, is_loopback
+from llm_runtime.runtime.resource_check import arena_sizes_of
 from llm_runtime.runtime.status_socket import NAME as STATUS_SOCKET
 from llm_runtime.runtime.topology import Faults
 from llm_runtime.supervisors.spec import ChildSpec, SupervisorSpec

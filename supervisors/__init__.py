@@ -6,13 +6,13 @@ its `Link` to the supervisor. Supervisors nest: a child of type "supervisor" is 
 """
 
 from llm_runtime.supervisors.exits import CrashReport, ExitReason, read_crashes
-from llm_runtime.supervisors.link import MAX_PARKED, ChildContext, Link
+from llm_runtime.supervisors.link import MAX_STORED_FDS, ChildContext, Link
 from llm_runtime.supervisors.spec import Backoff, ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate
 from llm_runtime.supervisors.status import ChildCounts, ChildInfo, Culprit, Event, NodeStatus, RunResult
 from llm_runtime.supervisors.supervisor import Supervisor
 
 __all__ = [
-    "MAX_PARKED",
+    "MAX_STORED_FDS",
     "Backoff",
     "ChildContext",
     "ChildCounts",

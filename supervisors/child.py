@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from llm_runtime.supervisors.exits import ExitReason
-from llm_runtime.supervisors.parking import ParkingLot
+from llm_runtime.supervisors.fd_store import FdStore
 from llm_runtime.supervisors.process import Process
 from llm_runtime.supervisors.restarts import Delay
 from llm_runtime.supervisors.spec import ChildSpec
@@ -44,7 +44,7 @@ class Child:
 
     spec: ChildSpec
     delay: Delay
-    lot: ParkingLot = field(default_factory=ParkingLot)
+    fd_store: FdStore = field(default_factory=FdStore)
     wanted: bool = True
     in_wave: bool = False
     bounce: bool = False

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llm_runtime.supervisors import messages
-from llm_runtime.supervisors.messages import Crash, Failed, Heartbeat, Ignore, Park, Ready, Unpark, encode
+from llm_runtime.supervisors.messages import Crash, Failed, Heartbeat, Ignore, Ready, RemoveFd, StoreFd, encode
 from llm_runtime.supervisors.spec import SupervisorSpec
 from llm_runtime.supervisors.status import StatValue
 from llm_runtime.supervisors.wire import Channel
 
-MAX_PARKED = 2**16
-"""Descriptors one child may park at a time."""
+MAX_STORED_FDS = 2**16
+"""Descriptors one child may store at a time."""
 MAX_META_BYTES = 32 * 1024
 
 
@@ -33,7 +33,7 @@ class ChildContext:
                  same, new number whenever the group starts, so that peers of a collective agree on it.
     generation   incarnation of its supervisor (1 for the root).
     descriptors  name to descriptor, for the names in its specification.
-    parked       name to (descriptor, meta) of what an earlier incarnation parked and did not take back.
+    stored_fds       name to (descriptor, meta) of what an earlier incarnation stored and did not take back.
     supervisor   what to supervise, for nested supervisors.
     incarnations number of the latest start of each actor that it has supervised before, for nested supervisors.
     """
@@ -45,7 +45,7 @@ class ChildContext:
     descriptors: dict[str, int]
     run_dir: Path
     link: Link
-    parked: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    stored_fds: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     supervisor: SupervisorSpec | None = None
     incarnations: Mapping[str, int] = field(default_factory=dict)
 
@@ -69,7 +69,7 @@ class Link:
         self._lock = threading.Lock()
         self._shutdown = threading.Event()
         self._doing: tuple[str, float, float | None] = ("", 0.0, None)
-        self._parked: set[str] = set()
+        self._stored_fds: set[str] = set()
 
     @property
     def shutdown_requested(self) -> bool:
@@ -101,24 +101,24 @@ class Link:
         """The main loop waits for work, for however long."""
         self._doing = ("", 0.0, None)
 
-    def park(self, name: str, fd: int, meta: bytes = b"") -> None:
+    def store_fd(self, name: str, fd: int, meta: bytes = b"") -> None:
         """Leaves a duplicate of `fd` with the supervisor: the next incarnation finds it, with `meta`, in
-        `context.parked`. The caller keeps its own. A connection ends for the peer only after `unpark` too.
+        `context.stored_fds`. The caller keeps its own. A connection ends for the peer only after `remove_fd` too.
 
-        Raises ValueError for more than MAX_PARKED descriptors or MAX_META_BYTES of meta.
+        Raises ValueError for more than MAX_STORED_FDS descriptors or MAX_META_BYTES of meta.
         """
         if len(meta) > MAX_META_BYTES:
-            raise ValueError(f"meta of {name!r} has {len(meta)} bytes; park at most {MAX_META_BYTES}")
-        if name not in self._parked and len(self._parked) >= MAX_PARKED:
-            raise ValueError(f"{MAX_PARKED} descriptors are parked already; unpark some before {name!r}")
-        self._parked.add(name)
-        self.send(Park(owner=self._owner, name=name, meta=meta), [fd])
+            raise ValueError(f"meta of {name!r} has {len(meta)} bytes; store at most {MAX_META_BYTES}")
+        if name not in self._stored_fds and len(self._stored_fds) >= MAX_STORED_FDS:
+            raise ValueError(f"{MAX_STORED_FDS} descriptors are stored already; remove some before {name!r}")
+        self._stored_fds.add(name)
+        self.send(StoreFd(owner=self._owner, name=name, meta=meta), [fd])
 
-    def unpark(self, name: str) -> None:
+    def remove_fd(self, name: str) -> None:
         """The supervisor closes its duplicate. Does nothing for an unknown name."""
-        if name in self._parked:
-            self._parked.discard(name)
-            self.send(Unpark(owner=self._owner, name=name))
+        if name in self._stored_fds:
+            self._stored_fds.discard(name)
+            self.send(RemoveFd(owner=self._owner, name=name))
 
     def crashed(self, traceback: str) -> None:
         """Hands the traceback of the exception that ends this process to the supervisor."""
@@ -137,9 +137,9 @@ class Link:
             poll.poll(1000)
             self.channel.flush()
 
-    def adopt_parked(self, names: Sequence[str]) -> None:
-        """Counts what earlier incarnations left parked."""
-        self._parked.update(names)
+    def adopt_stored_fds(self, names: Sequence[str]) -> None:
+        """Counts what earlier incarnations left stored."""
+        self._stored_fds.update(names)
 
     def start_heartbeats(self) -> None:
         """Starts the heartbeat thread."""

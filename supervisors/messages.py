@@ -1,6 +1,6 @@
 """What a supervisor and its children say to each other over their link, and the supervisor to its zygote.
 
-Down: Start, Parked, Shutdown, Call. Up: Ready, Ignore, Failed, Crash, Heartbeat, Park, Unpark from every child;
+Down: Start, StoredFds, Shutdown, Call. Up: Ready, Ignore, Failed, Crash, Heartbeat, StoreFd, RemoveFd from every child;
 Counted, Tree, EventRaised, Reply and Ending from nested supervisors.
 """
 
@@ -30,13 +30,13 @@ class Start(_Message, frozen=True):
     descriptors: tuple[str, ...]
     run_dir: str
     heartbeat_s: float
-    parked: int
-    """Descriptors that follow in Parked messages before the child's code runs."""
+    stored_fds: int
+    """Descriptors that follow in StoredFds messages before the child's code runs."""
     incarnations: dict[str, int] = {}
     """For a nested supervisor: the number of the latest start of each child that it, or one below it, has had."""
 
 
-class ParkedEntry(_Message, frozen=True):
+class StoredFd(_Message, frozen=True):
     """A descriptor kept for `owner` under `name`."""
 
     owner: str
@@ -44,10 +44,10 @@ class ParkedEntry(_Message, frozen=True):
     meta: bytes
 
 
-class Parked(_Message, frozen=True):
-    """Parked descriptors coming back, in the order of the entries."""
+class StoredFds(_Message, frozen=True):
+    """StoredFds descriptors coming back, in the order of the entries."""
 
-    entries: tuple[ParkedEntry, ...]
+    entries: tuple[StoredFd, ...]
 
 
 class Shutdown(_Message, frozen=True):
@@ -100,15 +100,15 @@ class Heartbeat(_Message, frozen=True):
     stats: dict[str, StatValue] = {}
 
 
-class Park(_Message, frozen=True):
-    """Carries one descriptor for the supervisor to keep until Unpark; replaces one of the same name."""
+class StoreFd(_Message, frozen=True):
+    """Carries one descriptor for the supervisor to keep until RemoveFd; replaces one of the same name."""
 
     owner: str
     name: str
     meta: bytes
 
 
-class Unpark(_Message, frozen=True):
+class RemoveFd(_Message, frozen=True):
     """The supervisor shall close its copy."""
 
     owner: str
@@ -152,8 +152,8 @@ class Ending(_Message, frozen=True):
     culprit: Culprit | None
 
 
-Down = Start | Parked | Shutdown | Call
-Up = Ready | Ignore | Failed | Crash | Heartbeat | Park | Unpark | Counted | Tree | EventRaised | Reply | Ending
+Down = Start | StoredFds | Shutdown | Call
+Up = Ready | Ignore | Failed | Crash | Heartbeat | StoreFd | RemoveFd | Counted | Tree | EventRaised | Reply | Ending
 
 
 class ForkRequest(_Message, frozen=True):

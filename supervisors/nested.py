@@ -25,7 +25,7 @@ class NestedSupervisor:
             link=link,
         )
         supervisor.start_zygote()
-        supervisor.adopt_parked(context.parked)
+        supervisor.adopt_stored_fds(context.stored_fds)
         result = supervisor.run()
         link.send(messages.Ending(ok=result.ok, text=result.text, culprit=result.culprit))
         if not result.ok:

@@ -43,7 +43,7 @@ class Process:
     said: str = ""
     traceback: str = ""
     ending: messages.Ending | None = None
-    parked: Iterator[tuple[messages.Parked, list[int]]] | None = None
+    stored_fds: Iterator[tuple[messages.StoredFds, list[int]]] | None = None
     """What it is still to be given back."""
 
     def kill(self, verdict: tuple[ExitKind, str] | None = None) -> None:

@@ -13,13 +13,13 @@ from typing import Literal
 
 from llm_runtime.supervisors import linux, messages
 from llm_runtime.supervisors.child import Child, Done
-from llm_runtime.supervisors.family import Family
+from llm_runtime.supervisors.children import Children
 from llm_runtime.supervisors.link import Link
 from llm_runtime.supervisors.loop import Loop
 from llm_runtime.supervisors.messages import Call, Up
-from llm_runtime.supervisors.nursery import Nursery
 from llm_runtime.supervisors.parent import Parent
 from llm_runtime.supervisors.process import Process
+from llm_runtime.supervisors.spawner import Spawner
 from llm_runtime.supervisors.spec import (
     NESTED_SUPERVISOR,
     ChildInstance,
@@ -34,7 +34,7 @@ from llm_runtime.supervisors.zygote import Zygote
 LATE_S = 0.5
 """A supervisor that wakes so much later than it should was stopped itself, or the whole machine was."""
 
-_NO_CHANGE = messages.Heartbeat | messages.Park | messages.Unpark | messages.Counted | messages.Reply
+_NO_CHANGE = messages.Heartbeat | messages.StoreFd | messages.RemoveFd | messages.Counted | messages.Reply
 """Messages of children after which their state is what it was."""
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class Supervisor:
         self._run_dir = run_dir
         self._generation = generation
         self._on_event: Callable[[Event], None] | None = None
-        self._family = Family(
+        self._children = Children(
             spec,
             run_dir,
             generation,
@@ -113,11 +113,11 @@ class Supervisor:
         linux.become_subreaper()
         self._zygote.start()
 
-    def adopt_parked(self, parked: Mapping[str, tuple[int, bytes]]) -> None:
+    def adopt_stored_fds(self, stored_fds: Mapping[str, tuple[int, bytes]]) -> None:
         """Takes over what an earlier incarnation of this supervisor kept: "owner/name" to (descriptor, meta)."""
-        for key, (fd, meta) in parked.items():
+        for key, (fd, meta) in stored_fds.items():
             owner, _, name = key.partition("/")
-            self._family.adopt_parked(owner, name, fd, meta)
+            self._children.adopt_stored_fds(owner, name, fd, meta)
 
     def run(
         self,
@@ -133,12 +133,12 @@ class Supervisor:
         if self._zygote.channel is None:
             self.start_zygote()
         self._on_event = on_event
-        family = self._family
-        nursery = Nursery(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
-        self._nursery = nursery
-        family.attach(nursery)
+        children = self._children
+        spawner = Spawner(self._zygote, self._loop, self._on_message, self._on_exit, self._zygote_lost)
+        self._spawner = spawner
+        children.attach(spawner)
         callbacks: dict[int, Callable[[], None]] = {
-            signal.SIGCHLD: nursery.child_ended,
+            signal.SIGCHLD: spawner.child_ended,
             signal.SIGTERM: self.shutdown,
             signal.SIGINT: self._interrupted,
         }
@@ -148,19 +148,19 @@ class Supervisor:
         for fd, callback in (extra or {}).items():
             self.watch(fd, callback)
         try:
-            family.step()
-            while not family.over:
+            children.step()
+            while not children.over:
                 if self._parent is not None:
-                    self._parent.tell(family.started)
-                self._poll(nursery)
+                    self._parent.tell(children.started)
+                self._poll(spawner)
                 now = time.monotonic()
-                nursery.check(now)
-                family.check()
-            assert family.result is not None
-            return family.result
+                spawner.check(now)
+                children.check()
+            assert children.result is not None
+            return children.result
         finally:
-            family.kill_all()
-            nursery.close()
+            children.kill_all()
+            spawner.close()
             self._loop.close()
 
     # Commands, by the id of any child of the tree
@@ -170,14 +170,14 @@ class Supervisor:
         simple_one_for_one. If it cannot start, it is forgotten."""
         done = done or _warn
         ids = [new.id] if isinstance(new, ChildInstance) else [spec.id for spec in _with_descendants(new)]
-        elsewhere = {self.name}  # a sibling of the same id is found by the family
+        elsewhere = {self.name}  # a sibling of the same id is found by the children
         for node in self._tree().walk():
             if node.name != (under or self.name):
                 elsewhere.update(child.name for child in node.children)
         if taken := [id for id in ids if id in elsewhere]:
             done(f"the id {taken[0]!r} is taken by another actor of the tree")
         elif under in ("", self.name):
-            self._family.add(new, done)
+            self._children.add(new, done)
             self._changed()
         elif isinstance(new, ChildInstance):
             self._command("start", under, done, instance=new)
@@ -202,17 +202,17 @@ class Supervisor:
 
     def renew_zygote(self, done: Done | None = None) -> None:
         """Has children that start from now on, and all below them, run the program as it is on the disk now."""
-        self._nursery.renew_zygote(done or _warn)
+        self._spawner.renew_zygote(done or _warn)
 
     def shutdown(self) -> None:
         """Stops all children, right to left; then `run` returns."""
-        self._family.end(RunResult(ok=True, text="stopped as asked"))
+        self._children.end(RunResult(ok=True, text="stopped as asked"))
         self._changed()
 
     def kill_all(self) -> None:
         """Stops the tree at once, by SIGKILL."""
         self.shutdown()
-        self._family.kill_all()
+        self._children.kill_all()
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
         """Calls `callback` inside `run` whenever `fd` is readable. Its exceptions are logged."""
@@ -248,16 +248,16 @@ class Supervisor:
         return ChildCounts(specs=len(nodes), active=active, supervisors=supervisors, workers=len(nodes) - supervisors)
 
     def _tree(self) -> NodeStatus:
-        ending = self._family.result is not None
+        ending = self._children.result is not None
         return NodeStatus(
             name=self.name,
             kind="supervisor",
             pid=os.getpid(),
-            state="stopping" if ending else "running" if self._family.started else "starting",
+            state="stopping" if ending else "running" if self._children.started else "starting",
             incarnation=self._generation,
             started_at=self._started_at,
-            stats={"unwritten_reports": self._family.unwritten} if self._family.unwritten else {},
-            children=[child.status() for child in self._family.children.values()],
+            stats={"unwritten_reports": self._children.unwritten} if self._children.unwritten else {},
+            children=[child.status() for child in self._children.by_id.values()],
         )
 
     def _supervisor_node(self, name: str) -> NodeStatus:
@@ -280,7 +280,7 @@ class Supervisor:
         instance: ChildInstance | None = None,
     ) -> None:
         done = done or _warn
-        child = self._family.children.get(target)
+        child = self._children.by_id.get(target)
         self._changed()
         if child is None or op == "start":
             via = self._way_to(target)
@@ -299,19 +299,19 @@ class Supervisor:
                 spec=spec,
                 instance=instance,
             )
-            self._nursery.send(via.process, call)
+            self._spawner.send(via.process, call)
         elif op == "terminate":
-            self._family.terminate(child, done)
+            self._children.terminate(child, done)
         elif op == "restart":
-            self._family.restart(child, graceful, done)
+            self._children.restart(child, graceful, done)
         elif op == "delete":
-            self._family.delete(child, done)
+            self._children.delete(child, done)
         else:
-            self._family.send_signal(child, signum, done)
+            self._children.send_signal(child, signum, done)
 
     def _way_to(self, target: str) -> Child | None:
         """The direct child that is, or has below it, the supervisor or actor `target`."""
-        for child in self._family.children.values():
+        for child in self._children.by_id.values():
             if child.spec.id == target or child.contains(target):
                 return child
         return None
@@ -332,13 +332,13 @@ class Supervisor:
     def _on_message(self, process: Process, message: Up, fds: list[int]) -> None:
         if not isinstance(message, _NO_CHANGE):
             self._changed()
-        self._family.on_message(process, message, fds)
+        self._children.on_message(process, message, fds)
         if isinstance(message, messages.Ready):
-            self._family.step()
+            self._children.step()
 
     def _on_exit(self, process: Process, status: os.waitid_result | None, error: str) -> None:
         self._changed()
-        self._family.on_exit(process, status, error)
+        self._children.on_exit(process, status, error)
 
     def _zygote_lost(self, pid: int) -> None:
         self._report(
@@ -353,7 +353,7 @@ class Supervisor:
 
     def _interrupted(self) -> None:
         """Ctrl-C: an orderly stop the first time, the second time at once."""
-        if self._family.result is None:
+        if self._children.result is None:
             self.shutdown()
         else:
             self.kill_all()
@@ -376,15 +376,15 @@ class Supervisor:
             except Exception:
                 _log.exception("callback for events")
 
-    def _poll(self, nursery: Nursery) -> None:
-        timeout_s = self._timeout(nursery)
+    def _poll(self, spawner: Spawner) -> None:
+        timeout_s = self._timeout(spawner)
         before = time.monotonic()
         self._loop.poll(timeout_s)
         if timeout_s is not None and (late_s := time.monotonic() - before - timeout_s) > LATE_S:
-            self._family.forgive(late_s)
+            self._children.forgive(late_s)
 
-    def _timeout(self, nursery: Nursery) -> float | None:
-        deadlines = [nursery.deadline(), self._family.deadline()]
+    def _timeout(self, spawner: Spawner) -> float | None:
+        deadlines = [spawner.deadline(), self._children.deadline()]
         if self._parent is not None:
             deadlines.append(self._parent.next_beat)
         known = [deadline for deadline in deadlines if deadline is not None]

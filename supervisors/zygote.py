@@ -23,7 +23,7 @@ from typing import NoReturn
 from setproctitle import setproctitle
 
 from llm_runtime.supervisors import linux, messages
-from llm_runtime.supervisors.bootstrap import enter
+from llm_runtime.supervisors.child_main import enter
 from llm_runtime.supervisors.messages import ForkReply, ForkRequest, encode
 from llm_runtime.supervisors.wire import LAST, PACKET_BYTES, Channel, socket_pair
 

@@ -72,7 +72,7 @@ class RefusalCounter(Protocol):
     refused: int
 
 
-class Doorkeeper:
+class ZapAuthenticator:
     """A second inbox of a mailbox, bound to a TCP address, and the thread that lets nobody in without the keys.
 
     A thread, because a handshake must not wait until the actor's main loop has time. It ends with the context.
@@ -108,7 +108,7 @@ class Doorkeeper:
             for each in (self._zap, self._events, self.socket):
                 each.close(0)
             raise
-        threading.Thread(target=self._run, name="doorkeeper", daemon=True).start()
+        threading.Thread(target=self._run, name="zap", daemon=True).start()
 
     def _run(self) -> None:
         poller = zmq.Poller()

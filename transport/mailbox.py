@@ -19,7 +19,7 @@ import msgspec
 import zmq
 
 from llm_runtime.transport.codec import Codec, Envelope, MalformedMessage, OversizedMessage
-from llm_runtime.transport.curve import Doorkeeper, Network, RemoteOutbox
+from llm_runtime.transport.curve import Network, RemoteOutbox, ZapAuthenticator
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,8 @@ class Mailbox(Generic[Body]):
         """The inbox's socket file, if it has one."""
         self._bind()
         if network is not None and network.listen:
-            door = Doorkeeper(self._context, network, HIGH_WATER_MARK, 2 * codec.max_bytes, self.counters)
-            self.sockets.append(door.socket)
+            zap = ZapAuthenticator(self._context, network, HIGH_WATER_MARK, 2 * codec.max_bytes, self.counters)
+            self.sockets.append(zap.socket)
         self._poller = zmq.Poller()
         for socket in self.sockets:
             self._poller.register(socket, zmq.POLLIN)

@@ -1,6 +1,6 @@
 """Reading model checkpoints: GGUF files and Hugging Face directories. Imports no torch."""
 
-from llm_runtime.actors.checkpoint.config import Experts, Foreign, Latent, ModelConfig
+from llm_runtime.actors.checkpoint.config import Experts, Latent, ModelConfig, TransformersShape
 from llm_runtime.actors.checkpoint.errors import CheckpointError
 from llm_runtime.actors.checkpoint.facts import CheckpointFacts, checkpoint_facts
 from llm_runtime.actors.checkpoint.gguf import GGUFFile, TensorInfo
@@ -12,7 +12,6 @@ __all__ = [
     "CheckpointError",
     "CheckpointFacts",
     "Experts",
-    "Foreign",
     "GGUFFile",
     "Latent",
     "ModelConfig",
@@ -20,6 +19,7 @@ __all__ = [
     "SamplingDefaults",
     "Task",
     "TensorInfo",
+    "TransformersShape",
     "checkpoint_facts",
     "checkpoint_identity",
     "read_config",

@@ -66,7 +66,7 @@ class Experts(msgspec.Struct, frozen=True):
     scaling: float
 
 
-class Foreign(msgspec.Struct, frozen=True):
+class TransformersShape(msgspec.Struct, frozen=True):
     """A model that transformers' own implementation runs, over the pages of this runtime.
 
     Attributes:
@@ -119,7 +119,7 @@ class ModelConfig(msgspec.Struct, frozen=True):
     latent: Latent | None = None
     experts: Experts | None = None
     fp8_block: tuple[int, int] | None = None
-    foreign: Foreign | None = None
+    transformers: TransformersShape | None = None
 
 
 def check_config(path: Path, config: ModelConfig) -> None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llm_runtime.actors.checkpoint.config import Foreign, ModelConfig
+from llm_runtime.actors.checkpoint.config import ModelConfig, TransformersShape
 from llm_runtime.actors.checkpoint.errors import CheckpointError
 from llm_runtime.actors.checkpoint.files import stored_tensors
 
@@ -60,7 +60,7 @@ def config_of_transformers(path: Path, architecture: str, known: tuple[str, ...]
         rope_theta=1.0,
         rms_eps=1.0,
         tie_embeddings=False,
-        foreign=Foreign(parameters=sum(map(math.prod, shapes)), tensors=len(shapes)),
+        transformers=TransformersShape(parameters=sum(map(math.prod, shapes)), tensors=len(shapes)),
         **rest,
     )
 

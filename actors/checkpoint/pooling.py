@@ -161,7 +161,7 @@ def _encoder(path: Path, raw: dict[str, Any], architecture: str, task: Literal["
 
 
 def _decoder(path: Path, config: ModelConfig, raw: dict[str, Any], task: Literal["embed", "classify"]) -> PoolingConfig:
-    if config.foreign is not None:
+    if config.transformers is not None:
         raise CheckpointError(f"{path}: {config.architecture} is not supported for the task {task}")
     return _finish(
         path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from llm_runtime.actors.encoder.config import EncoderConfig
 from llm_runtime.actors.encoder.models.bert import Bert
 from llm_runtime.actors.encoder.models.decoder import Decoder
 from llm_runtime.actors.encoder.queue import Queue, Request
-from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, Sequence
+from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, TokenSequence
 
 Vectors = NDArray[np.float32]
 
@@ -30,7 +30,7 @@ class Vectorizer(Protocol):
 
     nbytes: int
 
-    def vectors(self, sequences: Many[Tensor], types: Many[Tensor | None]) -> Tensor:
+    def vectors(self, sequences: Sequence[Tensor], types: Sequence[Tensor | None]) -> Tensor:
         """The answers to sequences of token ids, int64 [length], the short ones first: float32 [n, vector size].
 
         types: token type ids of each, None for zeros.
@@ -52,7 +52,7 @@ class Encoder(Actor):
             torch.set_num_threads(self.config.threads)
         try:
             self.pooling, self.model = self._load()
-            self._vectors([Sequence(0, b"\0\0\0\0")])
+            self._vectors([TokenSequence(0, b"\0\0\0\0")])
         except CheckpointError as error:
             raise StartFailure(str(error)) from None
 
@@ -106,7 +106,7 @@ class Encoder(Actor):
         most = max(config.chunk_tokens, config.max_model_len)
         return pooling, Decoder(path, pooling, config.dtype, arena, most, config.max_model_len)
 
-    def _check(self, sequence: Sequence) -> None:
+    def _check(self, sequence: TokenSequence) -> None:
         length, odd = divmod(len(sequence.tokens), 4)
         if odd or not 1 <= length <= self.config.max_model_len or len(sequence.types) not in (0, length):
             raise BadMessage(f"a sequence of {len(sequence.tokens)} bytes, with {len(sequence.types)} types")
@@ -137,7 +137,7 @@ class Encoder(Actor):
         self._continue()
 
     @torch.inference_mode()
-    def _vectors(self, sequences: Many[Sequence]) -> Vectors:
+    def _vectors(self, sequences: Sequence[TokenSequence]) -> Vectors:
         ids = [torch.from_numpy(np.frombuffer(each.tokens, "<i4").astype(np.int64)) for each in sequences]
         types = [
             torch.from_numpy(np.frombuffer(each.types, np.uint8).astype(np.int64)) if each.types else None
@@ -148,7 +148,7 @@ class Encoder(Actor):
             vectors = normalize(vectors, dim=1)
         return vectors.numpy().astype("<f4", copy=False)
 
-    def _answer(self, batch: Many[tuple[Request, Sequence]], vectors: Vectors) -> None:
+    def _answer(self, batch: Sequence[tuple[Request, TokenSequence]], vectors: Vectors) -> None:
         rows: dict[Request, list[int]] = {}
         for row, (request, _) in enumerate(batch):
             rows.setdefault(request, []).append(row)

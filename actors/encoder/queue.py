@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 
 from llm_runtime.actors.encoder.config import MAX_SEQUENCES
-from llm_runtime.actors.messages import Sequence
+from llm_runtime.actors.messages import TokenSequence
 
 Request = tuple[str, str]
 """An ingress, and its name for a request."""
@@ -23,7 +23,7 @@ class Queue:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._waiting: dict[Request, deque[Sequence]] = {}
+        self._waiting: dict[Request, deque[TokenSequence]] = {}
         self._turns: deque[Request] = deque()
 
     def __len__(self) -> int:
@@ -32,7 +32,7 @@ class Queue:
     def __contains__(self, request: Request) -> bool:
         return request in self._waiting
 
-    def put(self, request: Request, sequences: Many[Sequence]) -> None:
+    def put(self, request: Request, sequences: Sequence[TokenSequence]) -> None:
         """What a request waits for, in the place of all that it has waited for before."""
         if not sequences:
             self.drop(request)
@@ -51,9 +51,9 @@ class Queue:
         for request in [each for each in self._waiting if each[0] == ingress]:
             self.drop(request)
 
-    def take(self) -> list[tuple[Request, Sequence]]:
+    def take(self) -> list[tuple[Request, TokenSequence]]:
         """The next batch: the short sequences first; empty if nothing waits."""
-        batch: list[tuple[Request, Sequence]] = []
+        batch: list[tuple[Request, TokenSequence]] = []
         left = 4 * self.max_tokens
         while self._turns and len(batch) < MAX_SEQUENCES:
             request = self._turns[0]

@@ -13,7 +13,7 @@ from msgspec import Meta
 from llm_runtime.actors.actor import Actor, StartFailure, handles
 from llm_runtime.actors.checkpoint import CheckpointError
 from llm_runtime.actors.grammar.backends import BackendName, load_backend, missing
-from llm_runtime.actors.grammar.workshop import Workshop
+from llm_runtime.actors.grammar.compiler import GrammarCompiler
 from llm_runtime.actors.messages import Compile, Compiled
 
 logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ class Grammar(Actor):
                 load_backend(Path(config.model), config.vocab_size, config.backend)
         except CheckpointError as error:
             raise StartFailure(str(error)) from None
-        self.workshop = Workshop(lambda: load_backend(Path(config.model), config.vocab_size, config.backend))
-        self.watched.append(self.workshop.fd)
+        self.compiler = GrammarCompiler(lambda: load_backend(Path(config.model), config.vocab_size, config.backend))
+        self.watched.append(self.compiler.fd)
         self.refused = 0
         _limit_memory(config.limit_bytes)
         self.watching = False
@@ -59,34 +59,34 @@ class Grammar(Actor):
     @handles(Compile)
     def compile(self, message: Compile, sender: str) -> None:
         """A constraint that a scheduler has not seen before."""
-        self.workshop.want(message.constraint, sender)
+        self.compiler.submit(message.constraint, sender)
         self._watch()
 
     def turn(self) -> None:
-        for asker, answer in self.workshop.finished():
+        for asker, answer in self.compiler.finished():
             self._answer(asker, answer)
 
     def stats(self) -> dict[str, float]:
         """Constraints compiled, and refused, since the start."""
-        return {"grammars_compiled": float(self.workshop.compiled), "grammars_refused": float(self.refused)}
+        return {"grammars_compiled": float(self.compiler.compiled), "grammars_refused": float(self.refused)}
 
     def _answer(self, asker: str, answer: Compiled) -> None:
         self.refused += bool(answer.error)
         self.send(asker, answer)
 
     def _watch(self) -> None:
-        if self.workshop.busy and not self.watching:
+        if self.compiler.busy and not self.watching:
             self.watching = True
             self.after(CHECK_INTERVAL_S, self._check)
 
     def _check(self) -> None:
         self.watching = False
-        digest = self.workshop.overdue(self.config.limit_s)
+        digest = self.compiler.overdue(self.config.limit_s)
         if not digest:
             self._watch()
             return
         text = f"The constraint takes longer than {self.config.limit_s:g} seconds to compile: make it simpler."
-        for asker in self.workshop.askers(digest):
+        for asker in self.compiler.askers(digest):
             self._answer(asker, Compiled(digest, text))
         logger.error("a constraint takes too long to compile: the process ends to be rid of it")
         raise SystemExit(1)

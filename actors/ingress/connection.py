@@ -11,8 +11,8 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from llm_runtime.actors.ingress.errors import ApiError
-from llm_runtime.actors.ingress.journal import Past, Recovered
-from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.journal import Recovered, ReplayState
+from llm_runtime.actors.ingress.output_deltas import new_rid
 from llm_runtime.actors.ingress.socket_transport import SocketTransport
 from llm_runtime.actors.ingress.wire import wire_of
 from llm_runtime.actors.ingress.work import Work
@@ -45,7 +45,7 @@ class Connection(HttpToolsProtocol):
         recovered = recovered or Recovered()
         self._application, self.app = self.app, self._answer
         self._answered = recovered.answered
-        self._past = recovered.past
+        self._replay = recovered.replay
         self._in_request = False
         self._running: RequestResponseCycle | None = None
         self.url = b""
@@ -78,7 +78,7 @@ class Connection(HttpToolsProtocol):
 
     def go_on(self, recovered: Recovered) -> None:
         """Takes up what an earlier incarnation has left; after `connection_made`."""
-        self.transport.asides = recovered.past.asides
+        self.transport.asides = recovered.replay.asides
         if recovered.closed:
             self.transport.close()
         elif recovered.received:
@@ -214,8 +214,8 @@ class Connection(HttpToolsProtocol):
             return
         cycle = self._running
         assert cycle is not None
-        past, self._past = self._past, Past()
-        work = scope["state"]["work"] = Work(transport.slot, past)
+        replay, self._replay = self._replay, ReplayState()
+        work = scope["state"]["work"] = Work(transport.slot, replay)
         old = scope["http_version"] == "1.0"  # streams end with the connection, RFC 9112 §6.3
         if len(scope["path"]) > 1:
             scope["path"] = scope["path"].rstrip("/") or "/"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 
 from llm_runtime.actors.ingress.errors import ApiError
-from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.output_deltas import new_rid
 from llm_runtime.actors.messages import (
     CacheFlushed,
     EndRequests,

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 
 from llm_runtime.actors.ingress.errors import ApiError
 from llm_runtime.actors.ingress.metrics import RequestMetrics
-from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.output_deltas import OutputDelta
 from llm_runtime.actors.ingress.work import Work
-from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, Message
-from llm_runtime.actors.messages import Sequence as Question
+from llm_runtime.actors.messages import Abort, Embed, Embedded, EmbedRefused, Message, TokenSequence
 
 MAX_STALL_S = 60.0
 REFUSED_AGAIN_S = 0.5
@@ -23,7 +22,7 @@ class _Request:
 
     __slots__ = ("answer", "ask_at", "asked", "encoder", "missing", "rid", "stall_s", "vectors", "work")
 
-    def __init__(self, work: Work, missing: dict[int, Question], answer: asyncio.Future[None]) -> None:
+    def __init__(self, work: Work, missing: dict[int, TokenSequence], answer: asyncio.Future[None]) -> None:
         self.rid = work.identity.rid
         self.work = work
         self.missing = missing
@@ -74,7 +73,7 @@ class Encoders:
 
         Raises ApiError when the encoder has no room.
         """
-        missing = {place: Question(place, tokens, types) for place, (tokens, types) in enumerate(sequences)}
+        missing = {place: TokenSequence(place, tokens, types) for place, (tokens, types) in enumerate(sequences)}
         request = _Request(work, missing, asyncio.get_running_loop().create_future())
         for place, piece in (each for group in work.old for each in group):
             self._take(request, place, piece.vector)
@@ -108,7 +107,7 @@ class Encoders:
         for number, place in enumerate(places):
             if place in request.missing:
                 vector = message.vectors[number * size : (number + 1) * size]
-                request.work.received(place, Piece([], "", None, None, None, 0, None, vector))
+                request.work.received(place, OutputDelta([], "", None, None, None, 0, None, vector))
                 self._take(request, place, vector)
         request.stall_s = self._stall_s
         request.ask_at = self._clock() + request.stall_s

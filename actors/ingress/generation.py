@@ -11,7 +11,7 @@ from msgspec import structs
 from llm_runtime.actors.ingress.errors import ApiError
 from llm_runtime.actors.ingress.exchange import Exchange, Write
 from llm_runtime.actors.ingress.ledger import Entry, Ledger
-from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.output_deltas import OutputDelta
 from llm_runtime.actors.ingress.work import Work
 from llm_runtime.actors.messages import SamplingParams, TextParams
 
@@ -179,9 +179,9 @@ class Generation:
             self._wake()
 
     def _recall(self) -> None:
-        for index, piece in self._work.old.pop(0):
+        for index, delta in self._work.old.pop(0):
             entry = self.entries[index]
-            entry.append(piece)
+            entry.append(delta)
             self.progressed(entry)
         if not self._work.old:
             self._submit()
@@ -194,9 +194,9 @@ class Generation:
 
     # -- called by the ledger -------------------------------------------------------------------------------------
 
-    def received(self, entry: Entry, piece: Piece) -> None:
+    def received(self, entry: Entry, delta: OutputDelta) -> None:
         """See `Listener`."""
-        self._work.received(entry.index, piece)
+        self._work.received(entry.index, delta)
 
     def attempted(self, entry: Entry) -> None:
         """See `Listener`."""

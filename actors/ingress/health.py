@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from llm_runtime.actors.ingress.errors import ApiError
 from llm_runtime.actors.ingress.exchange import Exchange
-from llm_runtime.actors.ingress.journal import Past
+from llm_runtime.actors.ingress.journal import ReplayState
 from llm_runtime.actors.ingress.service import Service
 from llm_runtime.actors.ingress.work import Work
 from llm_runtime.actors.messages import SamplingParams, TextParams
@@ -58,7 +58,7 @@ async def _try(service: Service) -> None:
     token = model.eos_token_ids[0] if model.eos_token_ids else 0
     prompt = array("i", [token]).tobytes()
     sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-    work = Work(None, Past())
+    work = Work(None, ReplayState())
     try:
         async with asyncio.timeout(HEALTH_GENERATE_TIMEOUT_S):
             if model.task != "generate":

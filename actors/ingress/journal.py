@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from llm_runtime.actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.output_deltas import Identity, OutputDelta
 
 SLOT_OVERHEAD_BYTES = 8 * 2**20
 """What a slot has room for besides the largest request body: the tokens of its answer, above all."""
@@ -36,7 +36,7 @@ what kills the worker. It is given up before the supervisor gives up the worker.
 READ_BYTES = 2**16
 """The most that is read from a connection at once."""
 GRAIN_BYTES = 2**16
-"""Memory is counted, and given back, in pieces of this size."""
+"""Memory is counted, and given back, in deltas of this size."""
 _KEPT_BYTES = 4 * GRAIN_BYTES
 """What a slot may keep that has been given back, so that the next request costs no page faults."""
 _WARM_SLOTS = 64
@@ -45,7 +45,7 @@ _WARM_SLOTS = 64
 # Kinds of records.
 _BASE = 1  # first of a log: serial number of the connection, bytes read and written before
 _READ = 2  # bytes from the client
-_SENT = 3  # bytes for the client, where they end in all that is sent, and how many pieces they cover
+_SENT = 3  # bytes for the client, where they end in all that is sent, and how many deltas they cover
 _IDENTITY = 4
 _PROMPTS = 5
 _PIECE = 6  # what has arrived of choice `index`
@@ -63,7 +63,7 @@ _HEADER = struct.Struct("=BBHI")  # kind, flags, index, length of what follows
 _HEAD = _HEADER.size
 _SENT_HEADER = struct.Struct(
     "=BBHIIQ"
-)  # kind, flags, 0, length of the bytes, pieces covered, where they end in all that is sent
+)  # kind, flags, 0, length of the bytes, deltas covered, where they end in all that is sent
 _SENT_HEAD = _SENT_HEADER.size
 _LENGTH = struct.Struct("=I")
 _LENGTH_AT = 4
@@ -77,7 +77,7 @@ _START = 16
 _encode = msgspec.msgpack.Encoder().encode
 _decode_identity = msgspec.msgpack.Decoder(Identity).decode
 _decode_prompts = msgspec.msgpack.Decoder(list[bytes]).decode
-_decode_piece = msgspec.msgpack.Decoder(Piece).decode
+_decode_delta = msgspec.msgpack.Decoder(OutputDelta).decode
 _decode_attempt = msgspec.msgpack.Decoder(int).decode
 
 
@@ -259,7 +259,7 @@ class Slot:
         """These bytes are about to be given to the kernel.
 
         Args:
-            covered: how many pieces of the request's tokens the answer holds now.
+            covered: how many deltas of the request's tokens the answer holds now.
             last: the answer ends with them.
             aside: they are not of an answer.
             closes: the connection ends with them.
@@ -295,9 +295,9 @@ class Slot:
         """Token ids (i32) of the request's prompts."""
         self._append(_PROMPTS, _encode(tokens))
 
-    def piece(self, index: int, piece: Piece) -> None:
+    def delta(self, index: int, delta: OutputDelta) -> None:
         """What has arrived of a choice."""
-        self._append(_PIECE, _encode(piece), index)
+        self._append(_PIECE, _encode(delta), index)
 
     def attempt(self, index: int, attempt: int) -> None:
         """A choice is about to be handed to a scheduler under this number."""
@@ -415,7 +415,7 @@ class Slot:
     def _replay(self, taken: int) -> tuple[Recovered, bytearray]:
         """The log's content, and the bytes that the kernel has not taken."""
         recovered, unsent = Recovered(idle=self.sent_bytes > 0), bytearray()
-        past = recovered.past
+        replay = recovered.replay
         resumed_at = 0.0
         for kind, flags, index, at, data in self._records():
             if kind == _RESUMED:
@@ -434,19 +434,19 @@ class Slot:
                     unsent += data[len(data) - (self.sent_bytes - begin) :]
                 if flags & _LAST:
                     recovered.answered += 1
-                    past = recovered.past = Past()
+                    replay = recovered.replay = ReplayState()
                 elif flags & _ASIDE:
-                    past.asides += 1
+                    replay.asides += 1
                 elif not flags & _DONE:
-                    past.begun, past.covered = True, covered
+                    replay.begun, replay.covered = True, covered
             elif kind == _IDENTITY:
-                past.identity = _decode_identity(data)
+                replay.identity = _decode_identity(data)
             elif kind == _PROMPTS:
-                past.prompts = _decode_prompts(data)
+                replay.prompts = _decode_prompts(data)
             elif kind == _PIECE:
-                past.pieces.append((index, _decode_piece(data)))
+                replay.deltas.append((index, _decode_delta(data)))
             elif kind == _ATTEMPT:
-                past.attempts[index] = _decode_attempt(data)
+                replay.attempts[index] = _decode_attempt(data)
             if kind == _CLOSE or (kind == _SENT and flags & _CLOSES):
                 recovered.closed = True
         return recovered, unsent
@@ -467,21 +467,21 @@ class Slot:
 
 
 @dataclass
-class Past:
+class ReplayState:
     """What is known of the request that is being answered.
 
     Attributes:
         identity: None if the request had not come far enough.
         prompts: token ids (i32) of its prompts, None before they are known.
-        pieces: (choice, piece), in the order in which they arrived.
+        deltas: (choice, delta), in the order in which they arrived.
         attempts: number under which each choice was last handed to a scheduler again.
-        begun: a part of a streamed answer was sent, with the first `covered` pieces in it.
+        begun: a part of a streamed answer was sent, with the first `covered` deltas in it.
         asides: bytes sent before the answer, such as 100 Continue, in so many writes.
     """
 
     identity: Identity | None = None
     prompts: list[bytes] | None = None
-    pieces: list[tuple[int, Piece]] = field(default_factory=list)
+    deltas: list[tuple[int, OutputDelta]] = field(default_factory=list)
     attempts: dict[int, int] = field(default_factory=dict)
     begun: bool = False
     covered: int = 0
@@ -499,7 +499,7 @@ class Recovered:
         closed: the connection ends after that.
         idle: if nothing has been received, it has been kept alive after an answer.
         resumed: that many incarnations have gone on with it in quick succession and have made no progress.
-        past: of the first request that has not been answered.
+        replay: of the first request that has not been answered.
     """
 
     received: bytearray = field(default_factory=bytearray)
@@ -508,4 +508,4 @@ class Recovered:
     closed: bool = False
     idle: bool = False
     resumed: int = 0
-    past: Past = field(default_factory=Past)
+    replay: ReplayState = field(default_factory=ReplayState)

@@ -18,7 +18,7 @@ from msgspec import structs
 from llm_runtime.actors.ingress.engines import Engines
 from llm_runtime.actors.ingress.errors import ApiError
 from llm_runtime.actors.ingress.metrics import IngressMetrics
-from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.output_deltas import OutputDelta
 from llm_runtime.actors.ingress.tracing import Tracing, attempt_context, since_1970_ns
 from llm_runtime.actors.messages import (
     Abort,
@@ -49,8 +49,8 @@ REFUSED_AGAIN_S = 0.5
 class Listener(Protocol):
     """Who waits for a request's progress."""
 
-    def received(self, entry: Entry, piece: Piece) -> None:
-        """A piece is about to be added to the entry."""
+    def received(self, entry: Entry, delta: OutputDelta) -> None:
+        """A delta is about to be added to the entry."""
 
     def attempted(self, entry: Entry) -> None:
         """The entry is about to be handed to a scheduler again, under a new number."""
@@ -165,18 +165,18 @@ class Entry:
         """Length of the prompt in tokens."""
         return len(self.prompt) // 4
 
-    def append(self, piece: Piece) -> None:
+    def append(self, delta: OutputDelta) -> None:
         """Adds what comes next."""
-        self.output.extend(piece.tokens)
-        if piece.text:
-            self._texts.append(piece.text)
-            self.characters += len(piece.text)
-        if piece.logprobs:
-            self._logprobs.extend(piece.logprobs)
-        if piece.prompt_logprobs is not None:
-            self.prompt_logprobs = piece.prompt_logprobs
-        self.cached_tokens = max(self.cached_tokens, piece.cached_tokens)
-        self.finish, self.stop_reason = piece.finish, piece.stop_reason
+        self.output.extend(delta.tokens)
+        if delta.text:
+            self._texts.append(delta.text)
+            self.characters += len(delta.text)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs = delta.prompt_logprobs
+        self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
+        self.finish, self.stop_reason = delta.finish, delta.stop_reason
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -244,9 +244,9 @@ class Ledger:
 
     def end(self, entry: Entry) -> None:
         """Ends a request early, as somebody has asked: what has arrived is its answer."""
-        piece = Piece([], "", None, "abort", None, entry.cached_tokens, None)
-        entry.listener.received(entry, piece)
-        entry.append(piece)
+        delta = OutputDelta([], "", None, "abort", None, entry.cached_tokens, None)
+        entry.listener.received(entry, delta)
+        entry.append(delta)
         self.abort(entry)
         entry.listener.progressed(entry)
 
@@ -356,9 +356,9 @@ class Ledger:
         if tokens:
             self._observe_tokens(entry, len(tokens), now)
         stop_reason = event.stop_reason if finish is not None else None
-        piece = Piece(tokens, text, logprobs, finish, stop_reason, event.cached_tokens, prompt_logprobs)
-        entry.listener.received(entry, piece)
-        entry.append(piece)
+        delta = OutputDelta(tokens, text, logprobs, finish, stop_reason, event.cached_tokens, prompt_logprobs)
+        entry.listener.received(entry, delta)
+        entry.append(delta)
         entry.stall_s = self._stall_s
         entry.stalls_at = now + self._stall_s
         if finish is not None:

@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 
 from llm_runtime.actors.ingress.errors import invalid
 from llm_runtime.actors.ingress.exchange import Exchange
-from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.output_deltas import new_rid
 from llm_runtime.actors.ingress.service import Service
 from llm_runtime.actors.messages import Activity, Profile
 

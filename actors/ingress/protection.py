@@ -35,7 +35,7 @@ class Shelter:
         self._serial += 1
         protection = Protection(self, connection, self._serial)
         if self.journal is not None:
-            protection.park()
+            protection.store()
         return protection
 
     def found(self, connection: socket.socket, serial: int, slot: Slot | None, read: int, sent: int) -> Protection:
@@ -47,7 +47,7 @@ class Shelter:
             sent: bytes that have been sent on it.
         """
         protection = Protection(self, connection, serial)
-        protection.parked = True
+        protection.stored = True
         protection.read_bytes, protection.sent_bytes = read, sent
         protection.slot = slot
         if slot is not None:
@@ -72,18 +72,18 @@ class Protection:
 
     At each moment it is one of these, and what a new incarnation does follows from it:
 
-    - parked, without a slot: each byte that was read has been answered. It waits for a request.
-    - parked, with a slot: it goes on as the slot's log says.
-    - not parked: it ends with the worker.
+    - stored, without a slot: each byte that was read has been answered. It waits for a request.
+    - stored, with a slot: it goes on as the slot's log says.
+    - not stored: it ends with the worker.
 
     Attributes:
         slot: None if there is none.
-        parked: the supervisor has a duplicate.
+        stored: the supervisor has a duplicate.
     """
 
     def __init__(self, shelter: Shelter, connection: socket.socket, serial: int) -> None:
         self.slot: Slot | None = None
-        self.parked = False
+        self.stored = False
         self._shelter = shelter
         self._connection = connection
         self._serial = serial
@@ -92,13 +92,13 @@ class Protection:
         self.sent_bytes = 0
         self._given_up = False
 
-    def park(self) -> None:
+    def store(self) -> None:
         """Leaves a duplicate with the supervisor, if that has room for it."""
         try:
-            self._shelter.link.park(str(self._serial), self._connection.fileno())
+            self._shelter.link.store_fd(str(self._serial), self._connection.fileno())
         except ValueError:
             return
-        self.parked = True
+        self.stored = True
 
     def before_reading(self) -> Slot | None:
         """The slot into whose log bytes of a request are to be read; None if it goes without one."""
@@ -114,9 +114,9 @@ class Protection:
             if slot is not None:
                 self.slot = slot
                 slot.on_full = self.give_up
-                if not self.parked:
-                    self.park()
-                if self.parked:
+                if not self.stored:
+                    self.store()
+                if self.stored:
                     self._shelter.receiving[self] = None
                     return slot
                 self.slot = None
@@ -143,7 +143,7 @@ class Protection:
         self.is_whole()
         self.read_bytes = None
         self._shelter.counters["connections_unprotected"] += 1
-        self._unpark()
+        self._remove()
         slot, self.slot = self.slot, None
         if slot is not None:
             slot.on_full = _nothing
@@ -152,14 +152,14 @@ class Protection:
     def end(self) -> None:
         """The connection has ended."""
         self.is_whole()
-        self._unpark()
+        self._remove()
         if self.slot is not None:
             self.slot.release()
 
-    def _unpark(self) -> None:
-        if self.parked:
-            self.parked = False
-            self._shelter.link.unpark(str(self._serial))
+    def _remove(self) -> None:
+        if self.stored:
+            self.stored = False
+            self._shelter.link.remove_fd(str(self._serial))
 
 
 def _nothing() -> None:

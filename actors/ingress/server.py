@@ -81,13 +81,13 @@ class Server(uvicorn.Server):
             connection.abort_if_stalled(limit_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Takes over what is parked, then begins to accept."""
+        """Takes over what is stored, then begins to accept."""
         self._loop = asyncio.get_running_loop()
-        parked = self._context.parked
-        owners = {} if self._journal is None else self._journal.owners({int(name) for name in parked})
+        stored = self._context.stored_fds
+        owners = {} if self._journal is None else self._journal.owners({int(name) for name in stored})
         for serial, number in owners.items():
             self._take_over(serial, number)
-        self._left.extend(name for name in parked if int(name) not in owners)
+        self._left.extend(name for name in stored if int(name) not in owners)
         self._take_over_left()
         self._loop.add_reader(self._listener, self._accept)
         self.started = True
@@ -154,7 +154,7 @@ class Server(uvicorn.Server):
     def _take_over(self, serial: int, number: int) -> None:
         """Goes on with a connection that has a request."""
         assert self._journal is not None
-        connection = socket.socket(fileno=self._context.parked[str(serial)][0])
+        connection = socket.socket(fileno=self._context.stored_fds[str(serial)][0])
         slot: Slot | None = None
         try:
             slot = self._journal.reopen(number)
@@ -165,7 +165,7 @@ class Server(uvicorn.Server):
                 logger.warning("a connection cannot go on: %s", error)
                 self._counters["connections_lost"] += 1
             connection.close()
-            self._link.unpark(str(serial))
+            self._link.remove_fd(str(serial))
             if slot is not None:
                 slot.release()
             return
@@ -176,12 +176,12 @@ class Server(uvicorn.Server):
         """Goes on with connections that have no request, some at a time: those that have one come first."""
         for _ in range(min(LEFT_AT_ONCE, len(self._left))):
             name = self._left.popleft()
-            connection = socket.socket(fileno=self._context.parked[name][0])
+            connection = socket.socket(fileno=self._context.stored_fds[name][0])
             try:
                 read, taken = positions(connection)
             except OSError:
                 connection.close()
-                self._link.unpark(name)
+                self._link.remove_fd(name)
                 continue
             self._counters["connections_resumed"] += 1
             protection = self._shelter.found(connection, int(name), None, read, taken)

@@ -24,7 +24,7 @@ from llm_runtime.actors.ingress.history import History
 from llm_runtime.actors.ingress.ledger import Entry, Ledger
 from llm_runtime.actors.ingress.metrics import ActorFigures, IngressMetrics
 from llm_runtime.actors.ingress.openai.responses.store import ResponseStore
-from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.output_deltas import new_rid
 from llm_runtime.actors.ingress.recent import RecentRequests
 from llm_runtime.actors.ingress.sampling import check_size
 from llm_runtime.actors.ingress.tokenization import Tokenization

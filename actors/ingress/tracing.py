@@ -15,7 +15,7 @@ from typing import Protocol
 
 from msgspec import Struct
 
-from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.output_deltas import Identity
 from llm_runtime.actors.messages import SpanEnded
 from llm_runtime.actors.spans import SPAN_BYTES, TRACE_BYTES, SpanValue, child_context
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from llm_runtime.actors.ingress.journal import Past, Slot
-from llm_runtime.actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.journal import ReplayState, Slot
+from llm_runtime.actors.ingress.output_deltas import Identity, OutputDelta
 
 
 class Work:
@@ -11,29 +11,30 @@ class Work:
 
     Args:
         slot: the connection's journal, None if it has none.
-        past: what an earlier incarnation has journalled of the request.
+        replay: what an earlier incarnation has journalled of the request.
 
     Attributes:
         identity: drawn when the request arrived.
         begun: the answer is a stream, and a part of it was sent.
-        covered: pieces whose text the answer holds so far.
+        covered: deltas whose text the answer holds so far.
         trace: context of the trace that the request belongs to; empty if it is not traced.
-        old: (choice, piece), what an earlier incarnation has received: if a part was sent, what that part was made from
+        old: (choice, delta), what an earlier incarnation has received: if a part was sent, what that part was made from
             comes as a group of its own. Empty for a new request.
     """
 
-    def __init__(self, slot: Slot | None, past: Past) -> None:
+    def __init__(self, slot: Slot | None, replay: ReplayState) -> None:
         self._slot = slot
-        self._prompts = past.prompts
-        self._attempts = past.attempts if past.identity is not None else None
-        self.begun = past.begun
-        self.covered = past.covered
+        self._prompts = replay.prompts
+        self._attempts = replay.attempts if replay.identity is not None else None
+        self.begun = replay.begun
+        self.covered = replay.covered
         self.trace = b""
-        self.old: list[list[tuple[int, Piece]]] = []
-        self._received = len(past.pieces)
-        if past.identity is not None:
-            self.identity = past.identity
-            self.old = [past.pieces[: past.covered], past.pieces[past.covered :]] if past.begun else [past.pieces]
+        self.old: list[list[tuple[int, OutputDelta]]] = []
+        self._received = len(replay.deltas)
+        if replay.identity is not None:
+            self.identity = replay.identity
+            deltas, covered = replay.deltas, replay.covered
+            self.old = [deltas[:covered], deltas[covered:]] if replay.begun else [deltas]
         else:
             self.identity = Identity.draw()
             if slot is not None:
@@ -68,11 +69,11 @@ class Work:
         if self._slot is not None:
             self._slot.attempt(index, attempt)
 
-    def received(self, index: int, piece: Piece) -> None:
-        """A piece of a choice has arrived."""
+    def received(self, index: int, delta: OutputDelta) -> None:
+        """A delta of a choice has arrived."""
         self._received += 1
         if self._slot is not None:
-            self._slot.piece(index, piece)
+            self._slot.delta(index, delta)
 
     def cover(self) -> None:
         """What is sent next holds all that has arrived."""

@@ -5,9 +5,9 @@ scheduler again, and whoever knows a newer attempt drops what belongs to an olde
 `i32` stands for int32, `f32` for float32. Times are seconds.
 """
 
-from llm_runtime.actors.messages.base import FinishReason, Index, Rid, Seed, SpanId, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import FinishReason, NonNegInt32, Rid, Seed, SpanId, Tagged, TokenId, Trace
 from llm_runtime.actors.messages.common import ActorStats, Hello, SpanEnded
-from llm_runtime.actors.messages.encoding import Embed, Embedded, EmbedRefused, Sequence
+from llm_runtime.actors.messages.encoding import Embed, Embedded, EmbedRefused, TokenSequence
 from llm_runtime.actors.messages.registry import EngineInfo, Register, RegisterRefused, Registry
 from llm_runtime.actors.messages.requests import (
     MAX_CONSTRAINT,
@@ -36,7 +36,7 @@ from llm_runtime.actors.messages.steps import (
     Attached,
     Compile,
     Compiled,
-    OpenSlot,
+    NewRequest,
     Step,
     StepRefused,
     StepResult,
@@ -182,13 +182,13 @@ __all__ = [
     "FlushCache",
     "Generate",
     "Hello",
-    "Index",
     "ListRequests",
     "Marker",
     "Message",
+    "NewRequest",
+    "NonNegInt32",
     "Offer",
     "Offered",
-    "OpenSlot",
     "OpenText",
     "PairPrompt",
     "Prefill",
@@ -212,7 +212,6 @@ __all__ = [
     "Rid",
     "SamplingParams",
     "Seed",
-    "Sequence",
     "SpanEnded",
     "SpanId",
     "Step",
@@ -229,6 +228,7 @@ __all__ = [
     "TokenEvent",
     "TokenId",
     "TokenLogprob",
+    "TokenSequence",
     "Tokenize",
     "TokenizeFailed",
     "Tokenized",

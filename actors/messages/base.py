@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-Index = Annotated[int, Meta(ge=0, lt=2**31)]
+NonNegInt32 = Annotated[int, Meta(ge=0, lt=2**31)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Rid = Annotated[str, Meta(min_length=1, max_length=128)]

@@ -6,10 +6,10 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import Index, Rid, Tagged
+from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged
 
 
-class Sequence(Struct, array_like=True, frozen=True, gc=False):
+class TokenSequence(Struct, array_like=True, frozen=True, gc=False):
     """One input of a model that embeds or classifies.
 
     Attributes:
@@ -17,7 +17,7 @@ class Sequence(Struct, array_like=True, frozen=True, gc=False):
         tokens: token ids (i32). types: token type ids, one byte a token, or nothing for zeros.
     """
 
-    place: Index
+    place: NonNegInt32
     tokens: bytes
     types: bytes = b""
 
@@ -28,7 +28,7 @@ class Embed(Tagged):
     Answered by `Embedded`, or `EmbedRefused`; given up with `Abort`."""
 
     rid: Rid
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
 
 
 class Embedded(Tagged):

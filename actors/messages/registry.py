@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from llm_runtime.actors.messages.base import Index, Tagged
+from llm_runtime.actors.messages.base import NonNegInt32, Tagged
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
@@ -20,12 +20,12 @@ class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
     address: str
     model: str
     fingerprint: str
-    tp: Index
-    page_size: Index
-    num_pages: Index
-    max_model_len: Index
-    waiting: Index = 0
-    running: Index = 0
+    tp: NonNegInt32
+    page_size: NonNegInt32
+    num_pages: NonNegInt32
+    max_model_len: NonNegInt32
+    waiting: NonNegInt32 = 0
+    running: NonNegInt32 = 0
     transfer: str = ""
 
 

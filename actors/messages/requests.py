@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import Index, Rid, Seed, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import NonNegInt32, Rid, Seed, Tagged, TokenId, Trace
 
 MAX_CONSTRAINT = 65_536
 """Characters of a constraint."""
@@ -47,7 +47,7 @@ class Thinking(Struct, array_like=True, frozen=True, gc=False):
 
     ends: Annotated[list[Marker], Meta(min_length=1, max_length=16)]
     start: Annotated[str, Meta(max_length=64)] = ""
-    budget: Index | None = None
+    budget: NonNegInt32 | None = None
     closing: Annotated[list[TokenId], Meta(max_length=256)] = []
 
 
@@ -129,12 +129,12 @@ class Generate(Tagged):
     """
 
     rid: Rid
-    attempt: Index
+    attempt: NonNegInt32
     prompt: bytes
     sampling: SamplingParams
     text: TextParams
     output: bytes = b""
-    characters: Index = 0
+    characters: NonNegInt32 = 0
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
     timeout_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -159,14 +159,14 @@ class Resend(Tagged):
     to the detokenizer again, or answers the ingress with `Unknown`."""
 
     rid: Rid
-    attempt: Index
+    attempt: NonNegInt32
 
 
 class Refused(Tagged):
     """Scheduler → ingress: the request will not be served; `status` is an HTTP status, `message` a sentence."""
 
     rid: Rid
-    attempt: Index
+    attempt: NonNegInt32
     status: Annotated[int, Meta(ge=400, le=599)]
     message: str
     retry_after_s: float = 0.0
@@ -176,7 +176,7 @@ class Unknown(Tagged):
     """Scheduler → ingress: no such request here. The ingress sends `Generate` again."""
 
     rid: Rid
-    attempt: Index
+    attempt: NonNegInt32
 
 
 class FlushCache(Tagged):
@@ -211,7 +211,7 @@ class Profile(Tagged):
     start: bool
     name: Annotated[str, Meta(pattern=r"^[0-9a-f-]*$", max_length=64)] = ""
     output_dir: Annotated[str, Meta(max_length=4096)] = ""
-    num_steps: Index = 0
+    num_steps: NonNegInt32 = 0
     activities: list[Activity] = []
     record_shapes: bool = False
     with_stack: bool = False

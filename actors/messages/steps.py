@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import Index, Tagged, Trace
+from llm_runtime.actors.messages.base import NonNegInt32, Tagged, Trace
 from llm_runtime.actors.messages.requests import Constraint, SamplingParams
 
 # -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
@@ -44,16 +44,16 @@ class Attached(Tagged):
     `fingerprint` names model, dtype and page format. `kv_epoch` changes when the contents of the KV pages were lost.
     """
 
-    num_pages: Index
-    page_size: Index
-    max_slots: Index
-    vocab_size: Index
-    max_model_len: Index
+    num_pages: NonNegInt32
+    page_size: NonNegInt32
+    max_slots: NonNegInt32
+    vocab_size: NonNegInt32
+    max_model_len: NonNegInt32
     fingerprint: str
-    kv_epoch: Index = 0
+    kv_epoch: NonNegInt32 = 0
 
 
-class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
+class NewRequest(Struct, array_like=True, frozen=True, gc=False):
     """A request takes a slot of the rank's tables.
 
     Attributes:
@@ -63,12 +63,12 @@ class OpenSlot(Struct, array_like=True, frozen=True, gc=False):
         room: tokens that the output may have in the end, whoever computes them; 0 for `sampling.max_tokens`.
     """
 
-    slot: Index
-    prompt_len: Index
+    slot: NonNegInt32
+    prompt_len: NonNegInt32
     sampling: SamplingParams
     history: bytes = b""
     trace: Trace = b""
-    room: Index = 0
+    room: NonNegInt32 = 0
 
 
 SAMPLE = 1
@@ -91,7 +91,7 @@ class Step(Tagged):
 
     Attributes:
         number: counts up from 1 within one incarnation of the scheduler.
-        opens: slots to set up before the step.
+        new_requests: slots to set up before the step.
         slots, starts, lengths: i32 a row. `starts` is the position of the row's first new token.
         flags: one byte a row, `SAMPLE | PROMPT_LOGPROBS | VERIFY`.
         tokens: i32, the new tokens of all rows one after the other; -1 stands for the token that the rank itself drew
@@ -99,23 +99,23 @@ class Step(Tagged):
         pages: i32 triples (slot, index in the slot's page table, page), set before the step.
     """
 
-    number: Index
+    number: NonNegInt32
     slots: bytes
     starts: bytes
     lengths: bytes
     flags: bytes
     tokens: bytes
     pages: bytes = b""
-    opens: list[OpenSlot] = []
+    new_requests: list[NewRequest] = []
 
 
 class TopLogprobs(Struct, array_like=True, frozen=True, gc=False):
     """Logprobs for consecutive tokens of one row: of the tokens themselves (f32[k]) and of the `top` most probable ones
     (ids i32[k, top], values f32[k, top], most probable first)."""
 
-    row: Index
+    row: NonNegInt32
     logprobs: bytes
-    top: Index = 0
+    top: NonNegInt32 = 0
     top_ids: bytes = b""
     top_logprobs: bytes = b""
 
@@ -129,7 +129,7 @@ class StepResult(Tagged):
     tokens are the row's new tokens, each given the tokens before it; the first token of a sequence has logprob NaN.
     """
 
-    number: Index
+    number: NonNegInt32
     tokens: bytes
     logprobs: list[TopLogprobs] = []
     prompt_logprobs: list[TopLogprobs] = []
@@ -144,6 +144,6 @@ class StepRefused(Tagged):
         reason: one sentence.
     """
 
-    number: Index
-    slots: list[Index]
+    number: NonNegInt32
+    slots: list[NonNegInt32]
     reason: str

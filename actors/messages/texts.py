@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from llm_runtime.actors.messages.base import FinishReason, Index, Rid, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import FinishReason, NonNegInt32, Rid, Tagged, TokenId, Trace
 from llm_runtime.actors.messages.requests import TextParams
 
 # -- scheduler ↔ detokenizer ---------------------------------------------------------------------------------------
@@ -28,12 +28,12 @@ class OpenText(Struct, array_like=True, frozen=True, gc=False):
     """
 
     rid: Rid
-    attempt: Index
+    attempt: NonNegInt32
     reply_to: str
     text: TextParams
     stop_token_ids: list[TokenId] = []
     base: bytes = b""
-    characters: Index = 0
+    characters: NonNegInt32 = 0
     trace: Trace = b""
 
 
@@ -41,11 +41,11 @@ class TokenEvent(Struct, array_like=True, frozen=True, gc=False):
     """New output tokens of one request; `index` counts its output tokens from 0."""
 
     rid: Rid
-    attempt: Index
-    index: Index
+    attempt: NonNegInt32
+    index: NonNegInt32
     tokens: list[TokenId]
     finish: FinishReason | None = None
-    cached_tokens: Index = 0
+    cached_tokens: NonNegInt32 = 0
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
 
@@ -62,8 +62,8 @@ class Stopped(Tagged):
     """Detokenizer → scheduler: a stop string has been completed by output token `index`; draw no more."""
 
     rid: Rid
-    attempt: Index
-    index: Index
+    attempt: NonNegInt32
+    index: NonNegInt32
 
 
 # -- detokenizer → ingress -----------------------------------------------------------------------------------------
@@ -88,14 +88,14 @@ class TextEvent(Struct, array_like=True, frozen=True, gc=False):
     """
 
     rid: Rid
-    attempt: Index
-    index: Index
+    attempt: NonNegInt32
+    index: NonNegInt32
     tokens: list[TokenId]
-    offset: Index
+    offset: NonNegInt32
     text: str
     finish: FinishReason | None = None
     stop_reason: str | int | None = None
-    cached_tokens: Index = 0
+    cached_tokens: NonNegInt32 = 0
     logprobs: list[TextLogprob] | None = None
     prompt_logprobs: list[TextLogprob] | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_runtime.actors.messages.base import Index, Rid, Tagged, Trace
+from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged, Trace
 
 
 class ChatPrompt(Tagged):
@@ -21,7 +21,7 @@ class TextPrompt(Tagged):
 
     text: str
     add_special_tokens: bool = True
-    max_tokens: Index = 0
+    max_tokens: NonNegInt32 = 0
 
 
 class PairPrompt(Tagged):
@@ -29,7 +29,7 @@ class PairPrompt(Tagged):
 
     text: str
     pair: str
-    max_tokens: Index = 0
+    max_tokens: NonNegInt32 = 0
 
 
 class FillPrompt(Tagged):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from llm_runtime.actors.messages.base import Index, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import NonNegInt32, Tagged, TokenId, Trace
 from llm_runtime.actors.messages.requests import SamplingParams
 from llm_runtime.actors.messages.texts import TokenLogprob
 
@@ -41,7 +41,7 @@ class Prefill(Tagged):
     tokens: bytes
     prompt_len: Annotated[int, Meta(ge=1, lt=2**31)]
     sampling: SamplingParams
-    held: Index = 0
+    held: NonNegInt32 = 0
     pages: bytes = b""
     priority: Annotated[int, Meta(ge=-(2**31), lt=2**31)] = 0
     extra_key: Annotated[str, Meta(max_length=1024)] = ""
@@ -57,7 +57,7 @@ class Prefilled(Tagged):
 
     transfer: TransferId
     token: TokenId | None
-    cached_tokens: Index = 0
+    cached_tokens: NonNegInt32 = 0
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
 
@@ -98,7 +98,7 @@ class Offer(Tagged):
 
     transfer: TransferId
     receiver: str
-    first: Index
+    first: NonNegInt32
     pages: bytes
     trace: Trace = b""
 
@@ -128,10 +128,10 @@ class Offered(Tagged):
     """
 
     transfer: TransferId
-    first: Index
+    first: NonNegInt32
     pages: bytes
     endpoint: bytes
-    tp: Index = 1
+    tp: NonNegInt32 = 1
     epoch: Epoch = NO_EPOCH
 
 
@@ -166,7 +166,7 @@ class Receive(Tagged):
 
     transfer: TransferId
     sender: str
-    first: Index
+    first: NonNegInt32
     pages: bytes
     trace: Trace = b""
 

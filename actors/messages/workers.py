@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import Index, Rid, Tagged
+from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged
 
 MAX_LISTED = 200
 """Requests that a worker tells of, the oldest ones."""
@@ -44,16 +44,16 @@ class RequestInfo(Struct, array_like=True, frozen=True, gc=False):
     worker: str
     age_s: float
     quiet_s: float
-    choices: Index
-    prompt_tokens: Index
-    output_tokens: Index
+    choices: NonNegInt32
+    prompt_tokens: NonNegInt32
+    output_tokens: NonNegInt32
     engines: list[str]
-    attempt: Index
+    attempt: NonNegInt32
 
 
 class RequestsListed(Tagged):
     """Ingress → ingress: the oldest requests that are in progress in a worker, and how many there are."""
 
     rid: Rid
-    total: Index
+    total: NonNegInt32
     requests: Annotated[list[RequestInfo], Meta(max_length=MAX_LISTED)]

@@ -16,8 +16,8 @@ from llm_runtime.actors.checkpoint import CheckpointError
 from llm_runtime.actors.messages import Attach, Attached, Compile, Profile, Step, StepRefused
 from llm_runtime.actors.rank.config import RankConfig
 from llm_runtime.actors.rank.executor import BadStep, Executor, build_executor
-from llm_runtime.actors.rank.group import JOIN_TIMEOUT_S, Group
 from llm_runtime.actors.rank.profiler import Profiler, Refusal
+from llm_runtime.actors.rank.tp_group import JOIN_TIMEOUT_S, TPGroup
 from llm_runtime.actors.rank.traces import SlotTraces
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Rank(Actor):
         _keep_freed_memory()
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.group = Group(
+        self.group = TPGroup(
             config.tp,
             config.rank,
             Path(config.process_group_dir) if config.tp > 1 else None,
@@ -104,7 +104,7 @@ class Rank(Actor):
     @handles(Compile)
     def compile(self, message: Compile, sender: str) -> None:
         """Compiles a constraint beside the steps."""
-        self.executor.grammars.want(message.constraint, sender)
+        self.executor.grammars.submit(message.constraint, sender)
 
     @handles(Profile)
     def profile(self, message: Profile, sender: str) -> None:
@@ -171,7 +171,7 @@ class Rank(Actor):
         self.steps_run += 1
         self.tokens_run += tokens
         self.busy_s += result.duration_s
-        if step.opens or self.traces:
+        if step.new_requests or self.traces:
             self.traces.ran(step, began_ns)
         if self.config.rank == 0 and self.source is not None:
             self.send(self.source, result)

@@ -15,18 +15,18 @@ from torch import Tensor
 from llm_runtime import kernels
 from llm_runtime.actors.actor import BadMessage, StartFailure
 from llm_runtime.actors.checkpoint import ModelConfig, checkpoint_identity, read_config
-from llm_runtime.actors.grammar import Workshop, load_backend
+from llm_runtime.actors.grammar import GrammarCompiler, load_backend
 from llm_runtime.actors.kv_format import KVFormat
 from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, Step, StepResult, TopLogprobs
 from llm_runtime.actors.rank.config import RankConfig
 from llm_runtime.actors.rank.decode import DecodeGraphs
 from llm_runtime.actors.rank.device import in_device_memory, to_device
-from llm_runtime.actors.rank.group import Group
 from llm_runtime.actors.rank.hidden import HiddenGraphs
 from llm_runtime.actors.rank.models import Model, model_class
 from llm_runtime.actors.rank.padded import PaddedDecode, PaddedSteps, cuda_record
 from llm_runtime.actors.rank.sampler import Drawing, Int32s, Sampler, prompt_logprobs
 from llm_runtime.actors.rank.shard import kv_format, shard_of, split, weight_bytes
+from llm_runtime.actors.rank.tp_group import TPGroup
 from llm_runtime.actors.rank.weights import load_weights
 from llm_runtime.actors.rank.weights_arena import contents_of
 from llm_runtime.actors.vocabulary import load_vocabulary
@@ -93,7 +93,7 @@ class Executor:
         fingerprint: names model, dtype and page format; see `Attached`.
     """
 
-    def __init__(self, config: RankConfig, model: Model, cache: KVCache, group: Group, fingerprint: str) -> None:
+    def __init__(self, config: RankConfig, model: Model, cache: KVCache, group: TPGroup, fingerprint: str) -> None:
         self.config = config
         self.model = model
         self.cache = cache
@@ -122,7 +122,7 @@ class Executor:
         self._page_bounds = np.array([slots, max_pages, config.num_pages], np.uint32)
         self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._decoding: DecodingSlots | None = None  # of the last decode step
-        self.grammars = Workshop(
+        self.grammars = GrammarCompiler(
             lambda: load_backend(Path(config.model), self.vocab_size, config.grammar_backend), closings=True
         )
         grammars = self.grammars if group.rank == 0 else None
@@ -177,7 +177,7 @@ class Executor:
         # Collectives, torch's own attention and transformers' models may do what a graph cannot hold; latent attention
         # chooses its form for each row.
         shape = self.model.config
-        if self.group.tp == 1 and shape.foreign is None and kernels.triton.library():
+        if self.group.tp == 1 and shape.transformers is None and kernels.triton.library():
             parts = self.model, self.cache, table, config.max_model_len, cuda_record()
             if shape.latent is None:
                 self.small_steps = PaddedSteps(*parts)
@@ -190,7 +190,7 @@ class Executor:
 
         Raises:
             BadStep: the step makes no sense. Nothing has been written to the cache, and slots are as before but for
-                `opens` and `pages`.
+                `new_requests` and `pages`.
         """
         started = time.perf_counter()
         decoded = None if self.graphs is None else self._decode(step, self.graphs)
@@ -216,7 +216,7 @@ class Executor:
         """
         began = time.perf_counter()
         config, n = self.config, len(step.flags)
-        if step.opens or not len(step.slots) == len(step.starts) == len(step.tokens) == 4 * n > 0:
+        if step.new_requests or not len(step.slots) == len(step.starts) == len(step.tokens) == 4 * n > 0:
             return None
         if step.flags.strip(_SAMPLES) or step.lengths != _ONE * n or n > config.max_step_tokens:
             return None
@@ -321,7 +321,7 @@ class Executor:
                 "a token is outside the vocabulary, or -1 and not the first of its row",
             )
         self._check_pages(step)
-        for opened in step.opens:
+        for opened in step.new_requests:
             if opened.slot >= config.max_slots:
                 raise BadStep(number, f"slot {opened.slot} is not in 0 … {config.max_slots - 1}")
             try:
@@ -344,7 +344,7 @@ class Executor:
 
     def _open(self, step: Step) -> None:
         """Sets up slots and pages."""
-        for opened in step.opens:
+        for opened in step.new_requests:
             slot = opened.slot
             self._sampler.open(opened)
             self._decoding = None
@@ -538,7 +538,7 @@ def _refuse(number: int, slots: Int32s, reason: str) -> None:
 
 
 def build_executor(
-    config: RankConfig, weights: int | None = None, kv: int | None = None, group: Group | None = None
+    config: RankConfig, weights: int | None = None, kv: int | None = None, group: TPGroup | None = None
 ) -> Executor:
     """An executor ready for steps, its weights loaded.
 
@@ -566,11 +566,11 @@ def build_executor(
     shard = shard_of(model_config, config.tp, config.rank)
     kv_dtype = config.kv_dtype or config.compute_dtype
     pages = kv_format(model_config, kv_dtype, config.page_size, config.tp, config.rank)
-    group = group or Group()
+    group = group or TPGroup()
     if weights is None:
         weights = Arena.create("weights", weight_bytes(model_config, config.dtype, config.tp, config.rank))
     model: Model
-    if model_config.foreign is not None:
+    if model_config.transformers is not None:
         model = _load_foreign(config, model_config, pages, weights, device)
     else:
         # Panels are the form that the C++ kernels are fast with, and have one order of additions always.
@@ -609,7 +609,7 @@ def build_executor(
 def _load_foreign(
     config: RankConfig, model_config: ModelConfig, pages: KVFormat, weights: int, device: torch.device
 ) -> Model:
-    from llm_runtime.actors.rank.models.foreign import load_foreign
+    from llm_runtime.actors.rank.models.transformers_backend import load_transformers
 
     if config.deterministic:
         raise StartFailure(
@@ -617,7 +617,7 @@ def _load_foreign(
             "computed together: set deterministic to false"
         )
     path, dtype = Path(config.model), config.compute_dtype
-    return load_foreign(path, model_config, dtype, pages, config.max_model_len, weights, device)
+    return load_transformers(path, model_config, dtype, pages, config.max_model_len, weights, device)
 
 
 def _fingerprint(checkpoint: str, model_config: ModelConfig, config: RankConfig) -> str:

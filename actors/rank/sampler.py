@@ -24,11 +24,11 @@ from torch import Tensor
 
 from llm_runtime import kernels
 from llm_runtime.actors.actor import BadMessage
-from llm_runtime.actors.grammar import Workshop
-from llm_runtime.actors.messages import OpenSlot, SamplingParams, TopLogprobs
+from llm_runtime.actors.grammar import GrammarCompiler
+from llm_runtime.actors.messages import NewRequest, SamplingParams, TopLogprobs
 from llm_runtime.actors.rank.device import to_device
-from llm_runtime.actors.rank.masks import Masks, allow
-from llm_runtime.actors.rank.thinking import Thought, Thoughts
+from llm_runtime.actors.rank.reasoning_budget import ReasoningBudget, ReasoningBudgets
+from llm_runtime.actors.rank.token_bitmasks import TokenBitmasks, allow
 from llm_runtime.kernels import SamplingTensors, TokenMasks
 
 Int32s = NDArray[np.int32]
@@ -129,7 +129,7 @@ class Sampler:
         vocab_size: int,
         max_model_len: int,
         device: torch.device,
-        grammars: Workshop | None = None,
+        grammars: GrammarCompiler | None = None,
         token_bytes: Callable[[], Sequence[bytes]] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
@@ -149,11 +149,11 @@ class Sampler:
         self._biases: WeakValueDictionary[bytes, Bias] = WeakValueDictionary()
         self._histories: dict[int, History] = {}
         self._min_lengths: dict[int, tuple[int, Int32s]] = {}
-        self._masks = None if grammars is None else Masks(grammars, vocab_size)
-        self._thoughts = None if token_bytes is None else Thoughts(token_bytes)
+        self._masks = None if grammars is None else TokenBitmasks(grammars, vocab_size)
+        self._reasonings = None if token_bytes is None else ReasoningBudgets(token_bytes)
         self._last_drawing: Drawing | None = None
 
-    def check(self, opened: OpenSlot) -> None:
+    def check(self, opened: NewRequest) -> None:
         """Raises BadMessage for parameters that cannot be served."""
         sampling = opened.sampling
         if len(opened.history) % 4 or len(opened.history) // 4 > self.max_model_len:
@@ -175,7 +175,7 @@ class Sampler:
         if not all(map(math.isfinite, (*numbers, sampling.repetition_penalty))):
             raise BadMessage(f"slot {opened.slot}: a sampling parameter is not a finite number")
 
-    def open(self, opened: OpenSlot) -> None:
+    def open(self, opened: NewRequest) -> None:
         """Sets up a slot, whose parameters `check` has accepted."""
         slot, sampling = opened.slot, opened.sampling
         self._last_drawing = None
@@ -203,8 +203,8 @@ class Sampler:
             self._min_lengths[slot] = opened.prompt_len + sampling.min_tokens, stops
         if self._masks is not None:
             self._masks.open(opened)
-        if self._thoughts is not None:
-            self._thoughts.open(opened)
+        if self._reasonings is not None:
+            self._reasonings.open(opened)
         self._changes[slot] = sampling.penalizes or bool(sampling.logit_bias) or slot in self._min_lengths
 
     def _shared_bias(self, ids: Int32s, values: NDArray[np.float32]) -> Bias:
@@ -224,9 +224,9 @@ class Sampler:
         index = start - history.prompt_len
         if self._masks is not None and slot in self._masks:
             self._masks.note(slot, index, [tokens] if isinstance(tokens, int) else tokens.tolist())
-        thought = self._thought(slot)
-        if thought is not None:
-            thought.note(index)
+        reasoning = self._reasoning(slot)
+        if reasoning is not None:
+            reasoning.note(index)
 
     @property
     def with_history(self) -> KeysView[int]:
@@ -314,7 +314,7 @@ class Sampler:
                 np.flatnonzero(self._changes[slots]).tolist(),
                 [row for row, slot in enumerate(slots.tolist()) if self._masks and slot in self._masks],
                 np.flatnonzero(self._logprobs[slots] >= 0),
-                [row for row, slot in enumerate(slots.tolist()) if self._thoughts and slot in self._thoughts.slots],
+                [row for row, slot in enumerate(slots.tolist()) if self._reasonings and slot in self._reasonings.slots],
             )
         return self._last_drawing
 
@@ -390,13 +390,13 @@ class Sampler:
         for row in constrained:
             slot = int(slots[row])
             output, first, openings = self._output(slot, int(positions[row])), 0, _NO_TOKENS
-            thought = self._thought(slot)
-            if thought is not None:
-                thought.follow(output)
-                before = thought.answer(len(output))
+            reasoning = self._reasoning(slot)
+            if reasoning is not None:
+                reasoning.follow(output)
+                before = reasoning.answer(len(output))
                 if before is None:
                     continue
-                first, openings = before, thought.openings
+                first, openings = before, reasoning.openings
             answers.append(Answer(row, slot, output, first, openings))
         return answers
 
@@ -419,17 +419,17 @@ class Sampler:
         forced = []
         for row in rows:
             slot = int(slots[row])
-            thought, output = self._thought(slot), self._output(slot, int(positions[row]))
-            assert thought is not None
-            thought.follow(output)
-            token = thought.forced(len(output))
+            reasoning, output = self._reasoning(slot), self._output(slot, int(positions[row]))
+            assert reasoning is not None
+            reasoning.follow(output)
+            token = reasoning.forced(len(output))
             if token is not None:
                 forced.append((row, token))
         return forced
 
-    def _thought(self, slot: int) -> Thought | None:
+    def _reasoning(self, slot: int) -> ReasoningBudget | None:
         """A slot's reasoning, if it makes a difference."""
-        return None if self._thoughts is None else self._thoughts.slots.get(slot)
+        return None if self._reasonings is None else self._reasonings.slots.get(slot)
 
     def _output(self, slot: int, position: int) -> Int32s:
         """A slot's output tokens before a position."""

@@ -10,7 +10,7 @@ from llm_runtime.actors.actor import StartFailure
 from llm_runtime.actors.checkpoint import Experts, Latent, ModelConfig
 from llm_runtime.actors.dtypes import WeightDType, compute_dtype
 from llm_runtime.actors.kv_format import KVDType, KVFormat
-from llm_runtime.actors.rank.precision import FLOATS, GROUP, matrix_dtype
+from llm_runtime.actors.rank.quantization_policy import FLOATS, GROUP, matrix_dtype
 
 ALIGNMENT = 64
 HEADER_BYTES = 262_144
@@ -71,7 +71,7 @@ def shard_of(config: ModelConfig, tp: int, rank: int) -> Shard:
             f"tp = {tp} is not possible, for the model has {config.num_kv_heads} key-value heads: set tp to 1"
             + (f" … {config.num_kv_heads}" if config.num_kv_heads > 1 else "")
         )
-    if config.foreign is not None and tp > 1:
+    if config.transformers is not None and tp > 1:
         raise StartFailure(f"{config.architecture} is run by transformers' implementation, on one rank: set tp to 1")
     if not 0 <= rank < tp:
         raise StartFailure(f"rank {rank} does not exist in a group of {tp}")
@@ -102,7 +102,7 @@ def kv_format(config: ModelConfig, dtype: KVDType, page_size: int, tp: int, rank
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """A tensor's place in a weights arena.
 
     A matrix [N, K] is stored as it is, or, `packed`, as a `kernels.PackedWeight` of its dtype is.
@@ -201,7 +201,7 @@ def _expert_shapes(hidden: int, experts: Experts, shard: Shard) -> Iterator[tupl
         yield "shared_down", (hidden, len(shard.shared))
 
 
-def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool) -> tuple[list[Slot], int]:
+def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed: bool) -> tuple[list[TensorSpec], int]:
     """The places of all tensors of a shard, behind a header of HEADER_BYTES, and the bytes of the whole.
 
     The same for every incarnation of a rank: nothing but the arguments decides. The embedding is whole on every rank.
@@ -217,7 +217,7 @@ def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed:
         "down": shard.intermediate.start,
         "shared_down": shard.shared.start,
     }
-    slots: list[Slot] = []
+    specs: list[TensorSpec] = []
     offset = HEADER_BYTES
     for name, shape in _model_shapes(config, shard):
         kind = name.rpartition(".")[2]
@@ -226,11 +226,11 @@ def weight_layout(config: ModelConfig, dtype: WeightDType, shard: Shard, packed:
         if len(shape) == 2:
             stored = matrix_dtype(config, dtype, name, first.get(kind, 0), shape[1])
             in_panels = stored in ("int8", "int4") or (packed and kind != "embedding" and kind not in FLOATS)
-        if name == "lm_head" and config.tie_embeddings and _shares_embedding(slots[0], in_panels, shard.vocab):
+        if name == "lm_head" and config.tie_embeddings and _shares_embedding(specs[0], in_panels, shard.vocab):
             continue
-        slots.append(Slot(name, shape, stored, in_panels, offset))
-        offset += -(-slots[-1].nbytes // ALIGNMENT) * ALIGNMENT
-    return slots, offset
+        specs.append(TensorSpec(name, shape, stored, in_panels, offset))
+        offset += -(-specs[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return specs, offset
 
 
 def _model_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -242,7 +242,7 @@ def _model_shapes(config: ModelConfig, shard: Shard) -> Iterator[tuple[str, tupl
         yield from ((f"{layer}.{name}", shape) for name, shape in layer_shapes(config, shard, layer))
 
 
-def _shares_embedding(embedding: Slot, in_panels: bool, rows: range) -> bool:
+def _shares_embedding(embedding: TensorSpec, in_panels: bool, rows: range) -> bool:
     """Whether an output layer of these rows of the embedding is a part of it as it is stored."""
     if not embedding.packed:
         return not in_panels
@@ -255,11 +255,12 @@ def weight_bytes(config: ModelConfig, dtype: WeightDType, tp: int, rank: int) ->
     Raises StartFailure as `shard_of` does, and for a type that the model cannot be loaded as.
     """
     shard = shard_of(config, tp, rank)
-    if config.foreign is not None:
+    if config.transformers is not None:
         if dtype not in ("float32", "bfloat16"):
             whose = f"{config.architecture} is run by transformers' implementation"
             raise StartFailure(f'{whose}, which has no {dtype}: set model.dtype to "bfloat16"')
-        return HEADER_BYTES + config.foreign.parameters * _ITEM_BYTES[dtype] + config.foreign.tensors * ALIGNMENT
+        shape = config.transformers
+        return HEADER_BYTES + shape.parameters * _ITEM_BYTES[dtype] + shape.tensors * ALIGNMENT
     return max(weight_layout(config, dtype, shard, packed)[1] for packed in (False, True))
 
 

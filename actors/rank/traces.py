@@ -48,7 +48,7 @@ class SlotTraces:
     def ran(self, step: Step, began_ns: int) -> None:
         """A step has just been run."""
         ended_ns = time.time_ns()
-        for opening in step.opens:
+        for opening in step.new_requests:
             self._end(opening.slot)
             if opening.trace:
                 self._slots[opening.slot] = _Slot(opening.trace, began_ns, opening.prompt_len)

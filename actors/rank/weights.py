@@ -17,9 +17,9 @@ from torch import Tensor
 from llm_runtime import kernels
 from llm_runtime.actors.checkpoint import CheckpointError, ModelConfig, checkpoint_identity
 from llm_runtime.actors.dtypes import WeightDType
-from llm_runtime.actors.rank.parts import Part, parts_of
-from llm_runtime.actors.rank.shard import PANEL_ROWS, Shard, Slot, weight_layout
-from llm_runtime.actors.rank.source import Source, open_source
+from llm_runtime.actors.rank.checkpoint_mapping import Part, parts_of
+from llm_runtime.actors.rank.checkpoint_reader import CheckpointReader, open_checkpoint
+from llm_runtime.actors.rank.shard import PANEL_ROWS, Shard, TensorSpec, weight_layout
 from llm_runtime.actors.rank.weights_arena import (
     Contents,
     check_room,
@@ -165,32 +165,32 @@ def load_weights(
         StartFailure: the arena is too small or holds other weights.
         CheckpointError: the checkpoint is damaged.
     """
-    slots, size = weight_layout(config, dtype, shard, packed)
+    specs, size = weight_layout(config, dtype, shard, packed)
     identity = identity_of(path, dtype, shard.tp, shard.rank, packed)
     check_room(descriptor, size)
     found = contents_of(descriptor)
     if found is None:
         contents = Contents(identity, config, checkpoint_identity(path, config))
         with packing(descriptor, contents) as arena:
-            source = open_source(path, config)
+            source = open_checkpoint(path, config)
             if check_head and not shard.rank:
                 _check_head(config, source)
-            _pack(arena, source, config, shard, slots)
+            _pack(arena, source, config, shard, specs)
     else:
         compare_identities(found.identity, identity)
     arena = sealed_arena(descriptor)
-    views = {slot.name: _view(arena, slot).to(device) for slot in slots}
-    return _collect(views, slots, config, shard)
+    views = {spec.name: _view(arena, spec).to(device) for spec in specs}
+    return _collect(views, specs, config, shard)
 
 
-def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots: list[Slot]) -> None:
-    def fill(task: tuple[Slot, Tensor, list[Part]]) -> None:
+def _pack(arena: Arena, source: CheckpointReader, config: ModelConfig, shard: Shard, specs: list[TensorSpec]) -> None:
+    def fill(task: tuple[TensorSpec, Tensor, list[Part]]) -> None:
         _fill(*task, source)
 
-    parts = {slot.name: parts_of(config, shard, slot.name) for slot in slots}
+    parts = {spec.name: parts_of(config, shard, spec.name) for spec in specs}
     if not shard.rank:  # it has a part of every tensor
         _check_names(config, source, {part.name for each in parts.values() for part in each})
-    tasks = [task for slot in slots for task in _tasks(slot, _view(arena, slot), parts[slot.name])]
+    tasks = [task for spec in specs for task in _tasks(spec, _view(arena, spec), parts[spec.name])]
     # Tensors side by side on threads of their own: torch's would meet at a barrier a hundred times a tensor.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -202,7 +202,7 @@ def _pack(arena: Arena, source: Source, config: ModelConfig, shard: Shard, slots
         torch.set_num_threads(threads)
 
 
-def _check_names(config: ModelConfig, source: Source, known: set[str]) -> None:
+def _check_names(config: ModelConfig, source: CheckpointReader, known: set[str]) -> None:
     """Raises CheckpointError for tensors of layers that the configuration has no place for: what is computed without
     them is not the model that was saved."""
     spare = f"model.layers.{config.num_layers}." if config.architecture in _WITH_NEXT_TOKEN_LAYER else None
@@ -222,7 +222,7 @@ def _check_names(config: ModelConfig, source: Source, known: set[str]) -> None:
         )
 
 
-def _check_head(config: ModelConfig, source: Source) -> None:
+def _check_head(config: ModelConfig, source: CheckpointReader) -> None:
     """Raises CheckpointError for a stored head that is said to be the embedding, and is not: some would compute with
     one, and some with the other."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -238,34 +238,34 @@ def _check_head(config: ModelConfig, source: Source) -> None:
             )
 
 
-def _view(arena: Arena, slot: Slot) -> Tensor:
-    count = math.prod(slot.stored_shape)
-    flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, slot.stored_dtype), count=count, offset=slot.offset)
-    return flat.view(slot.stored_shape)
+def _view(arena: Arena, spec: TensorSpec) -> Tensor:
+    count = math.prod(spec.stored_shape)
+    flat = torch.frombuffer(arena.buffer, dtype=getattr(torch, spec.stored_dtype), count=count, offset=spec.offset)
+    return flat.view(spec.stored_shape)
 
 
-def _rows_of(slot: Slot, view: Tensor, first: int, count: int) -> Tensor:
+def _rows_of(spec: TensorSpec, view: Tensor, first: int, count: int) -> Tensor:
     """Rows of a matrix as they are stored; of a packed one, the panels that they are in."""
-    if not slot.packed:
+    if not spec.packed:
         return view[first : first + count]
     panels = slice(first // PANEL_ROWS, -(-(first + count) // PANEL_ROWS))
     if view.dim() == 1:
-        return view.view(-(-slot.shape[0] // PANEL_ROWS), -1)[panels].flatten()
+        return view.view(-(-spec.shape[0] // PANEL_ROWS), -1)[panels].flatten()
     return view[panels]
 
 
-def _tasks(slot: Slot, view: Tensor, parts: list[Part]) -> Iterator[tuple[Slot, Tensor, list[Part]]]:
+def _tasks(spec: TensorSpec, view: Tensor, parts: list[Part]) -> Iterator[tuple[TensorSpec, Tensor, list[Part]]]:
     """A tensor as pieces of work, cut where panels begin: tall matrices and single experts. Less memory in use at a
     time, and all threads have some."""
-    if len(slot.shape) == 1 or not parts:
-        yield slot, view, parts
+    if len(spec.shape) == 1 or not parts:
+        yield spec, view, parts
         return
     first = row = 0
     held: list[Part] = []
 
-    def piece() -> tuple[Slot, Tensor, list[Part]]:
+    def piece() -> tuple[TensorSpec, Tensor, list[Part]]:
         rows = row - first
-        return dataclasses.replace(slot, shape=(rows, slot.shape[1])), _rows_of(slot, view, first, rows), held
+        return dataclasses.replace(spec, shape=(rows, spec.shape[1])), _rows_of(spec, view, first, rows), held
 
     for part in parts:
         for each in _cut(part):
@@ -287,23 +287,23 @@ def _cut(part: Part) -> Iterator[Part]:
         yield dataclasses.replace(part, rows=part.rows[start : start + TASK_ROWS])
 
 
-def _fill(slot: Slot, view: Tensor, parts: list[Part], source: Source) -> None:
+def _fill(spec: TensorSpec, view: Tensor, parts: list[Part], source: CheckpointReader) -> None:
     """Writes a tensor's parts, one below the other; zeros if there are none."""
     if not parts:
         view.zero_()
-    elif not slot.packed:
+    elif not spec.packed:
         row = 0
         for part in parts:
             values = part.read(source)
             view[row : row + len(values)].copy_(values)
             row += len(values)
-    elif slot.dtype == "int4" and (groups := _four_bits(source, parts)):
+    elif spec.dtype == "int4" and (groups := _four_bits(source, parts)):
         kernels.pack_int4(*groups, view)
     else:
-        kernels.pack_weight(_joined([part.read(source) for part in parts]), view, slot.dtype)
+        kernels.pack_weight(_joined([part.read(source) for part in parts]), view, spec.dtype)
 
 
-def _four_bits(source: Source, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
+def _four_bits(source: CheckpointReader, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor] | None:
     """Quants, scales and minimums of a matrix that the checkpoint has in groups of 4 bits, else None."""
     found = []
     for part in parts:
@@ -319,22 +319,22 @@ def _joined(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _collect(views: dict[str, Tensor], slots: list[Slot], config: ModelConfig, shard: Shard) -> Weights:
-    def matrix(slot: Slot) -> Matrix:
-        view = views[slot.name]
-        if not slot.packed:
+def _collect(views: dict[str, Tensor], specs: list[TensorSpec], config: ModelConfig, shard: Shard) -> Weights:
+    def matrix(spec: TensorSpec) -> Matrix:
+        view = views[spec.name]
+        if not spec.packed:
             return view
-        rows, columns = slot.shape
-        return kernels.PackedWeight(view, slot.dtype, rows, columns)
+        rows, columns = spec.shape
+        return kernels.PackedWeight(view, spec.dtype, rows, columns)
 
-    named: dict[str, Matrix] = {slot.name: matrix(slot) for slot in slots}
+    named: dict[str, Matrix] = {spec.name: matrix(spec) for spec in specs}
     layers: list[dict[str, Matrix]] = [{} for _ in range(config.num_layers)]
     for name, value in named.items():
         layer, _, kind = name.partition(".")
         if kind:
             layers[int(layer)][kind] = value
     if "lm_head" not in named:  # rows of the embedding
-        table = slots[0]
+        table = specs[0]
         rows = _rows_of(table, views["embedding"], shard.vocab.start, len(shard.vocab))
         named["lm_head"] = (
             kernels.PackedWeight(rows, table.dtype, len(shard.vocab), config.hidden_size) if table.packed else rows

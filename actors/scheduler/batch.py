@@ -12,7 +12,7 @@ from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY
 from llm_runtime.actors.scheduler.config import Config
 from llm_runtime.actors.scheduler.pages import PagePool
 from llm_runtime.actors.scheduler.policies import POLICIES
-from llm_runtime.actors.scheduler.request import Lease, Request
+from llm_runtime.actors.scheduler.request import BlockTable, Request
 from llm_runtime.actors.scheduler.speculation import Speculation
 from llm_runtime.actors.scheduler.step_times import StepTimes
 
@@ -27,7 +27,7 @@ Place = Literal["here", "elsewhere", "nowhere"]
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """A run of new tokens of one request in one step, on the lease that the request had at the time.
+    """A run of new tokens of one request in one step, on the block_table that the request had at the time.
 
     Attributes:
         draft: those of the tokens, the last ones, that are guesses. While the row is under way, `Request.scheduled` and
@@ -35,7 +35,7 @@ class Row:
     """
 
     request: Request
-    lease: Lease
+    block_table: BlockTable
     start: int
     length: int
     flags: int
@@ -43,8 +43,8 @@ class Row:
 
     @property
     def live(self) -> bool:
-        """Whether the request still runs on the row's lease."""
-        return self.request.lease is self.lease
+        """Whether the request still runs on the row's block_table."""
+        return self.request.block_table is self.block_table
 
     @property
     def draws(self) -> int:
@@ -62,14 +62,14 @@ class Departure:
     """
 
     request: Request
-    lease: Lease
+    block_table: BlockTable
     pages: list[int]
     after: int
 
     @property
     def wanted(self) -> bool:
         """Whether the request still waits for it, with these pages."""
-        return self.request.away_on(self.lease)
+        return self.request.away_on(self.block_table)
 
 
 class Batch:
@@ -131,19 +131,19 @@ class Batch:
         if self._speculation is not None and only is None and not self.filled:
             drafts = self._speculation.choose(self.running)
         for request in list(self.running):
-            if request.lease is None or request.away:
+            if request.block_table is None or request.away:
                 continue  # retracted for the sake of one before it, or computed elsewhere
             if only is not None and request not in only:
                 continue
             if request.scheduled >= request.prompt_len and request.exhausted(self._config.max_model_len):
                 continue
-            if not request.lease.opened and not self._opens(request):
+            if not request.block_table.opened and not self._opens(request):
                 continue
             todo = request.planned - request.scheduled
             is_prompt = request.prefilling
             length = min(todo, budget) if is_prompt else todo
-            if length > 0 and self._make_room(request, request.lease, request.scheduled + length):
-                rows.append(self._row(request, request.lease, length))
+            if length > 0 and self._make_room(request, request.block_table, request.scheduled + length):
+                rows.append(self._row(request, request.block_table, length))
                 budget -= length if is_prompt else 0
         if only is None:
             budget = self._admit(rows, budget)
@@ -167,7 +167,7 @@ class Batch:
         """Gives rows guesses to verify, as many as there are pages for without taking any from others."""
         for row in rows:
             draft = drafts.get(row.request, ())[: max(budget, 0)] if row.live else ()
-            if draft and self._grow(row.lease, row.start + row.length + len(draft)):
+            if draft and self._grow(row.block_table, row.start + row.length + len(draft)):
                 row.draft, row.flags = draft, row.flags | VERIFY
                 row.length += len(draft)
                 budget -= len(draft)
@@ -208,9 +208,9 @@ class Batch:
     def _promised(self) -> int:
         """Pages that running requests still need, with one for what each decodes next."""
         return sum(
-            max(1, -(-request.planned // self._pool.page_size) - len(request.lease.pages))
+            max(1, -(-request.planned // self._pool.page_size) - len(request.block_table.pages))
             for request in self.running
-            if request.lease is not None
+            if request.block_table is not None
         )
 
     def admit_elsewhere(self) -> None:
@@ -227,7 +227,7 @@ class Batch:
         request, position, end = row.request, row.request.computed, row.start + row.length
         if not row.live or end <= position:
             return
-        size, pages, write = self._pool.page_size, row.lease.pages, self._pool.ledger.write
+        size, pages, write = self._pool.page_size, row.block_table.pages, self._pool.ledger.write
         while position < end:
             index, offset = divmod(position, size)
             stop = min(end, position - offset + size)
@@ -236,41 +236,41 @@ class Batch:
         request.computed = end
         request.scheduled = max(request.scheduled, end)
         if row.length > 1 and not row.draft:
-            self.share(request, row.lease)
+            self.share(request, row.block_table)
 
     def arrived(self, request: Request) -> None:
         """Others have computed the KV of all tokens of a request that was away."""
-        lease = request.lease
-        assert lease is not None
+        block_table = request.block_table
+        assert block_table is not None
         request.away = False
         start, end = request.computed, len(request.tokens)
-        self._pool.keep(lease.pages[request.shared :])
-        self.computed(Row(request, lease, start, end - start, 0))
+        self._pool.keep(block_table.pages[request.shared :])
+        self.computed(Row(request, block_table, start, end - start, 0))
 
     def release(self, request: Request) -> None:
         """Takes slot and pages from a running request; what is computed goes to the tree. Its tokens stay. Pages that
         are lent stay lent: who has lent them takes them back."""
-        lease = request.lease
-        if lease is None:
+        block_table = request.block_table
+        if block_table is None:
             return
-        self.share(request, lease)
+        self.share(request, block_table)
         self._coming.subtract(request.digests[1 + request.shared : 1 + request.prompt_len // self._pool.page_size])
         self._coming += Counter()
         if not request.away:
-            self._pool.give_back(lease.pages[request.shared :])
+            self._pool.give_back(block_table.pages[request.shared :])
         if request.node is not None:
             self._pool.tree.unlock(request.node)
-        self._slots.append(lease.slot)
+        self._slots.append(block_table.slot)
         self.running.remove(request)
         request.rewind()
 
     def remove(self, request: Request) -> None:
         """Forgets a request, waiting or running."""
-        if request.lease is None and request in self.waiting:
+        if request.block_table is None and request in self.waiting:
             self.waiting.remove(request)
         self.release(request)
 
-    def _row(self, request: Request, lease: Lease, length: int) -> Row:
+    def _row(self, request: Request, block_table: BlockTable, length: int) -> Row:
         start, end = request.scheduled, request.scheduled + length
         flags = 0
         if end == request.planned and not request.exhausted(self._config.max_model_len):
@@ -279,21 +279,21 @@ class Batch:
         if request.wants_prompt_logprobs and start < request.prompt_len:
             flags |= PROMPT_LOGPROBS
         request.scheduled = end
-        return Row(request, lease, start, length, flags)
+        return Row(request, block_table, start, length, flags)
 
-    def _grow(self, lease: Lease, end: int) -> bool:
-        """Gives a lease pages for `end` positions; False when there are not enough."""
-        missing = -(-end // self._pool.page_size) - len(lease.pages)
+    def _grow(self, block_table: BlockTable, end: int) -> bool:
+        """Gives a block_table pages for `end` positions; False when there are not enough."""
+        missing = -(-end // self._pool.page_size) - len(block_table.pages)
         if missing > 0:
             pages = self._pool.allocate(missing)
             if pages is None:
                 return False
-            lease.pages += pages
+            block_table.pages += pages
         return True
 
-    def _make_room(self, request: Request, lease: Lease, end: int) -> bool:
-        """Grows a lease, retracting those that come last; False when the request had to be retracted itself."""
-        while not self._grow(lease, end):
+    def _make_room(self, request: Request, block_table: BlockTable, end: int) -> bool:
+        """Grows a block_table, retracting those that come last; False when the request had to be retracted itself."""
+        while not self._grow(block_table, end):
             victim = self.running[-1]
             self.retract(victim)
             if victim is request:
@@ -331,50 +331,50 @@ class Batch:
             needed = -(-request.planned // pool.page_size) + 1
             if self.running and promised + needed > pool.available:
                 break
-            lease = self._start(request, usable)
+            block_table = self._start(request, usable)
             length = request.planned - request.scheduled
             if place == "here":
                 length = min(length, budget)
-            if not self._grow(lease, request.scheduled + length):
+            if not self._grow(block_table, request.scheduled + length):
                 self.retract(request)
                 break
-            promised += max(1, needed - len(lease.pages))
+            promised += max(1, needed - len(block_table.pages))
             if place == "here":
-                rows.append(self._row(request, lease, length))
+                rows.append(self._row(request, block_table, length))
                 budget -= length
             else:
-                self._send_away(request, lease)
+                self._send_away(request, block_table)
         return budget
 
-    def _send_away(self, request: Request, lease: Lease) -> None:
+    def _send_away(self, request: Request, block_table: BlockTable) -> None:
         """Others compute the prompt from its first page on that is not in the tree."""
         request.away = True
         request.computed = request.scheduled = request.shared * self._pool.page_size
-        pages = lease.pages[request.shared :]
+        pages = block_table.pages[request.shared :]
         self._pool.lend(pages)
-        self.departing.append(Departure(request, lease, pages, self._pool.written_until(pages)))
+        self.departing.append(Departure(request, block_table, pages, self._pool.written_until(pages)))
 
-    def _start(self, request: Request, usable: bytes) -> Lease:
+    def _start(self, request: Request, usable: bytes) -> BlockTable:
         """Gives a waiting request a slot and the pages that hold its prefix already."""
         size = self._pool.page_size
         self.waiting.remove(request)
         insort(self.running, request, key=lambda r: r.urgency)
         request.node, pages = self._pool.match(request.root, usable)
-        request.lease = lease = Lease(self._slots.pop(), list(pages))
+        request.block_table = block_table = BlockTable(self._slots.pop(), list(pages))
         request.shared = len(pages)
         request.computed = request.scheduled = len(pages) * size
         taken = self._pool.take_partial(request.digests[len(pages)], usable[4 * request.computed :])
         if taken is not None:
             page, count = taken
-            lease.pages.append(page)
+            block_table.pages.append(page)
             request.computed += count
             request.scheduled += count
         if not request.output_len:
             request.cached_tokens = request.computed
         self._coming.update(request.digests[1 + request.shared : 1 + request.prompt_len // size])
-        return lease
+        return block_table
 
-    def share(self, request: Request, lease: Lease) -> None:
+    def share(self, request: Request, block_table: BlockTable) -> None:
         """Puts the full pages that a running request has computed into the tree, and takes over the tree's own where
         another request was faster."""
         pool = self._pool
@@ -382,15 +382,15 @@ class Batch:
         if not pool.prefix_cache or full <= request.shared:
             return
         tokens = request.tokens[: full * pool.page_size].tobytes()
-        node, pages = pool.tree.insert(request.root, tokens, lease.pages[:full])
+        node, pages = pool.tree.insert(request.root, tokens, block_table.pages[:full])
         pool.tree.lock(node)
         if request.node is not None:
             pool.tree.unlock(request.node)
         request.node = node
-        doubles = [own for own, kept in zip(lease.pages, pages, strict=False) if own != kept]
+        doubles = [own for own, kept in zip(block_table.pages, pages, strict=False) if own != kept]
         if doubles:
-            lease.pages[:full] = pages
-            lease.pages_sent = min(lease.pages_sent, request.shared)
+            block_table.pages[:full] = pages
+            block_table.pages_sent = min(block_table.pages_sent, request.shared)
             pool.give_back(doubles)
         prompt_pages = request.prompt_len // pool.page_size
         self._coming.subtract(request.digests[1 + request.shared : 1 + min(full, prompt_pages)])

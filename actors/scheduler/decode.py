@@ -119,7 +119,7 @@ class DecodeScheduler(Scheduler):
 
     def _depart(self, departure: Departure) -> None:
         """Has a prompt computed elsewhere, as soon as the ranks do not write into its pages any more."""
-        request, lease = departure.request, departure.lease
+        request, block_table = departure.request, departure.block_table
         answered = self.in_flight[0].number - 1 if self.in_flight else self.steps
         if not departure.wanted:
             self.pool.take_back(departure.pages)
@@ -127,8 +127,8 @@ class DecodeScheduler(Scheduler):
             self.batch.departing.append(departure)
         else:
             if request.phases is not None:
-                request.phases.enter("transfer", lease)
-            if not self.transfers.begin(request, lease):
+                request.phases.enter("transfer", block_table)
+            if not self.transfers.begin(request, block_table):
                 self.batch.retract(request)
                 self.pool.take_back(departure.pages)
 

@@ -177,7 +177,7 @@ class EngineScheduler(Actor):
                 self.heard_of_ranks = step.sent = time.monotonic()
             self.in_flight.append(step)
             for row in rows:
-                if not row.lease.opened:
+                if not row.block_table.opened:
                     self.admitted(row)
             self.send(self.config.leader, encode_step(self.steps, rows, self.config.first_page))
         self.planned()
@@ -194,7 +194,7 @@ class EngineScheduler(Actor):
             request.admitted = True
             self.queue_time.observe(time.monotonic() - request.arrived)
         if request.phases is not None:
-            request.phases.opened(row.lease)
+            request.phases.opened(row.block_table)
 
     def sweep(self) -> None:
         """Runs once a second."""
@@ -397,8 +397,8 @@ class EngineScheduler(Actor):
         for request in list(self.batch.running):
             if request.wants_prompt_logprobs and request.computed and request.finish is None:
                 self.batch.retract(request)  # the next logprob needs a state that the ranks had kept
-            elif request.lease is not None:
-                request.lease.opened = False
+            elif request.block_table is not None:
+                request.block_table.opened = False
         if self.in_flight and not self.batch.fits([row.request for row in self.in_flight[0].rows]):
             self._undo_steps_ahead()
         for step in list(self.in_flight):
@@ -470,7 +470,7 @@ class EngineScheduler(Actor):
         """Ends the requests for whose sake the oldest open step cannot be computed, and has the others computed in
         other steps. Where nobody knows which requests these are, the step's are tried in parts."""
         requests = [row.request for row in self.in_flight[0].rows if row.live]
-        guilty = [row.request for row in self.in_flight[0].rows if row.live and row.lease.slot in (slots or ())]
+        guilty = [row.request for row in self.in_flight[0].rows if row.live and row.block_table.slot in (slots or ())]
         logger.error("%s cannot compute a step: %s", self.config.leader, reason)
         if not guilty:
             suspect = self.bisection.refused(requests) if requests else None

@@ -26,7 +26,7 @@ Refusals = list[tuple[Request, str]]
 
 
 @dataclass(slots=True, eq=False)
-class Wish:
+class PendingGrammar:
     """A constraint, and how far it is: at the grammar actor, at rank 0, or ready.
 
     Attributes:
@@ -59,8 +59,8 @@ class Grammars:
     def __init__(self, config: Config, send: Callable[[str, Message], bool]) -> None:
         self._config = config
         self._send = send
-        self._wishes: OrderedDict[str, Wish] = OrderedDict()
-        self._queue: deque[Wish] = deque()  # in the order of their requests; asked ones are at the grammar actor
+        self._pending: OrderedDict[str, PendingGrammar] = OrderedDict()
+        self._queue: deque[PendingGrammar] = deque()  # in the order of requests; asked ones are at the grammar actor
         self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
         self._incarnation: int | None = None
         self._calm_at = 0.0
@@ -73,37 +73,37 @@ class Grammars:
         if not self._config.grammar:
             return "Structured output is not available: the engine has no grammar actor."
         digest = constraint.digest
-        wish = self._wishes.get(digest)
-        if wish is not None and wish.error and time.monotonic() - wish.refused > REMEMBER_REFUSAL_S:
-            wish = None
-        if wish is None:
-            wish = self._wishes[digest] = Wish(constraint)
-            self._queue.append(wish)
-        self._wishes.move_to_end(digest)
-        if not wish.ready and not wish.error:
+        pending = self._pending.get(digest)
+        if pending is not None and pending.error and time.monotonic() - pending.refused > REMEMBER_REFUSAL_S:
+            pending = None
+        if pending is None:
+            pending = self._pending[digest] = PendingGrammar(constraint)
+            self._queue.append(pending)
+        self._pending.move_to_end(digest)
+        if not pending.ready and not pending.error:
             request.held = True
-            wish.waiting.append(request)
+            pending.waiting.append(request)
             self._ask()
         self._forget()
-        return wish.error
+        return pending.error
 
     def compiled(self, message: Compiled, sender: str) -> Refusals:
         """An answer of the grammar actor or of rank 0. Those of former incarnations are as true as any."""
-        wish = self._wishes.get(message.digest)
-        if wish is None or wish.ready or wish.error:
+        pending = self._pending.get(message.digest)
+        if pending is None or pending.ready or pending.error:
             return []
         if message.error:
-            return self._refuse(wish, message.error)
+            return self._refuse(pending, message.error)
         if sender == self._config.leader:
-            self._queue = deque(each for each in self._queue if each is not wish)
-            wish.possible = wish.ready = True
-            for request in wish.waiting:
+            self._queue = deque(each for each in self._queue if each is not pending)
+            pending.possible = pending.ready = True
+            for request in pending.waiting:
                 request.held = False
-            wish.waiting.clear()
-        elif not wish.possible:
-            self._queue = deque(each for each in self._queue if each is not wish)
-            wish.possible = True
-            self._ask_leader(wish)
+            pending.waiting.clear()
+        elif not pending.possible:
+            self._queue = deque(each for each in self._queue if each is not pending)
+            pending.possible = True
+            self._ask_leader(pending)
         self._ask()
         return []
 
@@ -111,7 +111,7 @@ class Grammars:
         """A first word of the grammar actor. Its former incarnation may have died of what it was asked."""
         restarted = self._incarnation is not None
         self._incarnation = incarnation
-        asked = [wish for wish in self._queue if wish.asked]
+        asked = [pending for pending in self._queue if pending.asked]
         if not restarted or not asked:
             return []
         now = time.monotonic()
@@ -120,32 +120,32 @@ class Grammars:
             self._calm_at = now + REPEAT_S
         alone = len(asked) == 1
         refusals: Refusals = []
-        for wish in asked:
-            wish.asked = 0.0
-            wish.deaths += 1
-            if alone and wish.deaths >= MAX_DEATHS:
-                refusals += self._refuse(wish, "The constraint cannot be compiled: the compiler crashes.")
+        for pending in asked:
+            pending.asked = 0.0
+            pending.deaths += 1
+            if alone and pending.deaths >= MAX_DEATHS:
+                refusals += self._refuse(pending, "The constraint cannot be compiled: the compiler crashes.")
         self._ask()
         return refusals
 
     def leader_started(self) -> None:
         """A new rank 0 has compiled nothing. Requests that run bring it their constraints with their slots."""
-        for digest, wish in list(self._wishes.items()):
-            if wish.ready:
-                del self._wishes[digest]
-            elif wish.possible:
-                self._ask_leader(wish)
+        for digest, pending in list(self._pending.items()):
+            if pending.ready:
+                del self._pending[digest]
+            elif pending.possible:
+                self._ask_leader(pending)
 
     def repeat(self) -> None:
         """Asks again what has not been answered."""
         now = time.monotonic()
-        for wish in self._wishes.values():
-            if wish.possible and not wish.ready and now - wish.asked > REPEAT_S:
-                self._ask_leader(wish)
-        for wish in self._queue:
-            if wish.asked and now - wish.asked > REPEAT_S:
-                wish.asked = now
-                self._send(self._config.grammar, Compile(wish.constraint))
+        for pending in self._pending.values():
+            if pending.possible and not pending.ready and now - pending.asked > REPEAT_S:
+                self._ask_leader(pending)
+        for pending in self._queue:
+            if pending.asked and now - pending.asked > REPEAT_S:
+                pending.asked = now
+                self._send(self._config.grammar, Compile(pending.constraint))
         self._ask()
 
     def _ask(self) -> None:
@@ -153,30 +153,30 @@ class Grammars:
         now = time.monotonic()
         if now < self._calm_at:
             return
-        suspect = next((wish for wish in self._queue if wish.deaths), None)
-        asked = any(wish.asked for wish in self._queue)
-        for wish in list(self._queue) if suspect is None else [] if asked else [suspect]:
-            if not wish.asked:
-                wish.asked = now
-                self._send(self._config.grammar, Compile(wish.constraint))
+        suspect = next((pending for pending in self._queue if pending.deaths), None)
+        asked = any(pending.asked for pending in self._queue)
+        for pending in list(self._queue) if suspect is None else [] if asked else [suspect]:
+            if not pending.asked:
+                pending.asked = now
+                self._send(self._config.grammar, Compile(pending.constraint))
 
-    def _ask_leader(self, wish: Wish) -> None:
-        wish.asked = time.monotonic()
-        self._send(self._config.leader, Compile(wish.constraint))
+    def _ask_leader(self, pending: PendingGrammar) -> None:
+        pending.asked = time.monotonic()
+        self._send(self._config.leader, Compile(pending.constraint))
 
-    def _refuse(self, wish: Wish, error: str) -> Refusals:
-        self._queue = deque(each for each in self._queue if each is not wish)
-        wish.error, wish.refused = error, time.monotonic()
-        refusals = [(request, error) for request in wish.waiting]
-        wish.waiting.clear()
+    def _refuse(self, pending: PendingGrammar, error: str) -> Refusals:
+        self._queue = deque(each for each in self._queue if each is not pending)
+        pending.error, pending.refused = error, time.monotonic()
+        refusals = [(request, error) for request in pending.waiting]
+        pending.waiting.clear()
         self._ask()
         return refusals
 
     def _forget(self) -> None:
         """Drops what nobody waits for and was wanted longest ago."""
-        while len(self._wishes) > REMEMBERED:
-            digest = next((digest for digest, wish in self._wishes.items() if not wish.waiting), None)
+        while len(self._pending) > REMEMBERED:
+            digest = next((digest for digest, pending in self._pending.items() if not pending.waiting), None)
             if digest is None:
                 return
-            gone = self._wishes.pop(digest)
+            gone = self._pending.pop(digest)
             self._queue = deque(each for each in self._queue if each is not gone)

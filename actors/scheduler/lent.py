@@ -7,7 +7,7 @@ from bisect import insort
 from llm_runtime.actors.scheduler.batch import Batch, Row
 from llm_runtime.actors.scheduler.config import Config
 from llm_runtime.actors.scheduler.pages import PagePool
-from llm_runtime.actors.scheduler.request import Lease, Request
+from llm_runtime.actors.scheduler.request import BlockTable, Request
 from llm_runtime.actors.scheduler.step_times import StepTimes
 
 
@@ -32,8 +32,8 @@ class LentBatch(Batch):
 
     def release(self, request: Request) -> None:
         """Takes the slot from a running request."""
-        if request.lease is not None:
-            self._slots.append(request.lease.slot)
+        if request.block_table is not None:
+            self._slots.append(request.block_table.slot)
             self.running.remove(request)
             request.rewind()
 
@@ -41,10 +41,10 @@ class LentBatch(Batch):
         super().remove(request)
         self._lent.pop(request, None)
 
-    def _start(self, request: Request, usable: bytes) -> Lease:
+    def _start(self, request: Request, usable: bytes) -> BlockTable:
         pages, held = self._lent[request]
         self.waiting.remove(request)
         insort(self.running, request, key=lambda r: r.urgency)
-        request.lease = lease = Lease(self._slots.pop(), list(pages))
+        request.block_table = block_table = BlockTable(self._slots.pop(), list(pages))
         request.computed = request.scheduled = request.cached_tokens = held
-        return lease
+        return block_table

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Literal
 
-from llm_runtime.actors.scheduler.request import Lease
+from llm_runtime.actors.scheduler.request import BlockTable
 from llm_runtime.actors.spans import SPAN_BYTES, Spans, SpanValue, child_context
 
 Phase = Literal["queue", "prefill", "transfer", "decode"]
@@ -20,14 +20,14 @@ class Phases:
         decodes: whether this engine draws more than the first token.
 
     Attributes:
-        lease: slot and pages of the present phase; with others the request has been retracted in between.
+        block_table: slot and pages of the present phase; with others the request has been retracted in between.
     """
 
     def __init__(self, spans: Spans, trace: bytes, decodes: bool = True) -> None:
         self._spans = spans
         self._decodes = decodes
         self._trace = trace
-        self.lease: Lease | None = None
+        self.block_table: BlockTable | None = None
         self._opened = False
         self._begin("queue")
 
@@ -42,18 +42,18 @@ class Phases:
         """For others who work on the present phase."""
         return child_context(self._trace, self.span)
 
-    def enter(self, phase: Phase, lease: Lease | None = None) -> None:
+    def enter(self, phase: Phase, block_table: BlockTable | None = None) -> None:
         """Ends the present phase and begins another."""
         self.end()
-        if lease is not None:
-            self.lease, self._opened = lease, False
+        if block_table is not None:
+            self.block_table, self._opened = block_table, False
         self._begin(phase)
 
-    def opened(self, lease: Lease) -> None:
+    def opened(self, block_table: BlockTable) -> None:
         """The ranks are about to be told of the request's slot: it begins to be computed, or the ranks were restarted
         meanwhile."""
-        if self.lease is not lease:
-            self.enter("prefill", lease)
+        if self.block_table is not block_table:
+            self.enter("prefill", block_table)
         elif self._opened:
             self._events.append((time.time_ns(), "handed to restarted ranks"))
         self._opened = True

@@ -247,12 +247,12 @@ class PrefillScheduler(EngineScheduler):
         """Offers the pages that hold their final KV: full ones, in their place in the prefix tree if there is one, and
         at the end the last one too. A request that wants logprobs of its prompt may have to start over until then."""
         request = job.request
-        if request.lease is None or (request.wants_prompt_logprobs and job.answer is None):
+        if request.block_table is None or (request.wants_prompt_logprobs and job.answer is None):
             return
         full = request.shared if self.pool.prefix_cache else request.computed // self.config.page_size
         count = -(-request.computed // self.config.page_size) if job.answer is not None else full
         if count > job.offered:
-            pages = array("i", request.lease.pages[job.offered : count]).tobytes()
+            pages = array("i", request.block_table.pages[job.offered : count]).tobytes()
             self.send(self.config.transfer, Offer(request.rid, job.receiver, job.offered, pages, request.trace))
             job.offered = count
 
@@ -283,8 +283,8 @@ class PrefillScheduler(EngineScheduler):
 
     def _answer(self, job: Job, token: int | None, logprobs: list[TokenLogprob] | None) -> None:
         request = job.request
-        assert request.lease is not None
-        self.batch.share(request, request.lease)
+        assert request.block_table is not None
+        self.batch.share(request, request.block_table)
         request.finish = "length"
         self._end_phases(job)
         self.prefilled += 1

@@ -21,7 +21,7 @@ REPEATED_TOKENS = 64
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
+class BlockTable:
     """A running request's slot and pages.
 
     Attributes:
@@ -48,7 +48,7 @@ class Request:
         order: rank of arrival, for first come first served.
         tokens: prompt and output (i32). max_len: how many there may be.
         digests: digest of the prefix before page 0, 1, 2 …; one entry more than there are full pages known.
-        lease: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
+        block_table: slot and pages while it runs; the first `shared` pages belong to the prefix tree.
         node: end of the path in the prefix tree that is locked for this request.
         away: its prompt is being computed by another engine, into pages that are lent.
         held: it waits for its constraint to be ready.
@@ -88,7 +88,7 @@ class Request:
         self.digests = [root_digest(message.extra_key)]
         self.extend_digests()
 
-        self.lease: Lease | None = None
+        self.block_table: BlockTable | None = None
         self.shared = 0
         self.node: Node | None = None
         self.away = False
@@ -142,9 +142,9 @@ class Request:
         planned = self.planned
         return planned >= self.max_len or planned >= max_model_len
 
-    def away_on(self, lease: Lease) -> bool:
-        """Whether it waits for its prompt to be computed by another engine, into the pages of this lease."""
-        return self.away and self.lease is lease
+    def away_on(self, block_table: BlockTable) -> bool:
+        """Whether it waits for its prompt to be computed by another engine, into the pages of this block_table."""
+        return self.away and self.block_table is block_table
 
     def append(self, token: int) -> None:
         """Takes an output token."""
@@ -182,7 +182,7 @@ class Request:
 
     def rewind(self) -> None:
         """Back to a request without slot and pages; the tokens stay."""
-        self.lease = None
+        self.block_table = None
         self.shared = 0
         self.node = None
         self.away = False

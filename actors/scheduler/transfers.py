@@ -12,7 +12,7 @@ from llm_runtime.actors.messages import CancelReceive, EngineInfo, Message, Pref
 from llm_runtime.actors.scheduler.batch import Place
 from llm_runtime.actors.scheduler.config import Config
 from llm_runtime.actors.scheduler.pages import PagePool
-from llm_runtime.actors.scheduler.request import Lease, Request
+from llm_runtime.actors.scheduler.request import BlockTable, Request
 
 REPEAT_S = 1.0
 """What is not answered is said again after so long."""
@@ -37,7 +37,7 @@ class Transfer:
     """
 
     request: Request
-    lease: Lease
+    block_table: BlockTable
     scheduler: str
     pages: list[int]
     tokens: int
@@ -54,7 +54,7 @@ class Transfer:
     @property
     def wanted(self) -> bool:
         """Whether the request still waits for it, with these pages."""
-        return self.request.away_on(self.lease)
+        return self.request.away_on(self.block_table)
 
 
 @dataclass(slots=True, eq=False)
@@ -171,7 +171,7 @@ class Transfers:
 
     # -- transfers --------------------------------------------------------------------------------------
 
-    def begin(self, request: Request, lease: Lease) -> bool:
+    def begin(self, request: Request, block_table: BlockTable) -> bool:
         """Asks for a request's prompt; False if there is no prefill engine."""
         engine = self._choose(request)
         if engine is None:
@@ -180,7 +180,7 @@ class Transfers:
         transfer = f"{self._prefix}:{self._count}"
         trace = request.phases.context if request.phases is not None else b""
         first, base, info = request.shared, self._config.first_page, engine.info
-        numbered = array("i", [base + page for page in lease.pages])
+        numbered = array("i", [base + page for page in block_table.pages])
         prefill = Prefill(
             transfer,
             self._config.transfer,
@@ -195,9 +195,9 @@ class Transfers:
         )
         receive = Receive(transfer, info.transfer, first, numbered[first:].tobytes(), trace)
         tokens = len(request.tokens) - request.computed
-        pages = lease.pages[first:]
+        pages = block_table.pages[first:]
         self.active[transfer] = Transfer(
-            request, lease, info.scheduler, pages, tokens, prefill, receive, time.monotonic()
+            request, block_table, info.scheduler, pages, tokens, prefill, receive, time.monotonic()
         )
         engine.tokens += tokens
         engine.note(request)

@@ -6,32 +6,32 @@ from array import array
 
 import numpy as np
 
-from llm_runtime.actors.messages import OpenSlot, Step, TokenLogprob, TopLogprobs
+from llm_runtime.actors.messages import NewRequest, Step, TokenLogprob, TopLogprobs
 from llm_runtime.actors.scheduler.batch import Row
 
 
 def encode_step(number: int, rows: list[Row], first_page: int = 0) -> Step:
-    """The step that computes `rows`. Marks their leases as known to the rank.
+    """The step that computes `rows`. Marks their block_tables as known to the rank.
 
     Args:
         first_page: number of the engine's page 0 in the arena of its ranks.
     """
     slots, starts, lengths, tokens, pages = (array("i") for _ in range(5))
     flags = bytearray()
-    opens: list[OpenSlot] = []
+    new_requests: list[NewRequest] = []
     for row in rows:
-        request, lease = row.request, row.lease
-        if not lease.opened:
+        request, block_table = row.request, row.block_table
+        if not block_table.opened:
             history = request.tokens.tobytes() if request.sampling.needs_history else b""
-            opens.append(
-                OpenSlot(lease.slot, request.prompt_len, request.sampling, history, request.trace, request.room)
+            new_requests.append(
+                NewRequest(block_table.slot, request.prompt_len, request.sampling, history, request.trace, request.room)
             )
-            lease.opened, lease.pages_sent = True, 0
-        if lease.pages_sent < len(lease.pages):
-            for index in range(lease.pages_sent, len(lease.pages)):
-                pages.extend((lease.slot, index, first_page + lease.pages[index]))
-            lease.pages_sent = len(lease.pages)
-        slots.append(lease.slot)
+            block_table.opened, block_table.pages_sent = True, 0
+        if block_table.pages_sent < len(block_table.pages):
+            for index in range(block_table.pages_sent, len(block_table.pages)):
+                pages.extend((block_table.slot, index, first_page + block_table.pages[index]))
+            block_table.pages_sent = len(block_table.pages)
+        slots.append(block_table.slot)
         starts.append(row.start)
         lengths.append(row.length)
         flags.append(row.flags)
@@ -49,7 +49,7 @@ def encode_step(number: int, rows: list[Row], first_page: int = 0) -> Step:
         bytes(flags),
         tokens.tobytes(),
         pages.tobytes(),
-        opens,
+        new_requests,
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_runtime.actors.messages import SAMPLE, OpenSlot, SamplingParams, Step
+from llm_runtime.actors.messages import SAMPLE, NewRequest, SamplingParams, Step
 from llm_runtime.actors.rank import Executor, RankConfig, build_executor
 from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.plan import NodePlan
@@ -135,7 +135,7 @@ def _next_step(
         flags=flags.astype(np.uint8).tobytes(),
         tokens=np.concatenate(tokens).tobytes(),
         pages=np.array(pages, np.int32).tobytes(),
-        opens=[OpenSlot(request.slot, batch.input_tokens, sampling) for request in opened],
+        new_requests=[NewRequest(request.slot, batch.input_tokens, sampling) for request in opened],
     )
     return step, (batch.chunk_tokens - budget, decoded)
 

@@ -8,9 +8,9 @@ from llm_runtime.runtime.cli.options import add_topology, topology_of
 from llm_runtime.runtime.cli.output import complain, say
 from llm_runtime.runtime.http_limits import describe_http, http_warnings
 from llm_runtime.runtime.models import NotLocal
-from llm_runtime.runtime.needs import describe_encoders, describe_engines, describe_needs
 from llm_runtime.runtime.plan import NodePlan, plan_node
 from llm_runtime.runtime.ports import check_ports, listening
+from llm_runtime.runtime.resource_check import describe_encoders, describe_engines, describe_needs
 from llm_runtime.runtime.tree import actor_names
 
 

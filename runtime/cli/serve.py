@@ -10,7 +10,7 @@ from llm_runtime.runtime.cli.options import add_settings, topology_of
 from llm_runtime.runtime.cli.up import add_detach, start
 from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.models import EMBEDDED, MINILM
-from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.placement import node_to_start
 from llm_runtime.runtime.topology import TopologyError
 
 _TOPOLOGIES = {EMBEDDED: "smollm2", MINILM: "minilm"}

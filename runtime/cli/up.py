@@ -20,7 +20,7 @@ from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.http_limits import http_warnings
 from llm_runtime.runtime.native import build_kernels
 from llm_runtime.runtime.node import run_node
-from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.placement import node_to_start
 from llm_runtime.runtime.plan import NodePlan, plan_node
 from llm_runtime.runtime.ports import check_machine, check_ports
 from llm_runtime.runtime.progress import Ready, Stopped, notes_to, pipe_writer, read_progress

@@ -23,7 +23,7 @@ import msgspec
 
 import llm_runtime
 from llm_runtime.runtime.errors import UserError
-from llm_runtime.runtime.offline.order import Order
+from llm_runtime.runtime.offline.child_main import Order
 from llm_runtime.runtime.progress import Note, Ready, Stopped, read_progress
 
 STOP_TIMEOUT_S = 20.0
@@ -120,7 +120,7 @@ class PrivateNode:
         try:
             with (self.directory / "start.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "llm_runtime.runtime.offline.order"],
+                    [sys.executable, "-P", "-m", "llm_runtime.runtime.offline.child_main"],
                     stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=log,

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 import transformers
-from extending_node import Node, eventually
+from extending_node import Node
 from extending_packages import install_recipe
 from safetensors.torch import load_file, save_file
+from support import eventually
 
 from llm_runtime.actors.vocabulary import load_vocabulary
 from llm_runtime.runtime.models import resolve_model

@@ -41,10 +41,10 @@ class Link:
     def idle(self) -> None:
         pass
 
-    def park(self, name: str, fd: int, meta: bytes = b"") -> None:
+    def store_fd(self, name: str, fd: int, meta: bytes = b"") -> None:
         pass
 
-    def unpark(self, name: str) -> None:
+    def remove_fd(self, name: str) -> None:
         pass
 
 
@@ -60,7 +60,7 @@ class Context:
             **arguments["descriptors"],
             journal: Arena.create(journal, 64 * slot_bytes(8 * 2**20)),
         }
-        self.parked: Mapping[str, tuple[int, bytes]] = {}
+        self.stored_fds: Mapping[str, tuple[int, bytes]] = {}
         self.run_dir = Path(arguments["run_dir"])
         self.link = Link(arguments["shutdown"])
 

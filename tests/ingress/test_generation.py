@@ -9,7 +9,7 @@ import pytest
 
 from llm_runtime.actors.ingress.engines import Engines
 from llm_runtime.actors.ingress.generation import Generation
-from llm_runtime.actors.ingress.journal import Past
+from llm_runtime.actors.ingress.journal import ReplayState
 from llm_runtime.actors.ingress.ledger import Entry, Ledger
 from llm_runtime.actors.ingress.metrics import IngressMetrics
 from llm_runtime.actors.ingress.work import Work
@@ -34,7 +34,7 @@ class Stream:
         self.ledger.registry([info])
         prompts = [(b"\1\0\0\0", COUNT)]
         sampling = SamplingParams(COUNT, 7)
-        work = Work(None, Past())
+        work = Work(None, ReplayState())
         self.generation = Generation(self.ledger, work, prompts, sampling, TextParams(), timeout_s=60.0, eager=True)
         self.rid = work.identity.rid
         self.direct = direct

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from llm_runtime.actors.ingress.journal import GRAIN_BYTES, MAX_RESUMED, Journal, Slot, slot_bytes
-from llm_runtime.actors.ingress.pieces import Identity, Piece
+from llm_runtime.actors.ingress.output_deltas import Identity, OutputDelta
 from llm_runtime.actors.ingress.positions import positions
 from llm_runtime.transport import Arena
 
@@ -38,8 +38,8 @@ def opened(arena: int) -> Slot:
     return slot
 
 
-def piece(number: int) -> Piece:
-    return Piece([number], f"t{number}", None, None, None, 0, None)
+def delta(number: int) -> OutputDelta:
+    return OutputDelta([number], f"t{number}", None, None, None, 0, None)
 
 
 def connected() -> tuple[socket.socket, socket.socket]:
@@ -77,24 +77,24 @@ def test_what_is_written_is_recovered(arena: int) -> None:
     slot.identity(identity)
     slot.prompts([b"1234"])
     for number in range(3):
-        slot.piece(number % 2, piece(number))
+        slot.delta(number % 2, delta(number))
     slot.sent(b"head+first", 2, last=False, aside=False, closes=False)
     slot.attempt(1, 4)
     recovered = journal(arena).reopen(0).recover(SERIAL, 5, 6)
     assert recovered.received == b"hello"
     assert recovered.unsent == b"irst"
     assert not recovered.answered
-    past = recovered.past
-    assert (past.identity, past.prompts, past.attempts) == (identity, [b"1234"], {1: 4})
-    assert past.pieces == [(number % 2, piece(number)) for number in range(3)]
-    assert (past.begun, past.covered) == (True, 2)
+    replay = recovered.replay
+    assert (replay.identity, replay.prompts, replay.attempts) == (identity, [b"1234"], {1: 4})
+    assert replay.deltas == [(number % 2, delta(number)) for number in range(3)]
+    assert (replay.begun, replay.covered) == (True, 2)
 
 
 def test_an_answered_request_is_forgotten_but_not_what_is_unsent(arena: int) -> None:
     slot = opened(arena)
     assert slot.inlet()
     slot.read(100)
-    slot.piece(0, piece(1))
+    slot.delta(0, delta(1))
     slot.sent(b"x" * 50, 1, last=True, aside=False, closes=False)
     assert journal(arena).reopen(0).recover(SERIAL, 100, 10).answered == 1
     slot = journal(arena).reopen(0)
@@ -103,7 +103,7 @@ def test_an_answered_request_is_forgotten_but_not_what_is_unsent(arena: int) -> 
     recovered = journal(arena).reopen(0).recover(SERIAL, 100, 20)
     assert (recovered.received, recovered.answered, recovered.unsent) == (b"", 0, b"x" * 30)
     assert recovered.idle
-    assert not recovered.past.pieces
+    assert not recovered.replay.deltas
 
 
 def test_bytes_that_were_read_and_not_journalled(arena: int) -> None:
@@ -138,7 +138,7 @@ def test_damaged_logs_are_refused_or_read(arena: int) -> None:
     for _ in range(300):
         slot = opened(arena)
         for number in range(10):
-            slot.piece(0, piece(number))
+            slot.delta(0, delta(number))
         slot.sent(b"x" * 100, 5, last=False, aside=False, closes=False)
         for _ in range(3):
             os.pwrite(arena, struct.pack("=I", chance.getrandbits(32)), chance.randrange(0, 300))
@@ -163,7 +163,7 @@ def test_memory_is_bounded_and_given_back(arena: int) -> None:
     second.sent(b"x" * 2 * GRAIN_BYTES, 0, last=False, aside=False, closes=False)
     assert full == [1]
     assert second.full
-    second.piece(0, piece(0))
+    second.delta(0, delta(0))
     assert full == [1]
     for slot in (first, second):
         slot.release()
@@ -185,9 +185,9 @@ def test_slots_belong_to_connections(arena: int) -> None:
     assert all(slots)
     for slot in slots[:2]:
         assert slot is not None
-        slot.piece(0, piece(0))
+        slot.delta(0, delta(0))
         slot.release()
-        slot.piece(0, piece(1))  # too late: it may be another one's now
+        slot.delta(0, delta(1))  # too late: it may be another one's now
         slot.sent(b"x", 0, last=False, aside=False, closes=False)
     used = os.fstat(arena).st_blocks
     second = journal(arena)
@@ -217,7 +217,7 @@ def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> No
     client.settimeout(10)
     assert journal(arena).open(SERIAL) is not None
     chance = random.Random(1)
-    sent, received, pieces = 0, b"", 0
+    sent, received, deltas = 0, b"", 0
     with server, client:
         for _ in range(40):
             ready, theirs = os.pipe()
@@ -233,10 +233,10 @@ def test_killed_at_any_moment(arena: int, monkeypatch: pytest.MonkeyPatch) -> No
             os.waitpid(child, 0)
             os.close(ready)
             recovered = journal(arena).reopen(0).recover(SERIAL, *positions(server))
-            numbers = [each.tokens[0] for _, each in recovered.past.pieces]
+            numbers = [each.tokens[0] for _, each in recovered.replay.deltas]
             assert numbers == list(range(len(numbers)))
-            assert len(numbers) >= pieces
-            pieces = len(numbers)
+            assert len(numbers) >= deltas
+            deltas = len(numbers)
             assert bytes(recovered.received) == b"".join(b"%08d" % i for i in range(sent))[: len(recovered.received)]
         while len(received) < positions(server)[1]:
             received += client.recv(2**16)
@@ -250,7 +250,7 @@ def _echo_for_ever(arena: int, server: socket.socket, ready: int) -> None:
     try:
         slot = journal(arena).reopen(0)
         recovered = slot.recover(SERIAL, *positions(server))
-        count = len(recovered.past.pieces)
+        count = len(recovered.replay.deltas)
         answered = (positions(server)[1] + len(recovered.unsent)) // 8
         server.setblocking(True)
         server.sendall(recovered.unsent)
@@ -258,7 +258,7 @@ def _echo_for_ever(arena: int, server: socket.socket, ready: int) -> None:
         total = len(recovered.received)
         while True:
             while answered < total // 8:
-                slot.piece(0, piece(count))
+                slot.delta(0, delta(count))
                 count += 1
                 data = b"%08d" % answered
                 answered += 1

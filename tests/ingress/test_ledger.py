@@ -12,7 +12,7 @@ from llm_runtime.actors.ingress.engines import GRACE_S, Engines
 from llm_runtime.actors.ingress.errors import ApiError
 from llm_runtime.actors.ingress.ledger import Entry, Ledger
 from llm_runtime.actors.ingress.metrics import IngressMetrics
-from llm_runtime.actors.ingress.pieces import Piece
+from llm_runtime.actors.ingress.output_deltas import OutputDelta
 from llm_runtime.actors.messages import (
     Abort,
     Acknowledge,
@@ -38,11 +38,11 @@ class Client:
         self.tokens: list[int] = []
         self.logprobs = 0
         self.errors: list[ApiError] = []
-        self.pieces: list[Piece] = []
+        self.deltas: list[OutputDelta] = []
         self.attempts: list[int] = []
 
-    def received(self, entry: Entry, piece: Piece) -> None:
-        self.pieces.append(piece)
+    def received(self, entry: Entry, delta: OutputDelta) -> None:
+        self.deltas.append(delta)
 
     def attempted(self, entry: Entry) -> None:
         self.attempts.append(entry.attempt)
@@ -387,7 +387,7 @@ def test_an_aborted_request_is_forgotten() -> None:
 
 
 def test_a_request_that_is_ended_early_has_an_end_that_lasts() -> None:
-    """Its end is a piece like those that engines send: what is made of the pieces alone ends as well."""
+    """Its end is a delta like those that engines send: what is made of the deltas alone ends as well."""
     bench = Bench()
     entry, client = bench.submit()
     bench.take()
@@ -398,4 +398,4 @@ def test_a_request_that_is_ended_early_has_an_end_that_lasts() -> None:
     assert (client.text, entry.finish) == ("a", "abort")
     bench.ledger.texts([TextEvent("r", 0, 1, [6], 1, "b", None)])
     assert (client.text, client.errors) == ("a", [])
-    assert client.pieces[-1].finish == "abort"
+    assert client.deltas[-1].finish == "abort"

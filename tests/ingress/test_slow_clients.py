@@ -45,8 +45,8 @@ class Running:
     def __init__(self) -> None:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = listener.getsockname()[1]
-        link = SimpleNamespace(park=lambda *_: None, unpark=lambda _: None)
-        context: Any = SimpleNamespace(link=link, incarnation=1, parked={})
+        link = SimpleNamespace(store_fd=lambda *_: None, remove_fd=lambda _: None)
+        context: Any = SimpleNamespace(link=link, incarnation=1, stored_fds={})
         counters = dict.fromkeys(("connections_unprotected", "connections_refused", "connections_resumed"), 0)
         config = uvicorn.Config(application, ws="none", lifespan="off", log_config=None, timeout_keep_alive=1)
         self._server = Server(config, listener, None, context, counters)

@@ -17,7 +17,7 @@ from llm_runtime.runtime.cli import main
 from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.keys import write_keys
 from llm_runtime.runtime.models import ResolvedModel
-from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.placement import node_to_start
 from llm_runtime.runtime.plan import NodePlan, plan_node
 from llm_runtime.runtime.ports import check_machine, check_ports, listening
 from llm_runtime.runtime.topology import Machine, Topology, TopologyError, load_topology

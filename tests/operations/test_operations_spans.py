@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.output_deltas import Identity
 from llm_runtime.actors.ingress.tracing import Tracing, TracingConfig, attempt_context
-from llm_runtime.actors.messages import SAMPLE, Message, OpenSlot, SamplingParams, SpanEnded, Step
+from llm_runtime.actors.messages import SAMPLE, Message, NewRequest, SamplingParams, SpanEnded, Step
 from llm_runtime.actors.rank.traces import SlotTraces
 from llm_runtime.actors.scheduler.phases import Phases
-from llm_runtime.actors.scheduler.request import Lease
+from llm_runtime.actors.scheduler.request import BlockTable
 from llm_runtime.actors.spans import Spans
 from llm_runtime.runtime.plan import plan_node
 from llm_runtime.runtime.topology import TopologyError, load_topology
@@ -110,7 +110,7 @@ def test_nothing_is_reported_for_others() -> None:
 
 def test_the_phases_of_a_request_that_is_retracted() -> None:
     reported = Reported("ingress0")
-    phases, first, second = Phases(reported.spans, CONTEXT), Lease(0, []), Lease(1, [])
+    phases, first, second = Phases(reported.spans, CONTEXT), BlockTable(0, []), BlockTable(1, [])
     phases.opened(first)
     phases.drawn()
     phases.opened(first)  # the ranks were restarted
@@ -125,7 +125,7 @@ def test_the_phases_of_a_request_that_is_retracted() -> None:
     assert times == sorted(times)
 
 
-def step(number: int, start: int, length: int, flags: int, opens: list[OpenSlot] | None = None) -> Step:
+def step(number: int, start: int, length: int, flags: int, opens: list[NewRequest] | None = None) -> Step:
     one = (array("i", [value]).tobytes() for value in (2, start, length))
     return Step(number, *one, bytes([flags]), array("i", [1] * length).tobytes(), b"", opens or [])
 
@@ -133,14 +133,14 @@ def step(number: int, start: int, length: int, flags: int, opens: list[OpenSlot]
 def test_a_rank_makes_two_spans_of_any_number_of_steps() -> None:
     reported, timers = Reported("ingress0"), []
     traces = SlotTraces(reported.spans, lambda delay_s, action: timers.append(action))
-    opening = OpenSlot(2, 8, SamplingParams(4, 0), trace=CONTEXT)
+    opening = NewRequest(2, 8, SamplingParams(4, 0), trace=CONTEXT)
     traces.ran(step(1, 0, 4, 0, [opening]), 100)
     traces.ran(step(2, 4, 4, SAMPLE), 200)
     assert reported.names == ["rank prefill"]
     for number in range(10):
         traces.ran(step(3 + number, 8 + number, 1, SAMPLE), 300 + number)
     assert reported.names == ["rank prefill"]
-    traces.ran(step(20, 0, 4, SAMPLE, [OpenSlot(2, 4, SamplingParams(4, 0))]), 400)  # another request
+    traces.ran(step(20, 0, 4, SAMPLE, [NewRequest(2, 4, SamplingParams(4, 0))]), 400)  # another request
     assert reported.names == ["rank prefill", "rank decode"]
     assert not traces
     counts = [(span.attributes["steps"], span.attributes["tokens"], span.start_ns) for _, span in reported.sent]

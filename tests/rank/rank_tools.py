@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, OpenSlot, SamplingParams, Step, StepResult, TopLogprobs
+from llm_runtime.actors.messages import (
+    PROMPT_LOGPROBS,
+    SAMPLE,
+    NewRequest,
+    SamplingParams,
+    Step,
+    StepResult,
+    TopLogprobs,
+)
 from llm_runtime.actors.rank import Executor, RankConfig
 
 GREEDY = SamplingParams(max_tokens=64, seed=0, temperature=0.0)
@@ -78,7 +86,7 @@ class Driver:
         for sequence, length in rows:
             if not sequence.opened:
                 history = i32(sequence.tokens) if sequence.sampling.needs_history else b""
-                opens.append(OpenSlot(sequence.slot, len(sequence.prompt), sequence.sampling, history))
+                opens.append(NewRequest(sequence.slot, len(sequence.prompt), sequence.sampling, history))
                 pages.extend((sequence.slot, index, page) for index, page in enumerate(sequence.pages))
                 sequence.opened, explicit_row = True, True
             else:

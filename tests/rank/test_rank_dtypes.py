@@ -22,10 +22,10 @@ from llm_runtime.actors.checkpoint.names import gguf_name
 from llm_runtime.actors.dtypes import WeightDType, compute_dtype
 from llm_runtime.actors.messages import SamplingParams
 from llm_runtime.actors.rank import Executor, RankConfig, build_executor, shard_of, weight_bytes
+from llm_runtime.actors.rank import checkpoint_reader as source_module
 from llm_runtime.actors.rank import executor as executor_module
-from llm_runtime.actors.rank import source as source_module
 from llm_runtime.actors.rank.dequantize import four_bits
-from llm_runtime.actors.rank.precision import auto_dtype, matrix_dtype
+from llm_runtime.actors.rank.quantization_policy import auto_dtype, matrix_dtype
 from llm_runtime.actors.rank.shard import weight_layout
 from llm_runtime.actors.rank.weights import load_weights
 from llm_runtime.kernels import reference

@@ -14,7 +14,7 @@ import torch
 from rank_tools import PAGE_SIZE, Driver, Sequence, generate, i32, ints, rank_config, save_model
 
 from llm_runtime.actors.actor import BadMessage, StartFailure
-from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, OpenSlot, SamplingParams, Step
+from llm_runtime.actors.messages import PROMPT_LOGPROBS, SAMPLE, VERIFY, NewRequest, SamplingParams, Step
 from llm_runtime.actors.rank import Executor, build_executor
 from llm_runtime.actors.rank.executor import BadStep
 
@@ -349,7 +349,7 @@ def test_logprobs_only_for_those_who_ask(tiny: Executor) -> None:
 
 # -- messages that make no sense -----------------------------------------------------------------------------------
 
-OPEN = OpenSlot(0, 4, SamplingParams(max_tokens=4, seed=0))
+OPEN = NewRequest(0, 4, SamplingParams(max_tokens=4, seed=0))
 GOOD = Step(1, i32([0]), i32([0]), i32([4]), bytes([SAMPLE]), i32([5, 6, 7, 8]), i32([(0, 0, 3)]), [OPEN])
 
 
@@ -357,8 +357,8 @@ def changed(**fields: Any) -> Step:
     return msgspec.structs.replace(GOOD, **fields)
 
 
-def opening(slot: int = 0, history: bytes = b"", **sampling: Any) -> list[OpenSlot]:
-    return [OpenSlot(slot, 4, SamplingParams(**{"max_tokens": 4, "seed": 0, **sampling}), history)]
+def opening(slot: int = 0, history: bytes = b"", **sampling: Any) -> list[NewRequest]:
+    return [NewRequest(slot, 4, SamplingParams(**{"max_tokens": 4, "seed": 0, **sampling}), history)]
 
 
 HOSTILE = {
@@ -390,7 +390,7 @@ HOSTILE = {
     "to verify a prompt": changed(flags=bytes([SAMPLE | VERIFY | PROMPT_LOGPROBS])),
     "-1 to verify": changed(flags=bytes([SAMPLE | VERIFY]), tokens=i32([-1, 6, 7, 8])),
     "to verify with penalties": changed(
-        flags=bytes([SAMPLE | VERIFY]), opens=opening(presence_penalty=1.0, history=i32([5, 6]))
+        flags=bytes([SAMPLE | VERIFY]), new_requests=opening(presence_penalty=1.0, history=i32([5, 6]))
     ),
     "token out of range": changed(tokens=i32([5, 6, 7, VOCABULARY])),
     "token below -1": changed(tokens=i32([-2, 6, 7, 8])),
@@ -404,15 +404,15 @@ HOSTILE = {
     "no page": changed(pages=b""),
     "a gap in the pages": changed(starts=i32([PAGE_SIZE]), pages=i32([(0, 1, 3)])),
     "page behind the row's end missing": changed(starts=i32([PAGE_SIZE - 1])),
-    "opened slot out of range": changed(opens=opening(8)),
-    "odd history": changed(opens=opening(history=b"\0")),
-    "long history": changed(opens=opening(history=bytes(4 * 129))),
-    "history out of range": changed(opens=opening(history=i32([VOCABULARY]))),
-    "negative history": changed(opens=opening(history=i32([-1]))),
-    "bias out of range": changed(opens=opening(logit_bias={VOCABULARY: 1.0})),
-    "bias not a number": changed(opens=opening(logit_bias={1: float("nan")})),
-    "infinite temperature": changed(opens=opening(temperature=float("inf"))),
-    "infinite penalty": changed(opens=opening(presence_penalty=float("-inf"))),
+    "opened slot out of range": changed(new_requests=opening(8)),
+    "odd history": changed(new_requests=opening(history=b"\0")),
+    "long history": changed(new_requests=opening(history=bytes(4 * 129))),
+    "history out of range": changed(new_requests=opening(history=i32([VOCABULARY]))),
+    "negative history": changed(new_requests=opening(history=i32([-1]))),
+    "bias out of range": changed(new_requests=opening(logit_bias={VOCABULARY: 1.0})),
+    "bias not a number": changed(new_requests=opening(logit_bias={1: float("nan")})),
+    "infinite temperature": changed(new_requests=opening(temperature=float("inf"))),
+    "infinite penalty": changed(new_requests=opening(presence_penalty=float("-inf"))),
     "prompt logprobs from nowhere": changed(starts=i32([4]), flags=bytes([PROMPT_LOGPROBS])),
 }
 OF_NO_SLOT = {
@@ -450,7 +450,7 @@ def test_hostile_steps(tiny: Executor, name: str) -> None:
 def test_odd_but_valid_parameters(tiny: Executor) -> None:
     tiny.execute(
         changed(
-            opens=opening(
+            new_requests=opening(
                 temperature=1e300,
                 top_k=2**62,
                 min_tokens=2**62,
@@ -485,7 +485,7 @@ def test_random_steps_do_no_harm(tiny: Executor) -> None:
             generator.integers(0, 8, rows).astype(np.uint8).tobytes(),
             i32(near(VOCABULARY, max(0, int(lengths.sum())))),
             i32(near(64, (int(generator.integers(0, 6)), 3))),
-            [OpenSlot(int(slot), 2, OPEN.sampling) for slot in generator.integers(0, 8, 2)],
+            [NewRequest(int(slot), 2, OPEN.sampling) for slot in generator.integers(0, 8, 2)],
         )
         try:
             tiny.execute(step)
@@ -498,7 +498,7 @@ def test_random_steps_do_no_harm(tiny: Executor) -> None:
 def test_empty_step(tiny: Executor) -> None:
     result = tiny.execute(Step(7, b"", b"", b"", b"", b"", i32([(0, 0, 3)]), [OPEN]))
     assert (result.number, result.tokens) == (7, b"")
-    tiny.execute(changed(opens=[], pages=b""))
+    tiny.execute(changed(new_requests=[], pages=b""))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from support import eventually
 
 from llm_runtime.actors.messages import SamplingParams
 from llm_runtime.actors.rank import build_executor
-from llm_runtime.actors.rank.group import Group
+from llm_runtime.actors.rank.tp_group import TPGroup
 
 HERE = Path(__file__).parent
 GREEDY = {"max_tokens": 64, "seed": 0, "temperature": 0.0}
@@ -103,8 +103,8 @@ def test_biases_are_added_once(tmp_path: Path) -> None:
 def test_meetings_of_the_past_are_not_joined(tmp_path: Path) -> None:
     """A rank waits for a rank 0 that is alive, not for files that a killed one has left."""
     script = (
-        "import sys, os, signal; from pathlib import Path; from llm_runtime.actors.rank.group import Group;"
-        "Group(2, 0, Path(sys.argv[1]))._open_meeting(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
+        "import sys, os, signal; from pathlib import Path; from llm_runtime.actors.rank.tp_group import TPGroup;"
+        "TPGroup(2, 0, Path(sys.argv[1]))._open_meeting(Path(sys.argv[1])); os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False, cwd=HERE.parents[1], timeout=60)
     left = (tmp_path / "current").read_text()
@@ -117,12 +117,12 @@ def test_meetings_of_the_past_are_not_joined(tmp_path: Path) -> None:
         return False
 
     waiting = threading.Thread(
-        target=lambda: found.append(Group(2, 1, tmp_path)._find_meeting(tmp_path, stopped).name), daemon=True
+        target=lambda: found.append(TPGroup(2, 1, tmp_path)._find_meeting(tmp_path, stopped).name), daemon=True
     )
     waiting.start()
     eventually(lambda: looks >= 3, "three looks")
     assert not found
-    leader = Group(2, 0, tmp_path)
+    leader = TPGroup(2, 0, tmp_path)
     meeting = leader._open_meeting(tmp_path)
     waiting.join(30)
     assert found == [meeting.name] != [left]
@@ -131,4 +131,4 @@ def test_meetings_of_the_past_are_not_joined(tmp_path: Path) -> None:
 
 def test_a_rank_that_waits_can_be_stopped(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
-        Group(2, 1, tmp_path).join(torch.device("cpu"), lambda: True)
+        TPGroup(2, 1, tmp_path).join(torch.device("cpu"), lambda: True)

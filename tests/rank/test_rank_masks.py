@@ -15,9 +15,9 @@ from msgspec import structs
 from rank_tools import Driver, Sequence, rank_config
 
 from llm_runtime.actors.grammar import Backend, closing, load_backend
-from llm_runtime.actors.messages import Constraint, OpenSlot, SamplingParams
+from llm_runtime.actors.messages import Constraint, NewRequest, SamplingParams
 from llm_runtime.actors.rank import Executor, build_executor
-from llm_runtime.actors.rank.masks import allow, unpacked
+from llm_runtime.actors.rank.token_bitmasks import allow, unpacked
 
 EOS = 2
 PROMPT = [1, 4093, 198, 18243, 335, 253, 1528]
@@ -262,9 +262,9 @@ def test_closings_complete(compiler: Backend, constraint: Constraint, begun: str
 def test_compiling_beside_the_steps(deterministic: Executor) -> None:
     constraint = Constraint("regex", "[a-z]{3}!")
     grammars = deterministic.grammars
-    grammars.want(constraint, "main.scheduler")
-    grammars.want(constraint, "main.scheduler")
-    grammars.want(Constraint("regex", "("), "main.scheduler")
+    grammars.submit(constraint, "main.scheduler")
+    grammars.submit(constraint, "main.scheduler")
+    grammars.submit(Constraint("regex", "("), "main.scheduler")
     answers: list[Any] = []
     while len(answers) < 2:
         answers += grammars.finished()
@@ -309,7 +309,7 @@ def test_draws_have_the_odds_of_the_allowed_tokens(deterministic: Executor, comp
     for turn in range(rounds):
         for slot in range(8):
             params = sampling(constraint, seed=8 * turn + slot)
-            sampler.open(OpenSlot(slot, len(PROMPT), params, np.array(PROMPT, "<i4").tobytes()))
+            sampler.open(NewRequest(slot, len(PROMPT), params, np.array(PROMPT, "<i4").tobytes()))
         drawn = sampler.sample(logits, slots, at)
         assert torch.equal(drawn, sampler.sample(logits, slots, at)), "asked again, they are the same"
         counts += np.bincount(drawn.numpy(), minlength=49152)

@@ -18,7 +18,7 @@ from llm_runtime.actors.actor import StartFailure
 from llm_runtime.actors.checkpoint import CheckpointError, read_config
 from llm_runtime.actors.messages import SamplingParams
 from llm_runtime.actors.rank import Executor, build_executor
-from llm_runtime.actors.rank.source import open_source
+from llm_runtime.actors.rank.checkpoint_reader import open_checkpoint
 
 EXPERTS: dict[str, Any] = {
     "hidden_size": 128,
@@ -303,7 +303,7 @@ def test_fp8(tmp_path: Path) -> None:
     ours, twin = (generate(build_executor(config), prompts(2), SAMPLING) for config in configs)
     assert [each.output for each in ours] == [each.output for each in twin]
     assert (logprobs_of(ours) == logprobs_of(twin)).all()
-    source = open_source(model, read_config(model))
+    source = open_checkpoint(model, read_config(model))
     name, shape = "model.layers.1.self_attn.kv_b_proj.weight", (4 * 44, 64)
     whole = source.read(name, shape, range(shape[0]), range(shape[1]))
     for rows, columns in ((range(32, 64), range(40)), (range(33, 34), range(39, 41)), (range(150, 176), range(7, 64))):

@@ -15,7 +15,7 @@ from rank_tools import Driver, Sequence, i32, ints
 from llm_runtime.actors.actor import BadMessage
 from llm_runtime.actors.messages import SAMPLE, VERIFY, Constraint, SamplingParams, Thinking
 from llm_runtime.actors.rank import Executor
-from llm_runtime.actors.rank.thinking import Spelling, Thought
+from llm_runtime.actors.rank.reasoning_budget import ReasoningBudget, Spelling
 from llm_runtime.actors.vocabulary import Vocabulary, load_vocabulary
 
 # -- one output ----------------------------------------------------------------------------------------------------
@@ -27,8 +27,8 @@ ENDS = ["</think>", "<tool_call>"]
 CLOSING = [NEWLINE, TEXTS.index("</"), TEXTS.index("think"), TEXTS.index(">\n")]
 
 
-def thought(thinking: Thinking) -> Thought:
-    return Thought(thinking, VOCABULARY, Spelling(thinking.start.encode(), VOCABULARY))
+def thought(thinking: Thinking) -> ReasoningBudget:
+    return ReasoningBudget(thinking, VOCABULARY, Spelling(thinking.start.encode(), VOCABULARY))
 
 
 def by_definition(thinking: Thinking, output: list[int]) -> tuple[int | None, int | None]:
@@ -114,7 +114,7 @@ def test_what_ends_a_reasoning() -> None:
 def test_the_tokens_that_begin_a_reasoning() -> None:
     thinking = Thinking(ENDS, "<think>")
     whole, pieces = thought(thinking), VOCABULARY[1:]
-    spelled = Thought(thinking, pieces, Spelling(b"<think>", pieces))
+    spelled = ReasoningBudget(thinking, pieces, Spelling(b"<think>", pieces))
     for follows, texts, wanted in (
         (whole, [], ["<think>"]),
         (whole, ["<"], ["think"]),

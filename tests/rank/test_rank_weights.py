@@ -21,10 +21,10 @@ from llm_runtime.actors.checkpoint import CheckpointError, read_config
 from llm_runtime.actors.checkpoint.gguf import BLOCKS
 from llm_runtime.actors.messages import SamplingParams
 from llm_runtime.actors.rank import build_executor, shard_of, weight_bytes
-from llm_runtime.actors.rank import source as source_module
+from llm_runtime.actors.rank import checkpoint_reader as source_module
+from llm_runtime.actors.rank.checkpoint_reader import open_checkpoint
 from llm_runtime.actors.rank.dequantize import DEQUANTIZERS, dequantize
 from llm_runtime.actors.rank.shard import HEADER_BYTES, PANEL_ROWS, split, weight_layout
-from llm_runtime.actors.rank.source import open_source
 from llm_runtime.actors.rank.weights import load_weights
 from llm_runtime.transport import Arena
 
@@ -101,7 +101,7 @@ def test_parts_of_quantized_tensors(tmp_path: Path) -> None:
     """Columns need not begin where a block does."""
     path = tmp_path / "model.gguf"
     write_gguf(path, save_model(tmp_path / "hf", "LlamaForCausalLM"), "Q8_0")
-    source = open_source(path, read_config(path))
+    source = open_checkpoint(path, read_config(path))
     name, shape = "model.layers.1.self_attn.o_proj.weight", (96, 96)
     whole = source.read(name, shape, range(96), range(96))
     assert torch.equal(source.read(name, shape, range(5, 50), range(48, 90)), whole[5:50, 48:90])

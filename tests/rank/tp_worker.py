@@ -16,14 +16,14 @@ from rank_tools import generate
 
 from llm_runtime.actors.messages import SamplingParams
 from llm_runtime.actors.rank import RankConfig, build_executor
-from llm_runtime.actors.rank.group import Group
+from llm_runtime.actors.rank.tp_group import TPGroup
 
 
 def main() -> None:
     torch.set_num_threads(1)
     task = json.load(sys.stdin)
     config = msgspec.convert(task["config"], RankConfig)
-    group = Group(config.tp, config.rank, Path(config.process_group_dir), config.deterministic)
+    group = TPGroup(config.tp, config.rank, Path(config.process_group_dir), config.deterministic)
     executor = build_executor(config, group=group)
     group.join(executor.device, lambda: False)
     results = []

@@ -52,7 +52,7 @@ def test_steps_of_a_batch() -> None:
     ]
     assert [int32s(step.tokens)[0] for step in recorder.steps if step.lengths == np.int32(1).tobytes()] == [-1, -1]
     assert int32s(recorder.steps[0].pages) == [1, 0, 3, 1, 1, 4, 1, 2, 5, 0, 0, 0, 0, 1, 1, 0, 2, 2]
-    assert [len(step.opens) for step in recorder.steps] == [2, 0, 0, 0, 1, 0, 0, 0]
+    assert [len(step.new_requests) for step in recorder.steps] == [2, 0, 0, 0, 1, 0, 0, 0]
     assert [(timing.prefilled, timing.decoded) for timing in timings] == [
         (4, 0), (4, 0), (4, 1), (0, 2), (4, 1), (2, 0), (0, 1), (0, 1)
     ]  # fmt: skip

@@ -373,7 +373,7 @@ def test_a_node_whose_reader_leaves_goes_on(cli: Cli) -> None:
         assert line, process.communicate()
     process.stdout.close()
     assert cli("kill", "tokenizer").returncode == 0  # the root says so, and nobody hears it
-    wait_for(lambda: cli.processes()["tokenizer"]["restarts"] == 1, "the new tokenizer")
+    eventually(lambda: cli.processes()["tokenizer"]["restarts"] == 1, "the new tokenizer")
     assert cli.ask()
     assert cli("down").returncode == 0
     assert process.wait(DEADLINE_S) == 0

@@ -19,7 +19,7 @@ from llm_runtime.actors.ingress.config import IngressConfig
 from llm_runtime.actors.rank import RankConfig, kv_format, weight_bytes
 from llm_runtime.actors.scheduler.config import Config as SchedulerConfig
 from llm_runtime.actors.tokenizer.actor import TokenizerConfig
-from llm_runtime.runtime import model_plan, needs
+from llm_runtime.runtime import model_plan, resource_check
 from llm_runtime.runtime import plan as plan_module
 from llm_runtime.runtime.errors import UserError
 from llm_runtime.runtime.http_limits import describe_http, http_warnings
@@ -346,7 +346,7 @@ def test_a_broken_chat_template_is_found_early(plan_of: Any, tmp_path: Path) -> 
 
 
 def test_rdma_needs_a_device(plan_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "_RDMA", tmp_path / "infiniband")
+    monkeypatch.setattr(resource_check, "_RDMA", tmp_path / "infiniband")
     rdma = ("transfer.engine=mooncake", "transfer.protocol=rdma")
     with pytest.raises(TopologyError, match=r'transfer.protocol: is "rdma", and this machine has no RDMA device'):
         plan_of(*rdma, text=APART)
@@ -357,7 +357,7 @@ def test_rdma_needs_a_device(plan_of: Any, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_model_that_does_not_fit_into_memory(plan_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "memory_bytes", lambda: 100_000)
+    monkeypatch.setattr(resource_check, "memory_bytes", lambda: 100_000)
     figures = r"needs [0-9.]+ GiB of memory, [0-9.]+ GiB for weights \(main [0-9.]+ GiB a rank\) and [0-9.]+ GiB for KV"
     with pytest.raises(TopologyError, match=rf"small.toml:2: model.path: {figures}.* choose a smaller model"):
         plan_of("engine.main.kv_tokens=16")

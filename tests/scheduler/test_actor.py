@@ -44,10 +44,10 @@ def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
 def test_a_request_becomes_steps_and_tokens_and_is_kept_until_acknowledged(stage: Stage) -> None:
     stage.send("ingress0", generate())
     first = stage.expect("main.rank0", Step)
-    assert [opening.slot for opening in first.opens] == np.frombuffer(first.slots, np.int32).tolist()
+    assert [opening.slot for opening in first.new_requests] == np.frombuffer(first.slots, np.int32).tolist()
     second = stage.expect("main.rank0", Step, skip=1)
     assert np.frombuffer(second.tokens, np.int32).tolist() == [-1], "run ahead: the token is not known yet"
-    assert not second.opens
+    assert not second.new_requests
     stage.generate_all()
     assert [(e.index, e.tokens, e.finish) for e in stage.events()] == [
         (0, [5], None),
@@ -136,7 +136,7 @@ def test_a_restarted_rank_gets_slots_pages_and_unanswered_steps_again(stage: Sta
     stage.until(lambda: len(stage.steps()) >= len(before) + 2)
     again = stage.steps()[len(before) :]
     assert [step.starts for step in again] == [step.starts for step in before[1:]], "the same positions"
-    assert again[0].opens
+    assert again[0].new_requests
     assert again[0].pages
     assert np.frombuffer(again[0].tokens, np.int32).tolist() == [7], "what has been answered is sent as it is"
     assert np.frombuffer(again[1].tokens, np.int32).tolist() == [-1]
@@ -370,7 +370,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
             return False
         for step in [step for step in stage.steps() if step.number not in answered]:
             poisoned = stage.scheduler.requests.get(rids[poison])
-            slot = poisoned.lease.slot if poisoned and poisoned.lease else None
+            slot = poisoned.block_table.slot if poisoned and poisoned.block_table else None
             slots, starts = np.frombuffer(step.slots, np.int32), np.frombuffer(step.starts, np.int32)
             if any(s == slot and at >= 5 for s, at in zip(slots.tolist(), starts.tolist(), strict=True)):
                 deaths += 1

@@ -47,7 +47,7 @@ class SimulatedRank:
         self.last = [-1] * SLOTS
 
     def execute(self, step) -> list[int]:
-        for opening in step.opens:
+        for opening in step.new_requests:
             self.table[opening.slot] = -1
             self.last[opening.slot] = -1
         for slot, index, page in np.frombuffer(step.pages, np.int32).reshape(-1, 3):
@@ -176,9 +176,9 @@ class Simulation:
     def check_ledger(self) -> None:
         """The ledger knows the computed tokens of running requests, and none of the guesses that were wrong."""
         for request in self.batch.running:
-            assert request.lease is not None
+            assert request.block_table is not None
             assert request.computed <= len(request.tokens)
-            pages = request.lease.pages
+            pages = request.block_table.pages
             counts = self.pool.ledger.count[pages].tolist()
             known = [token for page in pages for token in self.pool.ledger.tokens[page, : counts[pages.index(page)]]]
             assert known == request.tokens[: request.computed].tolist()
@@ -187,8 +187,8 @@ class Simulation:
         """The rank restarts: KV stays, tables and unanswered results are gone."""
         self.rank.reset()
         for request in self.batch.running:
-            assert request.lease is not None
-            request.lease.opened = False
+            assert request.block_table is not None
+            request.block_table.opened = False
         again, self.flight = self.flight, deque()
         for number, rows, _ in again:
             for row in rows:

@@ -218,7 +218,7 @@ def test_a_held_request_lets_others_pass_and_runs_when_its_constraint_is_ready(s
     stage.send("main.rank0", Compiled(GOOD.digest))
     before = len(stage.steps())
     step = stage.until(lambda: stage.steps()[before:])[0]
-    (opening,) = step.opens
+    (opening,) = step.new_requests
     assert opening.sampling.constraint == GOOD
     assert len(opening.history) == 4 * 6
 
@@ -247,4 +247,4 @@ def test_a_restarted_grammar_actor_and_rank_are_asked_again(stage: Stage) -> Non
     stage.send("main.rank0", stage.attached())
     stage.expect("main.rank0", Compile, skip=1)
     stage.send("main.rank0", Compiled(GOOD.digest))
-    assert stage.until(stage.steps)[0].opens[0].sampling.constraint == GOOD
+    assert stage.until(stage.steps)[0].new_requests[0].sampling.constraint == GOOD

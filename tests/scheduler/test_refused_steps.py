@@ -48,7 +48,7 @@ def compute(stage: Stage, guilty: str, named: bool, malformed: bool = False) -> 
             if not isinstance(message, Step):
                 continue
             request = stage.scheduler.requests.get(guilty)
-            slot = request.lease.slot if request and request.lease else None
+            slot = request.block_table.slot if request and request.block_table else None
             slots, starts = np.frombuffer(message.slots, np.int32), np.frombuffer(message.starts, np.int32)
             if not any(s == slot and at >= 4 for s, at in zip(slots.tolist(), starts.tolist(), strict=True)):
                 stage.answer(message)
@@ -134,7 +134,7 @@ def test_what_ranks_are_told_of_new_requests_is_spread_over_steps(
     stage.send("main.rank0", stage.attached())
     stage.until(lambda: stage.steps())
     stage.generate_all()
-    opened = [len(step.opens) for step in stage.steps()]
+    opened = [len(step.new_requests) for step in stage.steps()]
     assert max(opened) <= 2
     assert sum(opened) >= len(RIDS)
     assert sorted(event.rid for event in stage.events() if event.finish) == RIDS

@@ -126,32 +126,32 @@ class Stuck:
         wait_forever()
 
 
-class Parker:
-    """Echoes on the connections parked by earlier incarnations, and parks those it inherits as "client".
+class Storer:
+    """Echoes on the connections stored by earlier incarnations, and stores those it inherits as "client".
 
-    `unpark` sent by a client makes it take the connection back from the supervisor and close it.
+    `remove_fd` sent by a client makes it take the connection back from the supervisor and close it.
     """
 
     @classmethod
     def run(cls, context: ChildContext) -> None:
-        connections = {name: socket.socket(fileno=fd) for name, (fd, _) in context.parked.items()}
-        for name, (_, meta) in context.parked.items():
+        connections = {name: socket.socket(fileno=fd) for name, (fd, _) in context.stored_fds.items()}
+        for name, (_, meta) in context.stored_fds.items():
             note(context, f"found {name} {meta.decode()}")
         if not connections and context.incarnation == 1:
             connections = {"client": socket.socket(fileno=context.descriptors["client"])}
-            context.link.park("client", connections["client"].fileno(), b"first")
+            context.link.store_fd("client", connections["client"].fileno(), b"first")
         context.link.ready()
         while not context.link.shutdown_requested:
             for name, connection in list(connections.items()):
                 connection.settimeout(0.01)
                 with contextlib.suppress(TimeoutError):
                     text = connection.recv(100)
-                    if text == b"unpark":
-                        context.link.unpark(name)
-                        note(context, "unparked")
+                    if text == b"remove":
+                        context.link.remove_fd(name)
+                        note(context, "removed")
                     elif text == b"many":
                         for number in range(300):
-                            context.link.park(f"copy{number}", connection.fileno(), b"copy")
+                            context.link.store_fd(f"copy{number}", connection.fileno(), b"copy")
                     else:
                         connection.sendall(b"%d:%s" % (context.incarnation, text))
 

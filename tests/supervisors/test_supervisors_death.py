@@ -199,11 +199,11 @@ def talk(client: socket.socket, text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("killed", ["a", "inner", "sup"])
-def test_parked_descriptors_survive_the_actor_and_its_supervisors(start_node, killed: str):
+def test_stored_descriptors_survive_the_actor_and_its_supervisors(start_node, killed: str):
     client, server = socket.socketpair()
     client.settimeout(20)
-    parker = child("a", "Parker", descriptors=("client",))
-    node = start_node(nested("sup", nested("inner", parker)), descriptors={"client": server.fileno()})
+    storer = child("a", "Storer", descriptors=("client",))
+    node = start_node(nested("sup", nested("inner", storer)), descriptors={"client": server.fileno()})
     node.up()
     server.close()
     assert talk(client, b"hello") == b"1:hello"
@@ -219,26 +219,26 @@ def test_parked_descriptors_survive_the_actor_and_its_supervisors(start_node, ki
     assert sum(line.endswith(" copy") for line in found) == 300
 
 
-def test_unparked_descriptor_is_closed_above(start_node):
+def test_removed_descriptor_is_closed_above(start_node):
     client, server = socket.socketpair()
     client.settimeout(20)
-    parker = child("a", "Parker", descriptors=("client",))
-    node = start_node(nested("sup", parker), descriptors={"client": server.fileno()})
+    storer = child("a", "Storer", descriptors=("client",))
+    node = start_node(nested("sup", storer), descriptors={"client": server.fileno()})
     server.close()
     node.up()
     before = node.ask("fds").value
-    client.sendall(b"unpark")
-    eventually(lambda: "a 1 unparked" in node.journal())
+    client.sendall(b"remove")
+    eventually(lambda: "a 1 removed" in node.journal())
     eventually(lambda: node.ask("fds").value == before - 1)
     os.kill(node.running("a")[0], signal.SIGKILL)
     node.running("a", incarnation=2)
     assert not [line for line in node.journal() if "found" in line]
 
 
-def test_parked_descriptors_are_closed_when_the_actor_is_stopped(start_node):
+def test_stored_descriptors_are_closed_when_the_actor_is_stopped(start_node):
     client, server = socket.socketpair()
     node = start_node(
-        nested("sup", child("a", "Parker", descriptors=("client",))), descriptors={"client": server.fileno()}
+        nested("sup", child("a", "Storer", descriptors=("client",))), descriptors={"client": server.fileno()}
     )
     server.close()
     node.up()

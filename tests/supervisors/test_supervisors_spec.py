@@ -202,9 +202,9 @@ def test_channel_carries_long_messages_and_descriptors_past_a_full_socket():
 def test_messages_left_unread_do_not_hide_what_was_sent():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     near, far = Channel(ours), Channel(theirs)
-    far.send(b"parked just before the end")
+    far.send(b"stored just before the end")
     near.send(b"never read")
     far.close()
-    assert [payload for payload, _ in near.receive()] == [b"parked just before the end"]
+    assert [payload for payload, _ in near.receive()] == [b"stored just before the end"]
     assert near.closed
     near.close()

@@ -12,7 +12,7 @@ import pytest
 from text_harness import DEADLINE_S, Node
 from vocabularies import byte_level_gguf
 
-from llm_runtime.actors.grammar import Workshop, load_backend, missing
+from llm_runtime.actors.grammar import GrammarCompiler, load_backend, missing
 from llm_runtime.actors.messages import Compile, Compiled, Constraint
 
 LEVELS = 1500
@@ -110,18 +110,18 @@ def test_a_short_one_is_not_held_up_by_long_ones(tmp_path: Path) -> None:
                 assert go.wait(DEADLINE_S)
             return backend.compile(constraint)
 
-    workshop = Workshop(Held)
+    compiler = GrammarCompiler(Held)
     long = [Constraint("regex", f"({'ab|' * 2000}{end})") for end in "xyz"]
     for constraint in long:
-        workshop.want(constraint, "somebody")
+        compiler.submit(constraint, "somebody")
     assert begun.wait(DEADLINE_S)
-    workshop.want(GOOD, "somebody")
+    compiler.submit(GOOD, "somebody")
     answers: list[str] = []
 
     def wait_for(count: int) -> None:
         while len(answers) < count:
-            assert select.select([workshop.fd], [], [], DEADLINE_S)[0]
-            answers.extend(answer.digest for _, answer in workshop.finished())
+            assert select.select([compiler.fd], [], [], DEADLINE_S)[0]
+            answers.extend(answer.digest for _, answer in compiler.finished())
 
     wait_for(1)
     assert answers == [GOOD.digest]

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from llm_runtime.transport.transfer.engine import TransferEngine
-from llm_runtime.transport.transfer.nothing import NoTransfer
+from llm_runtime.transport.transfer.null import NoTransfer
 from llm_runtime.transport.transfer.shm import ShmEngine
 
 TransferKind = Literal["shared", "shm", "tcp", "mooncake", "nixl", "fake"]

@@ -16,7 +16,7 @@ from llm_runtime.actors.ingress.exchange import Exchange
 from llm_runtime.actors.ingress.openai.requests import ChatRequest
 from llm_runtime.actors.ingress.openai.tools import callable_tools
 from llm_runtime.actors.ingress.openai.turn import conversation, open_turn
-from llm_runtime.actors.ingress.pieces import new_rid
+from llm_runtime.actors.ingress.output_deltas import new_rid
 from llm_runtime.actors.ingress.service import Service
 from llm_runtime.actors.messages import ChatPrompt, Tokenize
 

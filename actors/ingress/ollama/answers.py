@@ -12,7 +12,7 @@ import msgspec
 
 from llm_runtime.actors.ingress.openai.logprobs import chat_logprobs
 from llm_runtime.actors.ingress.openai.turn import Turn
-from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.output_deltas import Identity
 from llm_runtime.actors.ingress.times import timestamp
 from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Reasoning
 from llm_runtime.actors.parsers.json_text import object_of

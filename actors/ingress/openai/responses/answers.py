@@ -9,7 +9,7 @@ import msgspec
 
 from llm_runtime.actors.ingress.openai.responses.protocol import ResponsesRequest
 from llm_runtime.actors.ingress.openai.turn import Turn
-from llm_runtime.actors.ingress.pieces import Identity
+from llm_runtime.actors.ingress.output_deltas import Identity
 from llm_runtime.actors.parsers.events import CallArguments, CallStart, Content, Event, Reasoning
 
 _encode = msgspec.json.encode

@@ -1,4 +1,4 @@
-"""`Workshop`: compiled grammars, and the threads that make them while the actor attends to other things."""
+"""`GrammarCompiler`: compiled grammars, and the threads that make them while the actor attends to other things."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Lane(NamedTuple):
     thread: threading.Thread
 
 
-class Workshop:
+class GrammarCompiler:
     """Compiles on threads of its own, which start with the first wish, and keeps what was wanted last. Long constraints
     have a thread to themselves, so that a short one is never held up by them.
 
@@ -74,7 +74,7 @@ class Workshop:
                     raise BadGrammar(f"Structured output is not available here: {error}.") from None
             return self._backend
 
-    def want(self, constraint: Constraint, asker: str) -> None:
+    def submit(self, constraint: Constraint, asker: str) -> None:
         """Somebody wants to know when a constraint is ready. Asking again changes nothing."""
         digest = constraint.digest
         askers = self._askers.setdefault(digest, [])

@@ -32,7 +32,7 @@ class Identity(Struct, array_like=True, frozen=True, gc=False):
         return Identity(new_rid(), time.monotonic(), int(time.time()), seed)
 
 
-class Piece(Struct, array_like=True, frozen=True, gc=False):
+class OutputDelta(Struct, array_like=True, frozen=True, gc=False):
     """What has arrived of a choice at once, without what was known before; see `TextEvent`. Of a request that is
     embedded or classified, the `vector` (f32) of an input."""
 

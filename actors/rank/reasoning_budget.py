@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_runtime.actors.checkpoint import CheckpointError
-from llm_runtime.actors.messages import OpenSlot, Thinking
+from llm_runtime.actors.messages import NewRequest, Thinking
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Spelling:
         return [self._tokens[left[:end]] for end in range(1, len(left) + 1) if left[:end] in self._tokens]
 
 
-class Thought:
+class ReasoningBudget:
     """The reasoning of one slot's output.
 
     Args:
@@ -156,7 +156,7 @@ class Thought:
         return self._end_of(text)
 
 
-class Thoughts:
+class ReasoningBudgets:
     """The reasoning of slots whose requests say something about it.
 
     Args:
@@ -167,12 +167,12 @@ class Thoughts:
     """
 
     def __init__(self, load: Callable[[], Sequence[bytes]]) -> None:
-        self.slots: dict[int, Thought] = {}
+        self.slots: dict[int, ReasoningBudget] = {}
         self._load = load
         self._token_bytes: Sequence[bytes] | None = None
         self._spellings: dict[str, Spelling] = {}
 
-    def open(self, opened: OpenSlot) -> None:
+    def open(self, opened: NewRequest) -> None:
         """A slot gets what its request says."""
         self.slots.pop(opened.slot, None)
         thinking = opened.sampling.thinking
@@ -187,4 +187,4 @@ class Thoughts:
         spelling = self._spellings.get(thinking.start)
         if spelling is None:
             spelling = self._spellings[thinking.start] = Spelling(thinking.start.encode(), self._token_bytes)
-        self.slots[opened.slot] = Thought(thinking, self._token_bytes, spelling)
+        self.slots[opened.slot] = ReasoningBudget(thinking, self._token_bytes, spelling)

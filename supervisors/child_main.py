@@ -99,24 +99,24 @@ def _receive_context(channel: Channel) -> tuple[str, ChildContext] | None:
     poll.register(channel, select.POLLIN)
     start: messages.Start | None = None
     descriptors: dict[str, int] = {}
-    entries: list[tuple[messages.ParkedEntry, int]] = []
-    while start is None or len(entries) < start.parked:
+    entries: list[tuple[messages.StoredFd, int]] = []
+    while start is None or len(entries) < start.stored_fds:
         poll.poll()
         for payload, fds in channel.receive(limit=1):
             message = messages.decode_down(payload)
             if isinstance(message, messages.Start):
                 start = message
                 descriptors = dict(zip(message.descriptors, fds, strict=True))
-            elif isinstance(message, messages.Parked):
+            elif isinstance(message, messages.StoredFds):
                 entries += zip(message.entries, fds, strict=True)
         if channel.closed:
             return None
     link = Link(channel, start.id, start.heartbeat_s)
     if start.supervisor is None:
-        parked = {entry.name: (fd, entry.meta) for entry, fd in entries}
-        link.adopt_parked(list(parked))
+        stored_fds = {entry.name: (fd, entry.meta) for entry, fd in entries}
+        link.adopt_stored_fds(list(stored_fds))
     else:  # those of its subtree
-        parked = {f"{entry.owner}/{entry.name}": (fd, entry.meta) for entry, fd in entries}
+        stored_fds = {f"{entry.owner}/{entry.name}": (fd, entry.meta) for entry, fd in entries}
     context = ChildContext(
         id=start.id,
         incarnation=start.incarnation,
@@ -125,7 +125,7 @@ def _receive_context(channel: Channel) -> tuple[str, ChildContext] | None:
         descriptors=descriptors,
         run_dir=Path(start.run_dir),
         link=link,
-        parked=parked,
+        stored_fds=stored_fds,
         supervisor=start.supervisor,
         incarnations=start.incarnations,
     )

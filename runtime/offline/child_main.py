@@ -1,5 +1,5 @@
 """The process of a node that a program has started for itself, for `PrivateNode`:
-`python -m llm_runtime.runtime.offline.order`."""
+`python -m llm_runtime.runtime.offline.child_main`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from llm_runtime.runtime.environment import prepare
 from llm_runtime.runtime.errors import UserError
-from llm_runtime.runtime.nodes import node_to_start
+from llm_runtime.runtime.placement import node_to_start
 from llm_runtime.runtime.progress import Note, Progress, Ready, Stopped, notes_to, pipe_writer
 from llm_runtime.runtime.topology import load_topology
 

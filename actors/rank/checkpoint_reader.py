@@ -14,10 +14,10 @@ from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile, ModelConfig
 from llm_runtime.actors.checkpoint.files import stored_tensors
 from llm_runtime.actors.checkpoint.names import gguf_name, name_of_gguf
 from llm_runtime.actors.rank.dequantize import DEQUANTIZERS, dequantize, four_bits
-from llm_runtime.actors.rank.precision import GROUP
+from llm_runtime.actors.rank.quantization_policy import GROUP
 
 
-class Source(Protocol):
+class CheckpointReader(Protocol):
     """A checkpoint's tensors."""
 
     @property
@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: Path, config: ModelConfig) -> Source:
+def open_checkpoint(path: Path, config: ModelConfig) -> CheckpointReader:
     """The tensors of a GGUF file or a Hugging Face directory. Raises CheckpointError."""
     return SafetensorsSource(path, config) if path.is_dir() else GGUFSource(path, config)
 

@@ -101,7 +101,7 @@ def _attention(
     return mixed[None], None
 
 
-class ForeignModel:
+class TransformersModel:
     """A language model of transformers.
 
     Args:
@@ -179,7 +179,7 @@ class _Given(nn.Module):
         return output
 
 
-def load_foreign(
+def load_transformers(
     path: Path,
     config: ModelConfig,
     dtype: ComputeDType,
@@ -187,7 +187,7 @@ def load_foreign(
     max_positions: int,
     descriptor: int,
     device: torch.device,
-) -> ForeignModel:
+) -> TransformersModel:
     """A model with its weights in an arena, as `load_weights` keeps them.
 
     Raises StartFailure if transformers is missing, or cannot run the model over pages.
@@ -202,7 +202,7 @@ def load_foreign(
     try:
         with torch.inference_mode():
             module, nbytes = _module(transformers, path, config, dtype, descriptor, device)
-            model = ForeignModel(config, module, nbytes, max_positions)
+            model = TransformersModel(config, module, nbytes, max_positions)
             model.check(pages, dtype)
         return model
     except StartFailure:

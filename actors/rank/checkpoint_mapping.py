@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm_runtime.actors.checkpoint import Experts, Latent, ModelConfig
+from llm_runtime.actors.rank.checkpoint_reader import CheckpointReader
 from llm_runtime.actors.rank.shard import Shard
-from llm_runtime.actors.rank.source import Source
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Part:
             return self.padded[0]
         return len(self.columns if self.transposed else self.rows)
 
-    def read(self, source: Source) -> Tensor:
-        """As `Source.read`, transposed and padded."""
+    def read(self, source: CheckpointReader) -> Tensor:
+        """As `CheckpointReader.read`, transposed and padded."""
         values = source.read(self.name, self.shape, self.rows, self.columns)
         if self.transposed:
             values = values.T
@@ -46,8 +46,8 @@ class Part:
             values = F.pad(values, (0, columns - values.shape[1], 0, rows - values.shape[0]))
         return values
 
-    def read_four_bits(self, source: Source) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As `Source.read_four_bits`; None for a part that is not taken as it is."""
+    def read_four_bits(self, source: CheckpointReader) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As `CheckpointReader.read_four_bits`; None for a part that is not taken as it is."""
         if self.transposed or self.padded is not None:
             return None
         return source.read_four_bits(self.name, self.shape, self.rows, self.columns)

@@ -6,14 +6,14 @@ import os
 from collections.abc import Iterator
 
 from llm_runtime.supervisors import linux
-from llm_runtime.supervisors.link import MAX_PARKED
-from llm_runtime.supervisors.messages import Parked, ParkedEntry
+from llm_runtime.supervisors.link import MAX_STORED_FDS
+from llm_runtime.supervisors.messages import StoredFd, StoredFds
 
 _BATCH = 64
 
 
-class ParkingLot:
-    """The descriptors parked through one child: its own, or those of its subtree if it is a supervisor.
+class FdStore:
+    """The descriptors stored through one child: its own, or those of its subtree if it is a supervisor.
 
     Nested supervisors pass every descriptor on to their parent as well, so that it survives them.
     """
@@ -25,17 +25,17 @@ class ParkingLot:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def park(self, owner: str, name: str, fd: int, meta: bytes) -> bool:
+    def store_fd(self, owner: str, name: str, fd: int, meta: bytes) -> bool:
         """Keeps `fd`, in place of an earlier one of that name; closes it and returns False if there are too many."""
-        self.unpark(owner, name)
-        if self._count.get(owner, 0) >= MAX_PARKED or fd >= linux.descriptors_for_connections():
+        self.remove_fd(owner, name)
+        if self._count.get(owner, 0) >= MAX_STORED_FDS or fd >= linux.descriptors_for_connections():
             os.close(fd)
             return False
         self._kept[owner, name] = (fd, meta)
         self._count[owner] = self._count.get(owner, 0) + 1
         return True
 
-    def unpark(self, owner: str, name: str) -> None:
+    def remove_fd(self, owner: str, name: str) -> None:
         """Closes a kept descriptor; does nothing if there is none."""
         kept = self._kept.pop((owner, name), None)
         if kept is not None:
@@ -46,13 +46,13 @@ class ParkingLot:
         """(owner, name) of each."""
         return list(self._kept)
 
-    def batches(self) -> Iterator[tuple[Parked, list[int]]]:
+    def batches(self) -> Iterator[tuple[StoredFds, list[int]]]:
         """All of it in messages, each with its descriptors."""
         items = list(self._kept.items())
         for start in range(0, len(items), _BATCH):
             batch = items[start : start + _BATCH]
-            entries = tuple(ParkedEntry(owner=owner, name=name, meta=meta) for (owner, name), (_, meta) in batch)
-            yield Parked(entries=entries), [fd for _, (fd, _) in batch]
+            entries = tuple(StoredFd(owner=owner, name=name, meta=meta) for (owner, name), (_, meta) in batch)
+            yield StoredFds(entries=entries), [fd for _, (fd, _) in batch]
 
     def clear(self) -> None:
         """Closes everything."""

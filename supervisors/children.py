@@ -19,9 +19,9 @@ from llm_runtime.supervisors.child import Child, Done
 from llm_runtime.supervisors.exits import CrashReport, ExitReason, record_crash
 from llm_runtime.supervisors.loop import pidfd_kill
 from llm_runtime.supervisors.messages import Start, Up
-from llm_runtime.supervisors.nursery import Nursery
 from llm_runtime.supervisors.process import Process
 from llm_runtime.supervisors.restarts import Delay, Intensity, affected, wants_restart
+from llm_runtime.supervisors.spawner import Spawner
 from llm_runtime.supervisors.spec import ChildInstance, ChildSpec, SpecError, SupervisorSpec, validate_child
 from llm_runtime.supervisors.status import Culprit, Event, EventKind, RunResult
 
@@ -33,7 +33,7 @@ itself is not: it would fail again."""
 _log = logging.getLogger(__name__)
 
 
-class Family:
+class Children:
     """The children of one supervisor.
 
     report(event)       is told what happens to the children.
@@ -62,7 +62,7 @@ class Family:
         """All children have been ready (or ignored) once."""
         self.result: RunResult | None = None
         """Why it ends, once it does."""
-        self.children: dict[str, Child] = {}
+        self.by_id: dict[str, Child] = {}
         self.unwritten = 0
         """Crash reports that could not be written."""
         self._run_dir = run_dir
@@ -79,27 +79,27 @@ class Family:
         self._wave_number: int | None = None
         self._said_full_at = -SAY_FULL_S
         for child in () if self._dynamic else spec.children:
-            self.children[child.id] = Child(
+            self.by_id[child.id] = Child(
                 child, Delay(spec.backoff), in_wave=True, incarnation=self._incarnations.get(child.id, 0)
             )
 
-    def attach(self, nursery: Nursery) -> None:
+    def attach(self, spawner: Spawner) -> None:
         """Gives it the means to start processes; before the first `step`."""
-        self._nursery = nursery
+        self._spawner = spawner
 
     @property
     def over(self) -> bool:
         """It ends, and no child has a process any more."""
-        return self.result is not None and all(child.process is None for child in self.children.values())
+        return self.result is not None and all(child.process is None for child in self.by_id.values())
 
-    def adopt_parked(self, owner: str, name: str, fd: int, meta: bytes) -> None:
-        """Takes over a descriptor parked with an earlier incarnation of this supervisor."""
-        for child in self.children.values():
+    def adopt_stored_fds(self, owner: str, name: str, fd: int, meta: bytes) -> None:
+        """Takes over a descriptor stored with an earlier incarnation of this supervisor."""
+        for child in self.by_id.values():
             if child.spec.id == owner or child.contains(owner):
-                child.lot.park(owner, name, fd, meta)
+                child.fd_store.store_fd(owner, name, fd, meta)
                 return
         os.close(fd)
-        self._pass_up(messages.Unpark(owner=owner, name=name), ())
+        self._pass_up(messages.RemoveFd(owner=owner, name=name), ())
 
     # Commands. Each answers through `done`, at once or later, with an error sentence or "".
 
@@ -110,7 +110,7 @@ class Family:
         if isinstance(new, ChildInstance) != self._dynamic:
             wanted = "a ChildInstance" if self._dynamic else "a ChildSpec"
             return done(f"cannot start {new.id}: a {self.spec.strategy} supervisor takes {wanted}")
-        if (present := self.children.get(new.id)) is not None:
+        if (present := self.by_id.get(new.id)) is not None:
             if present.wanted:
                 return done(f"{new.id} is started already")
             return done(f"{new.id} is present already: restart it, or delete it first")
@@ -133,7 +133,7 @@ class Family:
             incarnation=self._incarnations.get(spec.id, 0),
         )
         child.up_waiters.append(done)
-        self.children[spec.id] = child
+        self.by_id[spec.id] = child
         self.step()
 
     def terminate(self, child: Child, done: Done) -> None:
@@ -157,7 +157,7 @@ class Family:
             if not child.wanted:
                 child.delay, child.trial = Delay(self.spec.backoff), "stay"
             child.wanted = True
-            for other in self.children.values():
+            for other in self.by_id.values():
                 if other is child or (child.in_wave and other.in_wave):
                     other.not_before = 0.0
         else:
@@ -186,7 +186,7 @@ class Family:
         """Stops all children, right to left; the first result stays."""
         if self.result is None:
             self.result = result
-        for child in self.children.values():
+        for child in self.by_id.values():
             child.wanted, child.bounce, child.in_wave = False, False, True
             child.came_up("the supervisor is stopping")
             if child.process is None:
@@ -195,7 +195,7 @@ class Family:
 
     def kill_all(self) -> None:
         """Kills all children at once; what is below them dies with them."""
-        for child in self.children.values():
+        for child in self.by_id.values():
             if child.process is not None:
                 self._begin_stop(child, brutal=True)
 
@@ -203,14 +203,14 @@ class Family:
 
     def step(self) -> None:
         """Begins every stop and start that may begin now."""
-        stopping = [child for child in self.children.values() if child.in_wave and child.must_stop]
+        stopping = [child for child in self.by_id.values() if child.in_wave and child.must_stop]
         for child in reversed(stopping):
             self._begin_stop(child)
             if not self._dynamic:
                 break
         blocked = bool(stopping)
         now = time.monotonic()
-        for child in list(self.children.values()):
+        for child in list(self.by_id.values()):
             if child.process is not None:
                 blocked |= child.wanted and child.in_wave and not child.is_ready
             elif child.wanted:
@@ -225,12 +225,12 @@ class Family:
                     child.state = "backoff"
                     self._tell(child, "backoff", f"starts again in {child.not_before - now:.2f} s")
         if not self.started and self.result is None:
-            self.started = all(child.is_ready or not child.wanted for child in self.children.values())
+            self.started = all(child.is_ready or not child.wanted for child in self.by_id.values())
 
     def deadline(self) -> float | None:
         """When `check` or `step` has something to do next, in monotonic seconds."""
         times = []
-        for child in self.children.values():
+        for child in self.by_id.values():
             if child.process is None:
                 if child.wanted and child.state == "backoff":
                     times.append(child.not_before)
@@ -240,14 +240,14 @@ class Family:
 
     def check(self) -> None:
         """Kills what has not started, stopped or given a sign of life in time."""
-        for child in self.children.values():
+        for child in self.by_id.values():
             if child.process is not None and (verdict := child.process.overdue()) is not None:
                 child.process.kill(verdict)
         self.step()
 
     def forgive(self, seconds: float) -> None:
         """This process did not run for so long, and perhaps no other did: silence in that time means nothing."""
-        for child in self.children.values():
+        for child in self.by_id.values():
             if child.process is not None:
                 child.process.last_beat += seconds
 
@@ -268,12 +268,12 @@ class Family:
             descriptors=names,
             run_dir=str(self._run_dir),
             heartbeat_s=spec.heartbeat_s,
-            parked=len(child.lot),
+            stored_fds=len(child.fd_store),
             incarnations=self._incarnations if spec.type == "supervisor" else {},
         )
         fds = [self._descriptors[name] for name in names]
-        child.process = self._nursery.launch(
-            spec, child.incarnation, self._log_path(spec.id), start, fds, child.lot.batches()
+        child.process = self._spawner.launch(
+            spec, child.incarnation, self._log_path(spec.id), start, fds, child.fd_store.batches()
         )
         self._tell(child, "starting")
 
@@ -281,7 +281,7 @@ class Family:
         if self.spec.strategy != "one_for_all":
             return self._incarnations.get(child.spec.id, 0) + 1
         if not child.in_wave or self._wave_number is None:
-            number = max(self._incarnations.get(member, 0) for member in self.children) + 1
+            number = max(self._incarnations.get(member, 0) for member in self.by_id) + 1
             if not child.in_wave:
                 return number
             self._wave_number = number
@@ -305,11 +305,11 @@ class Family:
             process.kill(("shutdown", "stopped before it was ready"))
         else:
             process.stop_deadline = None if limit_ms is None else time.monotonic() + limit_ms / 1000
-            self._nursery.send(process, messages.Shutdown())
+            self._spawner.send(process, messages.Shutdown())
 
     def on_message(self, process: Process, message: Up, fds: list[int]) -> None:
         """A child says something."""
-        child = self.children[process.spec.id]
+        child = self.by_id[process.spec.id]
         match message:
             case messages.Ready():
                 self._became_ready(child, process)
@@ -321,14 +321,14 @@ class Family:
                 self._replied(message)
             case messages.Counted(id=name, incarnation=incarnation):
                 self._count(name, incarnation)
-            case messages.Park(owner=owner, name=name, meta=meta):
+            case messages.StoreFd(owner=owner, name=name, meta=meta):
                 if len(fds) == 1:
                     self._pass_up(message, fds)
-                    if not child.lot.park(owner, name, fds.pop(), meta):
+                    if not child.fd_store.store_fd(owner, name, fds.pop(), meta):
                         self._say_full(owner)
-            case messages.Unpark(owner=owner, name=name):
+            case messages.RemoveFd(owner=owner, name=name):
                 self._pass_up(message, ())
-                child.lot.unpark(owner, name)
+                child.fd_store.remove_fd(owner, name)
             case _:
                 process.heard(message)
         for fd in fds:
@@ -352,7 +352,7 @@ class Family:
 
     def on_exit(self, process: Process, status: os.waitid_result | None, error: str) -> None:
         """The process of a child has ended (`status`), or could not be forked (`error`)."""
-        child = self.children[process.spec.id]
+        child = self.by_id[process.spec.id]
         child.process, child.bounce = None, False
         reason = process.reason(status, error)
         child.last_exit = reason
@@ -398,9 +398,9 @@ class Family:
         may need it to finish what they are at, still stop."""
         if self.result is None or not self.result.ok or process.asked or process.ignored or self._dynamic:
             return False
-        ids = list(self.children)
+        ids = list(self.by_id)
         to_the_right = ids[ids.index(child.spec.id) + 1 :]
-        if child.spec.restart != "permanent" or all(self.children[id].process is None for id in to_the_right):
+        if child.spec.restart != "permanent" or all(self.by_id[id].process is None for id in to_the_right):
             return False
         return self._intensity.add(time.monotonic())
 
@@ -443,8 +443,8 @@ class Family:
         """Marks a child, and the siblings that go with it, for a stop (where they run) and a start."""
         group = self.spec.strategy in ("one_for_all", "rest_for_one")
         self._wave_number = None
-        for name in list(affected(self.spec.strategy, list(self.children), failed.spec.id)):
-            child = self.children[name]
+        for name in list(affected(self.spec.strategy, list(self.by_id), failed.spec.id)):
+            child = self.by_id[name]
             child.in_wave = group or child.trial == "give_up"
             if child is not failed and child.spec.restart == "temporary":
                 child.wanted = False  # stopped with the others, never started again
@@ -458,24 +458,24 @@ class Family:
         """A child that is not wanted has no process (any more)."""
         child.state = "stopped"
         child.in_wave = False
-        if self.result is None:  # a supervisor that ends leaves it to its parent what becomes of parked descriptors
-            for owner, name in child.lot.names():
-                self._pass_up(messages.Unpark(owner=owner, name=name), ())
-            child.lot.clear()
+        if self.result is None:  # a supervisor that ends leaves it to its parent what becomes of stored descriptors
+            for owner, name in child.fd_store.names():
+                self._pass_up(messages.RemoveFd(owner=owner, name=name), ())
+            child.fd_store.clear()
         if child.spec.restart == "temporary" or self._dynamic:
             self._remove(child)
         self._tell(child, "stopped")
         child.came_down()
 
     def _remove(self, child: Child) -> None:
-        child.lot.clear()
-        self.children.pop(child.spec.id, None)
+        child.fd_store.clear()
+        self.by_id.pop(child.spec.id, None)
 
     def _auto_shutdown(self, child: Child) -> None:
         rule = self.spec.auto_shutdown
         if not child.spec.significant or rule == "never" or self.result is not None:
             return
-        others = (other for other in self.children.values() if other.spec.significant and other is not child)
+        others = (other for other in self.by_id.values() if other.spec.significant and other is not child)
         if rule == "any_significant" or not any(other.wanted for other in others):
             self.end(RunResult(ok=True, text=f"significant child {child.spec.id} has ended"))
 

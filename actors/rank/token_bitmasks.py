@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from llm_runtime.actors.grammar import BadGrammar, Matcher, Workshop
-from llm_runtime.actors.messages import OpenSlot
+from llm_runtime.actors.grammar import BadGrammar, GrammarCompiler, Matcher
+from llm_runtime.actors.messages import NewRequest
 from llm_runtime.actors.rank.room import Room
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Constrained:
                 self._room.accepted(self.matcher, token)
 
 
-class Masks:
+class TokenBitmasks:
     """The matchers of constrained slots.
 
     Args:
@@ -125,7 +125,7 @@ class Masks:
         vocab_size: number of logits.
     """
 
-    def __init__(self, grammars: Workshop, vocab_size: int) -> None:
+    def __init__(self, grammars: GrammarCompiler, vocab_size: int) -> None:
         self._grammars = grammars
         self._vocab_size = vocab_size
         self._words = -(-vocab_size // 32)
@@ -134,7 +134,7 @@ class Masks:
     def __contains__(self, slot: int) -> bool:
         return slot in self._slots
 
-    def open(self, opened: OpenSlot) -> None:
+    def open(self, opened: NewRequest) -> None:
         """A slot gets the constraint of its request, or none."""
         self._slots.pop(opened.slot, None)
         sampling = opened.sampling

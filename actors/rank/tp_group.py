@@ -23,7 +23,7 @@ JOIN_TIMEOUT_S = 600.0
 COLLECTIVE_TIMEOUT_S = 120.0
 
 
-class Group:
+class TPGroup:
     """The group as one of its ranks sees it. Until it has been joined, its operations return what they get.
 
     Args:

@@ -16,7 +16,7 @@ import msgspec
 
 from llm_runtime.supervisors import messages
 from llm_runtime.supervisors.loop import Loop, pidfd_kill, reap_strangers
-from llm_runtime.supervisors.messages import Down, ForkRequest, Parked, Start, Up, encode
+from llm_runtime.supervisors.messages import Down, ForkRequest, Start, StoredFds, Up, encode
 from llm_runtime.supervisors.process import Process
 from llm_runtime.supervisors.restarts import Delay
 from llm_runtime.supervisors.spec import Backoff, ChildSpec
@@ -35,7 +35,7 @@ class _Launch:
     child_end: socket
     start: Start
     fds: Sequence[int]
-    parked: Iterable[tuple[Parked, list[int]]]
+    stored_fds: Iterable[tuple[StoredFds, list[int]]]
     sent_at: float = 0.0
 
 
@@ -43,7 +43,7 @@ def _nobody(error: str) -> None:
     """Is told of nothing."""
 
 
-class Nursery:
+class Spawner:
     """Owns the zygote, the pidfds and the links.
 
     on_message(process, message, fds) gets each message; the receiver owns the descriptors.
@@ -81,19 +81,19 @@ class Nursery:
         log: Path,
         start: Start,
         fds: Sequence[int],
-        parked: Iterable[tuple[Parked, list[int]]],
+        stored_fds: Iterable[tuple[StoredFds, list[int]]],
     ) -> Process:
-        """Requests a process. It gets `start` with `fds`, then `parked`, once its pid is known."""
+        """Requests a process. It gets `start` with `fds`, then `stored_fds`, once its pid is known."""
         ours, theirs = socket_pair()
         process = Process(spec, incarnation, log, Channel(ours), time.monotonic())
         number = next(self._numbers)
-        self._launches[number] = _Launch(process, theirs, start, fds, parked)
+        self._launches[number] = _Launch(process, theirs, start, fds, stored_fds)
         self._request(number)
         return process
 
     def send(self, process: Process, message: Down, fds: Sequence[int] = ()) -> None:
         """Sends now, or when the link takes it."""
-        self._return_parked(process, all_now=True)
+        self._return_stored_fds(process, all_now=True)
         process.channel.send(encode(message), fds)
         self._loop.want_write(process.channel.fileno(), process.channel.backlog > 0)
 
@@ -265,23 +265,23 @@ class Nursery:
             process.kill()
             return
         self.send(process, launch.start, launch.fds)
-        process.parked = iter(launch.parked)
+        process.stored_fds = iter(launch.stored_fds)
         self._writable(process)
 
-    def _return_parked(self, process: Process, all_now: bool = False) -> None:
-        """Gives parked descriptors back, as the link takes them: what waits in it is duplicated, and there may be
+    def _return_stored_fds(self, process: Process, all_now: bool = False) -> None:
+        """Gives stored descriptors back, as the link takes them: what waits in it is duplicated, and there may be
         thousands."""
-        while process.parked is not None and (all_now or not process.channel.backlog):
+        while process.stored_fds is not None and (all_now or not process.channel.backlog):
             try:
-                message, fds = next(process.parked)
+                message, fds = next(process.stored_fds)
             except StopIteration:
-                process.parked = None
+                process.stored_fds = None
             else:
                 process.channel.send(encode(message), fds)
 
     def _writable(self, process: Process) -> None:
         process.channel.flush()
-        self._return_parked(process)
+        self._return_stored_fds(process)
         self._loop.want_write(process.channel.fileno(), process.channel.backlog > 0)
 
     def _readable(self, process: Process) -> None:
@@ -316,6 +316,6 @@ class Nursery:
         self._loop.unwatch(process.channel.fileno())
         os.close(process.pidfd)
         process.pidfd = -1
-        process.parked = None
+        process.stored_fds = None
         process.channel.close()
         self._on_exit(process, status, "")
