@@ -55,7 +55,7 @@ class EnginePlan:
     model_key: str = "model"
 
     @property
-    def role(self) -> str:
+    def role(self) -> Literal["unified", "prefill", "decode"]:
         return self.settings.role
 
     @property

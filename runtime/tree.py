@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
+from msgspec import structs
 
+from llm_runtime.actors.actor import ActorArgs
 from llm_runtime.actors.checkpoint import PoolingConfig, checkpoint_facts
+from llm_runtime.actors.detokenizer import DetokenizerConfig
+from llm_runtime.actors.encoder import EncoderConfig
+from llm_runtime.actors.grammar.actor import GrammarConfig
+from llm_runtime.actors.ingress.config import IngressConfig, ServedModel
 from llm_runtime.actors.ingress.journal import slot_bytes
+from llm_runtime.actors.ingress.tracing import TracingConfig
+from llm_runtime.actors.kv_pages import RankPages
+from llm_runtime.actors.kv_receiver import ReceiverConfig
+from llm_runtime.actors.kv_sender import SenderConfig
+from llm_runtime.actors.rank import RankConfig
+from llm_runtime.actors.scheduler.config import Config as SchedulerConfig
+from llm_runtime.actors.tokenizer import TokenizerConfig
 from llm_runtime.runtime.encoder_plan import EncoderPlan
 from llm_runtime.runtime.engine_plan import EnginePlan
 from llm_runtime.runtime.model_plan import ModelPlan
@@ -20,8 +33,10 @@ from llm_runtime.runtime.placement import ip_address, part_of
 from llm_runtime.runtime.plan import NodePlan, is_loopback
 from llm_runtime.runtime.resource_check import arena_sizes_of
 from llm_runtime.runtime.status_socket import NAME as STATUS_SOCKET
-from llm_runtime.runtime.topology import Faults
 from llm_runtime.supervisors.spec import ChildSpec, SupervisorSpec
+from llm_runtime.transport import Faults
+from llm_runtime.transport.transfer import TransferSettings
+from llm_runtime.transport.transfer.create import TransferKind
 
 LISTENER = "listener"
 """Name of the descriptor of the HTTP listening socket."""
@@ -77,16 +92,6 @@ def _journal(ingress: str) -> str:
     return f"{ingress}.journal"
 
 
-def _faults(faults: Faults) -> dict[str, float]:
-    """The settings of `transport.Faults`."""
-    return {
-        "drop_rate": faults.drop_rate or 0.0,
-        "delay_rate": faults.delay_rate or 0.0,
-        "delay_s": faults.delay_s,
-        "seed": faults.seed,
-    }
-
-
 def _allowed_hosts(plan: NodePlan) -> list[str] | None:
     """Names by which clients may ask for the server, None for any."""
     ingress = plan.topology.ingress
@@ -99,11 +104,8 @@ def _of_role(model: ModelPlan, role: str) -> list[EnginePlan]:
     return [engine for engine in model.engines if engine.role == role]
 
 
-def _classes(model: ModelPlan) -> dict[str, Any]:
-    config = model.config
-    if not isinstance(config, PoolingConfig):
-        return {}
-    return {"vector_size": config.vector_size, "labels": config.labels, "activation": config.activation}
+def _rank_pages(engine: EnginePlan) -> list[RankPages]:
+    return [RankPages(*each) for each in zip(engine.kv_arenas, engine.formats, engine.heads, strict=True)]
 
 
 class _Builder:
@@ -114,7 +116,7 @@ class _Builder:
         self.addresses = {name: f"ipc://{run_dir}/sockets/{name}" for name in actor_names(plan)}
         self.ingresses = _ingress_names(plan)
         public, secret = zmq.curve_keypair()
-        self.own_keys = {"public": public.decode(), "secret": secret.decode()}
+        self.own_keys = public.decode(), secret.decode()
         self.schedulers = [engine.scheduler for engine in plan.engines]
 
     def root(self) -> SupervisorSpec:
@@ -141,17 +143,17 @@ class _Builder:
             "detokenizer",
             "llm_runtime.actors.detokenizer:Detokenizer",
             peers=[*serving, *self.ingresses],
-            config={"model": str(model.model.path)},
+            config=DetokenizerConfig(model=str(model.model.path)),
         )
 
     def _tokenizer(self, model: ModelPlan) -> ChildSpec:
-        template = {"chat_template": str(model.chat_template)} if model.chat_template else {}
+        template = str(model.chat_template) if model.chat_template else None
         return self._worker(
             model.tokenizer,
             "tokenizer",
             "llm_runtime.actors.tokenizer:Tokenizer",
             peers=self.ingresses,
-            config={"model": str(model.model.path), **template},
+            config=TokenizerConfig(model=str(model.model.path), chat_template=template),
         )
 
     def _encoder(self, model: ModelPlan, engine: EncoderPlan) -> ChildSpec:
@@ -161,16 +163,16 @@ class _Builder:
             "llm_runtime.actors.encoder.actor:Encoder",
             peers=self.ingresses,
             descriptors=[engine.weights_arena] if engine.weights_arena else [],
-            config={
-                "model": str(model.model.path),
-                "task": model.task,
-                "dtype": engine.dtype,
-                "weights_arena": engine.weights_arena,
-                "max_model_len": model.max_model_len,
-                "chunk_tokens": engine.settings.chunk_tokens,
-                "max_queue": engine.settings.max_queue,
-                "threads": engine.threads,
-            },
+            config=EncoderConfig(
+                model=str(model.model.path),
+                task="classify" if model.task == "classify" else "embed",
+                dtype=engine.dtype,
+                weights_arena=engine.weights_arena,
+                max_model_len=model.max_model_len,
+                chunk_tokens=engine.settings.chunk_tokens,
+                max_queue=engine.settings.max_queue,
+                threads=engine.threads,
+            ),
         )
         return self._nested(engine.name, "engine", [encoder])
 
@@ -201,25 +203,26 @@ class _Builder:
                 *self.ingresses,
             ],
             descriptors=[engine.weight_arenas[rank], engine.kv_arenas[rank]] if on_cpu else [],
-            config={
-                "model": str(model.model.path),
-                "dtype": engine.dtype,
-                "kv_dtype": engine.kv_dtype,
-                "deterministic": model.settings.deterministic,
-                "device": settings.device,
-                "rank": rank,
-                "tp": settings.tp,
-                "page_size": settings.page_size,
-                "num_pages": engine.arena_pages,
-                **({"weights_arena": engine.weight_arenas[rank], "kv_arena": engine.kv_arenas[rank]} if on_cpu else {}),
-                "max_slots": settings.max_running,
-                "max_model_len": model.max_model_len,
-                "max_step_tokens": settings.chunk_tokens + settings.max_running,
-                "threads": engine.threads,
-                "grammar_backend": engine.grammar_backend,
-                "process_group_dir": str(self.run_dir / "groups" / engine.name),
-                "profile_dir": str(self.plan.profile_dir or ""),
-            },
+            config=RankConfig(
+                model=str(model.model.path),
+                dtype=engine.dtype,
+                kv_dtype=engine.kv_dtype,
+                deterministic=model.settings.deterministic,
+                device=settings.device,
+                rank=rank,
+                tp=settings.tp,
+                page_size=settings.page_size,
+                num_pages=engine.arena_pages,
+                weights_arena=engine.weight_arenas[rank] if on_cpu else "",
+                kv_arena=engine.kv_arenas[rank] if on_cpu else "",
+                max_slots=settings.max_running,
+                max_model_len=model.max_model_len,
+                max_step_tokens=settings.chunk_tokens + settings.max_running,
+                threads=engine.threads,
+                grammar_backend=engine.grammar_backend,
+                process_group_dir=str(self.run_dir / "groups" / engine.name),
+                profile_dir=str(self.plan.profile_dir or ""),
+            ),
         )
 
     def _kv_sender(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
@@ -229,7 +232,9 @@ class _Builder:
             "llm_runtime.actors.kv_sender:KvSender",
             peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "decode")), *self.ingresses],
             descriptors=engine.kv_arenas,
-            config=self._transfer_config(engine),
+            config=SenderConfig(
+                engine.scheduler, _rank_pages(engine), engine.arena_pages, self._transfer_settings(engine)
+            ),
         )
 
     def _kv_receiver(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
@@ -245,27 +250,24 @@ class _Builder:
             "llm_runtime.actors.kv_receiver:KvReceiver",
             peers=[engine.scheduler, *(each.transfer_actor for each in _of_role(model, "prefill")), *self.ingresses],
             descriptors=[*engine.kv_arenas, *sources],
-            config={**self._transfer_config(engine), "sources": sources},
+            config=ReceiverConfig(
+                engine.scheduler, _rank_pages(engine), engine.arena_pages, self._transfer_settings(engine), sources
+            ),
         )
 
-    def _transfer_config(self, engine: EnginePlan) -> dict[str, Any]:
-        settings = self.plan.topology.transfer
-        kind = "shared" if engine.shared_kv else self.plan.topology.transfer_engine
-        pages = zip(engine.kv_arenas, engine.formats, engine.heads, strict=True)
-        return {
-            "scheduler": engine.scheduler,
-            "ranks": [
-                {"arena": arena, "format": msgspec.to_builtins(each), "heads": heads} for arena, each, heads in pages
-            ],
-            "num_pages": engine.arena_pages,
-            "transfer": {
-                "kind": kind,
-                "protocol": settings.protocol,
-                "device": settings.device,
-                **self._transfer_host(engine, kind),
-                **(self._transfer_keys() if kind == "tcp" else {}),
-            },
-        }
+    def _transfer_settings(self, engine: EnginePlan) -> TransferSettings:
+        settings, placement = self.plan.topology.transfer, self.plan.placement
+        kind: TransferKind = "shared" if engine.shared_kv else self.plan.topology.transfer_engine
+        found = TransferSettings(kind=kind, protocol=settings.protocol, device=settings.device)
+        if placement.machines and kind in ("tcp", "mooncake", "nixl") and placement.is_here(engine.name):
+            host = ip_address(placement.machines[placement.node_of(engine.name)].address)
+            found = structs.replace(found, host=host)
+        if kind == "tcp":
+            # The deployment's keys, or on a single machine some that are made for this node's life.
+            keys = placement.keys
+            public, secret = self.own_keys if keys is None else (keys.public, keys.secret)
+            found = structs.replace(found, public=public, secret=secret)
+        return found
 
     def _grammar(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         return self._worker(
@@ -273,24 +275,12 @@ class _Builder:
             "grammar",
             "llm_runtime.actors.grammar:Grammar",
             peers=[engine.scheduler, *self.ingresses],
-            config={
-                "model": str(model.model.path),
-                "vocab_size": model.config.vocab_size,
-                "backend": engine.grammar_backend,
-            },
+            config=GrammarConfig(
+                model=str(model.model.path),
+                vocab_size=model.config.vocab_size,
+                backend=engine.grammar_backend,
+            ),
         )
-
-    def _transfer_keys(self) -> dict[str, str]:
-        """The deployment's keys, or on a single machine some that are made for this node's life."""
-        keys = self.plan.placement.keys
-        return {"public": keys.public, "secret": keys.secret} if keys is not None else self.own_keys
-
-    def _transfer_host(self, engine: EnginePlan, kind: str) -> dict[str, str]:
-        """The address on which an engine's pages are read, where that is done over a network."""
-        placement = self.plan.placement
-        if not placement.machines or kind not in ("tcp", "mooncake", "nixl") or not placement.is_here(engine.name):
-            return {}
-        return {"host": ip_address(placement.machines[placement.node_of(engine.name)].address)}
 
     def _scheduler(self, model: ModelPlan, engine: EnginePlan) -> ChildSpec:
         name, settings, role = engine.scheduler, engine.settings, engine.role
@@ -312,39 +302,39 @@ class _Builder:
                 *self.ingresses,
             ],
             descriptors=[f"{engine.name}.pages"],
-            config={
-                "engine": engine.name,
-                "role": role,
-                "transfer": engine.transfer_actor,
-                "shared_kv": engine.shared_kv,
-                "prefill_schedulers": others["decode"] if role == "decode" else [],
-                "local_prefill_tokens": settings.local_prefill_tokens,
-                "model": model.served_name,
-                "address": self.addresses[name],
-                "leader": engine.rank_names[0],
-                "detokenizer": model.detokenizer,
-                "bootstrap": "bootstrap",
-                "grammar": engine.grammar,
-                "page_size": settings.page_size,
-                "num_pages": engine.num_pages,
-                "first_page": engine.first_page,
-                "arena_pages": engine.arena_pages,
-                "max_model_len": model.max_model_len,
-                "tp": settings.tp,
-                "chunk_tokens": settings.chunk_tokens,
-                "max_step_ms": settings.max_step_ms if role != "prefill" else 0,
-                "max_running": settings.max_running,
-                "max_queue": settings.max_queue,
-                "policy": settings.policy,
-                "poison_limit": settings.poison_limit,
-                "run_ahead": settings.run_ahead,
+            config=SchedulerConfig(
+                engine=engine.name,
+                role=role,
+                transfer=engine.transfer_actor,
+                shared_kv=engine.shared_kv,
+                prefill_schedulers=others["decode"] if role == "decode" else [],
+                local_prefill_tokens=settings.local_prefill_tokens,
+                model=model.served_name,
+                address=self.addresses[name],
+                leader=engine.rank_names[0],
+                detokenizer=model.detokenizer,
+                bootstrap="bootstrap",
+                grammar=engine.grammar,
+                page_size=settings.page_size,
+                num_pages=engine.num_pages,
+                first_page=engine.first_page,
+                arena_pages=engine.arena_pages,
+                max_model_len=model.max_model_len,
+                tp=settings.tp,
+                chunk_tokens=settings.chunk_tokens,
+                max_step_ms=settings.max_step_ms if role != "prefill" else 0,
+                max_running=settings.max_running,
+                max_queue=settings.max_queue,
+                policy=settings.policy,
+                poison_limit=settings.poison_limit,
+                run_ahead=settings.run_ahead,
                 # Prompts in lent pages: what is cached is for the decode engine to know.
-                "prefix_cache": settings.prefix_cache and not (role == "prefill" and engine.shared_kv),
-                "speculation": settings.speculation if role != "prefill" else "off",
-                "num_speculative_tokens": settings.num_speculative_tokens,
-                "prompt_lookup_min": settings.prompt_lookup_min,
-                "prompt_lookup_max": settings.prompt_lookup_max,
-            },
+                prefix_cache=settings.prefix_cache and not (role == "prefill" and engine.shared_kv),
+                speculation=settings.speculation if role != "prefill" else "off",
+                num_speculative_tokens=settings.num_speculative_tokens,
+                prompt_lookup_min=settings.prompt_lookup_min,
+                prompt_lookup_max=settings.prompt_lookup_max,
+            ),
         )
 
     def _ingress(self, name: str) -> ChildSpec:
@@ -363,47 +353,56 @@ class _Builder:
             ],
             descriptors=[LISTENER, _journal(name)],
             shutdown_s=settings.drain_s + _STOP_MARGIN_S,
-            config={
-                "models": [self._served_model(model) for model in plan.models],
-                "api_key": plan.api_key,
-                "admin_api_key": plan.admin_api_key,
-                "cors_origins": settings.cors_origins or [],
-                "allowed_hosts": _allowed_hosts(plan),
-                "request_timeout_s": settings.request_timeout_s,
-                "drain_s": settings.drain_s,
-                "max_body_bytes": settings.max_body_bytes,
-                "max_concurrent": settings.max_concurrent,
-                "status_socket": str(self.run_dir / STATUS_SOCKET),
-                "access_log": settings.access_log,
-                "cache_report": settings.cache_report,
-                "priority": settings.priority,
-                "response_dir": str(self.run_dir / "responses"),
-                "response_store_bytes": settings.response_store_bytes,
-                "crash_dump_dir": str(plan.crash_dump_dir or ""),
-                **self._tracing_config(),
-            },
+            config=IngressConfig(
+                models=[self._served_model(model) for model in plan.models],
+                api_key=plan.api_key,
+                admin_api_key=plan.admin_api_key,
+                cors_origins=settings.cors_origins or [],
+                allowed_hosts=_allowed_hosts(plan),
+                request_timeout_s=settings.request_timeout_s,
+                drain_s=settings.drain_s,
+                max_body_bytes=settings.max_body_bytes,
+                max_concurrent=settings.max_concurrent,
+                status_socket=str(self.run_dir / STATUS_SOCKET),
+                access_log=settings.access_log,
+                cache_report=settings.cache_report,
+                priority=settings.priority,
+                response_dir=str(self.run_dir / "responses"),
+                response_store_bytes=settings.response_store_bytes,
+                crash_dump_dir=str(plan.crash_dump_dir or ""),
+                tracing=self._tracing(),
+            ),
         )
 
-    def _served_model(self, model: ModelPlan) -> dict[str, Any]:
+    def _served_model(self, model: ModelPlan) -> ServedModel:
         """What an ingress worker is told of a model."""
-        return {
-            "model": model.served_name,
-            "served_model_names": [model.served_name],
-            "max_model_len": model.max_model_len,
-            "vocab_size": model.config.vocab_size,
-            "eos_token_ids": model.config.eos_token_ids,
-            "sampling": msgspec.to_builtins(model.sampling),
-            "tokenizer": model.tokenizer,
-            "task": model.task,
-            "encoders": [engine.actor for engine in model.encoders],
-            "files": msgspec.to_builtins(checkpoint_facts(model.model.path)),
-            **_classes(model),
-            **(output_formats(model, self.plan.topology.ingress) if model.engines else {}),
-        }
+        formats = output_formats(model, self.plan.topology.ingress) if model.engines else {}
+        served = ServedModel(
+            model=model.served_name,
+            served_model_names=[model.served_name],
+            max_model_len=model.max_model_len,
+            vocab_size=model.config.vocab_size,
+            eos_token_ids=model.config.eos_token_ids,
+            sampling=model.sampling,
+            tokenizer=model.tokenizer,
+            tool_call_parser=formats.get("tool_call_parser"),
+            reasoning_parser=formats.get("reasoning_parser"),
+            task=model.task,
+            encoders=[engine.actor for engine in model.encoders],
+            files=checkpoint_facts(model.model.path),
+        )
+        config = model.config
+        if isinstance(config, PoolingConfig):
+            return structs.replace(
+                served, vector_size=config.vector_size, labels=config.labels, activation=config.activation
+            )
+        return served
 
-    def _tracing_config(self) -> dict[str, Any]:
+    def _tracing(self) -> TracingConfig | None:
         settings = self.plan.topology.tracing
-        return {"tracing": {**msgspec.to_builtins(settings), "node": self.plan.name}} if settings.endpoint else {}
+        if not settings.endpoint:
+            return None
+        return TracingConfig(settings.endpoint, settings.sample_rate, settings.service_name, self.plan.name)
 
     def _worker(
         self,
@@ -412,22 +411,26 @@ class _Builder:
         start: str,
         *,
         peers: Sequence[str],
-        config: Mapping[str, Any] | None = None,
+        config: msgspec.Struct | None = None,
         descriptors: Sequence[str] = (),
         shutdown_s: float | None = None,
     ) -> ChildSpec:
-        faults = self.plan.topology.faults
+        given = self.plan.topology.faults
+        faults = None
+        if given.drop_rate or given.delay_rate:
+            faults = Faults(given.drop_rate or 0.0, given.delay_rate or 0.0, given.delay_s, given.seed)
+        args = ActorArgs(
+            address=self.addresses[name],
+            peers={peer: self.addresses[peer] for peer in peers},
+            config={} if config is None else msgspec.to_builtins(config),
+            busy_limit_s=self.supervision.busy_limit_s,
+            faults=faults,
+        )
         return ChildSpec(
             id=name,
             role=role,
             start=start,
-            args={
-                "address": self.addresses[name],
-                "peers": {peer: self.addresses[peer] for peer in peers},
-                "config": dict(config or {}),
-                "busy_limit_s": self.supervision.busy_limit_s,
-                **({"faults": _faults(faults)} if faults.drop_rate or faults.delay_rate else {}),
-            },
+            args=msgspec.to_builtins(args),
             descriptors=tuple(descriptors),
             shutdown=int(1000 * (shutdown_s or self.supervision.shutdown_s)),
             start_timeout_ms=int(1000 * self.supervision.start_timeout_s),

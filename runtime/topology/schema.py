@@ -17,6 +17,7 @@ from llm_runtime.actors.registry import Registry
 from llm_runtime.actors.scheduler.drafters import DRAFTERS
 from llm_runtime.actors.scheduler.policies import POLICIES
 from llm_runtime.runtime.api_keys import KEY
+from llm_runtime.transport.transfer.create import TransferKind
 
 ROOT_CHILDREN = ("root", "bootstrap", "tokenizer", "detokenizer", "ingress")
 """Names of the tree that an engine must not take; nor `model0` and so on, where there are tables `[[model]]`."""
@@ -559,7 +560,7 @@ class Topology(Struct, frozen=True, forbid_unknown_fields=True):
         return f"{table}.{key}" if key else table
 
     @property
-    def transfer_engine(self) -> str:
+    def transfer_engine(self) -> TransferKind:
         """`transfer.engine`, and what "auto" stands for."""
         if self.transfer.engine != "auto":
             return self.transfer.engine
