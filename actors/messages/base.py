@@ -19,3 +19,7 @@ SpanId = Annotated[bytes, Meta(max_length=8)]
 
 class Tagged(Struct, tag=True, array_like=True, gc=False):
     """Base of all messages: a MessagePack array whose first item names the type."""
+
+
+class AnyMessage(Tagged):
+    """Base of all messages."""

@@ -6,21 +6,21 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from llm_runtime.actors.messages.base import SpanId, Tagged
+from llm_runtime.actors.messages.base import AnyMessage, SpanId
 
 
-class Hello(Tagged):
+class Hello(AnyMessage):
     """An actor → every peer, once it is ready: "what my former incarnation held is gone"."""
 
 
-class ActorStats(Tagged):
+class ActorStats(AnyMessage):
     """An actor → every ingress, once a second: figures for /metrics."""
 
     incarnation: int
     figures: dict[str, float]
 
 
-class SpanEnded(Tagged):
+class SpanEnded(AnyMessage):
     """An actor → the ingress worker that exports it: what it did for a traced request, once that is over.
 
     Attributes:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, Rid
 
 
 class TokenSequence(Struct, array_like=True, frozen=True, gc=False):
@@ -22,7 +22,7 @@ class TokenSequence(Struct, array_like=True, frozen=True, gc=False):
     types: bytes = b""
 
 
-class Embed(Tagged):
+class Embed(AnyMessage):
     """Ingress → encoder: make a vector of each sequence. Repeated, with the sequences that are not yet answered, when
     the encoder is restarted or silent; what is sent again takes the place of what the encoder has of the request.
     Answered by `Embedded`, or `EmbedRefused`; given up with `Abort`."""
@@ -31,7 +31,7 @@ class Embed(Tagged):
     sequences: list[TokenSequence]
 
 
-class Embedded(Tagged):
+class Embedded(AnyMessage):
     """Encoder → ingress: vectors (f32, one after the other) of the sequences at these places (i32)."""
 
     rid: Rid
@@ -39,7 +39,7 @@ class Embedded(Tagged):
     vectors: bytes
 
 
-class EmbedRefused(Tagged):
+class EmbedRefused(AnyMessage):
     """Encoder → ingress: the request will not be served; as `Refused`."""
 
     rid: Rid

@@ -6,7 +6,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from llm_runtime.actors.messages.base import NonNegInt32, Tagged
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32
 
 
 class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
@@ -29,19 +29,19 @@ class EngineInfo(Struct, array_like=True, frozen=True, gc=False):
     transfer: str = ""
 
 
-class Register(Tagged):
+class Register(AnyMessage):
     """Scheduler → bootstrap, once a second and when either has been started."""
 
     engine: EngineInfo
 
 
-class RegisterRefused(Tagged):
+class RegisterRefused(AnyMessage):
     """Bootstrap → scheduler: the engine is not listed; one sentence says why and what to do."""
 
     reason: str
 
 
-class Registry(Tagged):
+class Registry(AnyMessage):
     """Bootstrap → every ingress and decode scheduler, when an engine comes, goes or changes, and once a second."""
 
     engines: list[EngineInfo]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import NonNegInt32, Rid, Seed, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, Rid, Seed, TokenId, Trace
 
 MAX_CONSTRAINT = 65_536
 """Characters of a constraint."""
@@ -115,7 +115,7 @@ class TextParams(Struct, array_like=True, frozen=True, gc=False):
     min_tokens: Annotated[int, Meta(ge=0)] = 0
 
 
-class Generate(Tagged):
+class Generate(AnyMessage):
     """Ingress → scheduler: produce tokens. Sent again, with a higher attempt and the tokens received so far, when the
     scheduler has been restarted. Answered by `Texts` of the detokenizer, or `Refused`.
 
@@ -142,19 +142,19 @@ class Generate(Tagged):
     whole: bool = False
 
 
-class Abort(Tagged):
+class Abort(AnyMessage):
     """Ingress → scheduler or encoder: the client is gone or the time is up; free what the request holds. No answer."""
 
     rid: Rid
 
 
-class Acknowledge(Tagged):
+class Acknowledge(AnyMessage):
     """Ingress → scheduler: these requests have arrived whole; forget them."""
 
     rids: list[Rid]
 
 
-class Resend(Tagged):
+class Resend(AnyMessage):
     """Ingress or detokenizer → scheduler: tokens of this request are missing. The scheduler hands the whole request
     to the detokenizer again, or answers the ingress with `Unknown`."""
 
@@ -162,7 +162,7 @@ class Resend(Tagged):
     attempt: NonNegInt32
 
 
-class Refused(Tagged):
+class Refused(AnyMessage):
     """Scheduler → ingress: the request will not be served; `status` is an HTTP status, `message` a sentence."""
 
     rid: Rid
@@ -172,21 +172,21 @@ class Refused(Tagged):
     retry_after_s: float = 0.0
 
 
-class Unknown(Tagged):
+class Unknown(AnyMessage):
     """Scheduler → ingress: no such request here. The ingress sends `Generate` again."""
 
     rid: Rid
     attempt: NonNegInt32
 
 
-class FlushCache(Tagged):
+class FlushCache(AnyMessage):
     """Ingress → scheduler: forget the cached prefixes that no request uses. Answered by `CacheFlushed`; may be sent
     again."""
 
     rid: Rid
 
 
-class CacheFlushed(Tagged):
+class CacheFlushed(AnyMessage):
     """Scheduler → ingress: done, or one sentence that says why not."""
 
     rid: Rid
@@ -196,7 +196,7 @@ class CacheFlushed(Tagged):
 Activity = Literal["CPU", "GPU"]
 
 
-class Profile(Tagged):
+class Profile(AnyMessage):
     """Ingress → scheduler → rank 0 → the other ranks: begin a profile of the steps, or end it. Each rank answers the
     ingress with `Profiled`; may be sent again.
 
@@ -217,7 +217,7 @@ class Profile(Tagged):
     with_stack: bool = False
 
 
-class Profiled(Tagged):
+class Profiled(AnyMessage):
     """Rank → ingress: the file in which the profile is, or will be once it has ended; or a sentence that says why there
     is none."""
 

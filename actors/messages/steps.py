@@ -6,20 +6,20 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import NonNegInt32, Tagged, Trace
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, Trace
 from llm_runtime.actors.messages.requests import Constraint, SamplingParams
 
 # -- scheduler ↔ grammar, rank -------------------------------------------------------------------------------------
 
 
-class Compile(Tagged):
+class Compile(AnyMessage):
     """Scheduler → grammar: can this constraint be kept? Then → rank 0: have it ready. A rank that is asked for tokens
     before compiles it on the spot. Answered by `Compiled`, and repeated until it is."""
 
     constraint: Constraint
 
 
-class Compiled(Tagged):
+class Compiled(AnyMessage):
     """Grammar, rank 0 → scheduler: the constraint with this `digest` is ready, or why it cannot be kept: a sentence for
     the client."""
 
@@ -30,7 +30,7 @@ class Compiled(Tagged):
 # -- scheduler ↔ rank ----------------------------------------------------------------------------------------------
 
 
-class Attach(Tagged):
+class Attach(AnyMessage):
     """Scheduler → rank 0, when either has been started: forget all slots and all steps sent before. Answered by
     `Attached` after the step under way has ended, so that from then on no page is written but by new steps.
 
@@ -38,7 +38,7 @@ class Attach(Tagged):
     the order in which it acts on them itself, so that all ranks always take part in the same collectives."""
 
 
-class Attached(Tagged):
+class Attached(AnyMessage):
     """Rank 0 → scheduler: what the group runs, and that it is at rest.
 
     `fingerprint` names model, dtype and page format. `kv_epoch` changes when the contents of the KV pages were lost.
@@ -82,7 +82,7 @@ All of them are given, none is -1, and the slot's tokens are not drawn `one_by_o
 with -1."""
 
 
-class Step(Tagged):
+class Step(AnyMessage):
     """Scheduler → rank 0 → the other ranks: one forward pass. Answered by rank 0 with `StepResult` or
     `StepRefused`.
 
@@ -120,7 +120,7 @@ class TopLogprobs(Struct, array_like=True, frozen=True, gc=False):
     top_logprobs: bytes = b""
 
 
-class StepResult(Tagged):
+class StepResult(AnyMessage):
     """Rank 0 → scheduler: the tokens drawn in a step (i32), in row order: one for each row flagged SAMPLE, or as many
     as the row has new tokens if it is flagged VERIFY too.
 
@@ -136,7 +136,7 @@ class StepResult(Tagged):
     duration_s: float = 0.0
 
 
-class StepRefused(Tagged):
+class StepRefused(AnyMessage):
     """Rank 0 → scheduler, in place of `StepResult`: the step makes no sense, and nothing of it was computed.
 
     Attributes:

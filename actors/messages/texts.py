@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from llm_runtime.actors.messages.base import FinishReason, NonNegInt32, Rid, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import AnyMessage, FinishReason, NonNegInt32, Rid, TokenId, Trace
 from llm_runtime.actors.messages.requests import TextParams
 
 # -- scheduler ↔ detokenizer ---------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ class TokenEvent(Struct, array_like=True, frozen=True, gc=False):
     prompt_logprobs: list[TokenLogprob] | None = None
 
 
-class Tokens(Tagged):
+class Tokens(AnyMessage):
     """Scheduler → detokenizer, one message a step: requests that start, new tokens, requests to forget."""
 
     events: list[TokenEvent]
@@ -58,7 +58,7 @@ class Tokens(Tagged):
     closes: list[Rid] = []
 
 
-class Stopped(Tagged):
+class Stopped(AnyMessage):
     """Detokenizer → scheduler: a stop string has been completed by output token `index`; draw no more."""
 
     rid: Rid
@@ -100,7 +100,7 @@ class TextEvent(Struct, array_like=True, frozen=True, gc=False):
     prompt_logprobs: list[TextLogprob] | None = None
 
 
-class Texts(Tagged):
+class Texts(AnyMessage):
     """Detokenizer → ingress, one message a step for each ingress."""
 
     events: list[TextEvent]

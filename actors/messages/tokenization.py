@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged, Trace
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, Rid, Tagged, Trace
 
 
 class ChatPrompt(Tagged):
@@ -40,7 +40,7 @@ class FillPrompt(Tagged):
     add_special_tokens: bool = True
 
 
-class Tokenize(Tagged):
+class Tokenize(AnyMessage):
     """Ingress → tokenizer. Answered by `Tokenized` or `TokenizeFailed`. Repeated when the tokenizer is restarted."""
 
     rid: Rid
@@ -48,7 +48,7 @@ class Tokenize(Tagged):
     trace: Trace = b""
 
 
-class Tokenized(Tagged):
+class Tokenized(AnyMessage):
     """Tokenizer → ingress: the prompt's token ids (i32).
 
     Attributes:
@@ -60,14 +60,14 @@ class Tokenized(Tagged):
     more: bytes = b""
 
 
-class TokenizeFailed(Tagged):
+class TokenizeFailed(AnyMessage):
     """Tokenizer → ingress: the prompt cannot be rendered or encoded; one sentence for the client."""
 
     rid: Rid
     error: str
 
 
-class Detokenize(Tagged):
+class Detokenize(AnyMessage):
     """Ingress → tokenizer: the text of token ids (i32). Answered by `Detokenized` or `TokenizeFailed`."""
 
     rid: Rid
@@ -75,7 +75,7 @@ class Detokenize(Tagged):
     skip_special_tokens: bool = False
 
 
-class Detokenized(Tagged):
+class Detokenized(AnyMessage):
     """Tokenizer → ingress: the whole text, and the text of each token alone."""
 
     rid: Rid
@@ -83,13 +83,13 @@ class Detokenized(Tagged):
     pieces: list[str]
 
 
-class DescribeTokenizer(Tagged):
+class DescribeTokenizer(AnyMessage):
     """Ingress → tokenizer: what clients that tokenize by themselves want to know. Answered by `TokenizerDescribed`."""
 
     rid: Rid
 
 
-class TokenizerDescribed(Tagged):
+class TokenizerDescribed(AnyMessage):
     """Tokenizer → ingress.
 
     Attributes:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from llm_runtime.actors.messages.base import NonNegInt32, Tagged, TokenId, Trace
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, TokenId, Trace
 from llm_runtime.actors.messages.requests import SamplingParams
 from llm_runtime.actors.messages.texts import TokenLogprob
 
@@ -23,7 +23,7 @@ peers know its incarnation."""
 NO_EPOCH = (0, 0)
 
 
-class Prefill(Tagged):
+class Prefill(AnyMessage):
     """Decode scheduler → prefill scheduler: compute the KV of a sequence and draw the token that follows. Repeated once
     a second until answered by `Prefilled` or `PrefillRefused`; a repetition makes the prefill engine say again
     what it has said. Finished pages are offered to the receiver meanwhile.
@@ -48,7 +48,7 @@ class Prefill(Tagged):
     trace: Trace = b""
 
 
-class Prefilled(Tagged):
+class Prefilled(AnyMessage):
     """Prefill scheduler → decode scheduler: the token that follows the sequence, None if none was asked for.
 
     Attributes:
@@ -62,7 +62,7 @@ class Prefilled(Tagged):
     prompt_logprobs: list[TokenLogprob] | None = None
 
 
-class PrefillRefused(Tagged):
+class PrefillRefused(AnyMessage):
     """Prefill scheduler → decode scheduler: the sequence will not be computed; as `Refused`."""
 
     transfer: TransferId
@@ -70,14 +70,14 @@ class PrefillRefused(Tagged):
     message: str
 
 
-class Release(Tagged):
+class Release(AnyMessage):
     """Decode scheduler → prefill scheduler: the transfer is over or no longer wanted; free what it holds. Repeated
     once a second until answered by `Released`, when no step writes into the transfer's pages any more."""
 
     transfer: TransferId
 
 
-class Released(Tagged):
+class Released(AnyMessage):
     """Prefill scheduler → decode scheduler: nothing is held for this transfer or written into its pages. Also without a
     `Release`, when the prefill engine has given the transfer up because nobody seemed to want it any more."""
 
@@ -87,7 +87,7 @@ class Released(Tagged):
 # -- prefill scheduler ↔ KV sender ---------------------------------------------------------------------------------
 
 
-class Offer(Tagged):
+class Offer(AnyMessage):
     """Prefill scheduler → KV sender: pages of a transfer hold their final KV. They stay as they are until the scheduler
     has been answered `Withdrawn`, or the decode side has given the transfer up.
 
@@ -103,14 +103,14 @@ class Offer(Tagged):
     trace: Trace = b""
 
 
-class Withdraw(Tagged):
+class Withdraw(AnyMessage):
     """Prefill scheduler → KV sender: these transfers are over, or all of them if none is named. Answered by
     `Withdrawn`, after which no receiver gets to hear that what it has read of them was valid."""
 
     transfers: list[TransferId] = []
 
 
-class Withdrawn(Tagged):
+class Withdrawn(AnyMessage):
     """KV sender → prefill scheduler, with the transfers of the `Withdraw`."""
 
     transfers: list[TransferId] = []
@@ -119,7 +119,7 @@ class Withdrawn(Tagged):
 # -- KV sender ↔ KV receiver ---------------------------------------------------------------------------------------
 
 
-class Offered(Tagged):
+class Offered(AnyMessage):
     """KV sender → KV receiver: pages that may be read now. Offers may come again, and out of order.
 
     Attributes:
@@ -135,7 +135,7 @@ class Offered(Tagged):
     epoch: Epoch = NO_EPOCH
 
 
-class Confirm(Tagged):
+class Confirm(AnyMessage):
     """KV receiver → KV sender: all pages of the transfer have been read, as they were offered in one epoch; were they
     still there? Repeated once a second until answered by `Confirmed`."""
 
@@ -143,7 +143,7 @@ class Confirm(Tagged):
     epoch: Epoch = NO_EPOCH
 
 
-class Confirmed(Tagged):
+class Confirmed(AnyMessage):
     """KV sender → KV receiver: whether the pages have been as they were offered all the time until now."""
 
     transfer: TransferId
@@ -154,7 +154,7 @@ class Confirmed(Tagged):
 # -- decode scheduler ↔ KV receiver --------------------------------------------------------------------------------
 
 
-class Receive(Tagged):
+class Receive(AnyMessage):
     """Decode scheduler → KV receiver: take what is offered for a transfer. Repeated once a second; answered by
     `Received` or `ReceiveFailed` when it is complete.
 
@@ -171,27 +171,27 @@ class Receive(Tagged):
     trace: Trace = b""
 
 
-class Received(Tagged):
+class Received(AnyMessage):
     """KV receiver → decode scheduler: all pages of the transfer are in their places. `nbytes` were copied."""
 
     transfer: TransferId
     nbytes: Annotated[int, Meta(ge=0)] = 0
 
 
-class ReceiveFailed(Tagged):
+class ReceiveFailed(AnyMessage):
     """KV receiver → decode scheduler: the pages cannot be had any more. Nothing is written into them from now on."""
 
     transfer: TransferId
     reason: str
 
 
-class CancelReceive(Tagged):
+class CancelReceive(AnyMessage):
     """Decode scheduler → KV receiver: the transfer is not wanted. Repeated until answered by `ReceiveCancelled`."""
 
     transfer: TransferId
 
 
-class ReceiveCancelled(Tagged):
+class ReceiveCancelled(AnyMessage):
     """KV receiver → decode scheduler: nothing is written into the transfer's pages any more."""
 
     transfer: TransferId

@@ -6,20 +6,20 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from llm_runtime.actors.messages.base import NonNegInt32, Rid, Tagged
+from llm_runtime.actors.messages.base import AnyMessage, NonNegInt32, Rid
 
 MAX_LISTED = 200
 """Requests that a worker tells of, the oldest ones."""
 
 
-class EndRequests(Tagged):
+class EndRequests(AnyMessage):
     """Ingress → ingress: a client of one worker wants requests to end that another may have; all of them if `name` is
     empty. No answer."""
 
     name: Annotated[str, Meta(max_length=4096)] = ""
 
 
-class ListRequests(Tagged):
+class ListRequests(AnyMessage):
     """Ingress → ingress: which requests are in progress? Answered by `RequestsListed`; may be sent again."""
 
     rid: Rid
@@ -51,7 +51,7 @@ class RequestInfo(Struct, array_like=True, frozen=True, gc=False):
     attempt: NonNegInt32
 
 
-class RequestsListed(Tagged):
+class RequestsListed(AnyMessage):
     """Ingress → ingress: the oldest requests that are in progress in a worker, and how many there are."""
 
     rid: Rid
