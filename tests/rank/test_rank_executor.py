@@ -448,7 +448,7 @@ def test_hostile_steps(tiny: Executor, name: str) -> None:
 
 
 def test_odd_but_valid_parameters(tiny: Executor) -> None:
-    tiny.execute(
+    result = tiny.execute(
         changed(
             new_requests=opening(
                 temperature=1e300,
@@ -462,6 +462,11 @@ def test_odd_but_valid_parameters(tiny: Executor) -> None:
             )
         )
     )
+    (token,) = np.frombuffer(result.tokens, np.int32).tolist()
+    assert 0 <= token < VOCABULARY
+    assert token not in (1, 5), "one is forbidden, and the other would end the answer"
+    (told,) = result.logprobs
+    assert told.top == min(128, VOCABULARY)
 
 
 def test_random_steps_do_no_harm(tiny: Executor) -> None:

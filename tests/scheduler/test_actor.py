@@ -390,7 +390,7 @@ def test_a_request_that_kills_its_rank_every_time_fails_alone(stage: Stage, pois
     stage.until(lambda: sum(event.finish is not None for event in stage.events()) == len(rids) - 1)
     finished = [event.rid for event in stage.events() if event.finish == "length"]
     assert sorted(finished) == sorted(set(rids) - {rids[poison]})
-    assert 3 <= deaths <= 3 + 3
+    assert deaths == 3 + 1 + 1, "of all together, of its half, and of it alone"
     assert stage.scheduler.pool.available == NUM_PAGES
 
 
