@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from rank_tools import generate, rank_config, save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from test_rank_weights import write_gguf
 
 from llm_runtime.actors.checkpoint import CheckpointError, GGUFFile, checkpoint_identity, read_config
@@ -99,7 +99,7 @@ def test_the_logits_are_those_of_transformers(
 ) -> None:
     source, theirs = saved
     shutil.copy(source / "config.json", tmp_path)
-    layout(tmp_path, load_file(source / "model.safetensors"))
+    layout(tmp_path, load((source / "model.safetensors").read_bytes()))
     (ours,) = generate(build_executor(rank_config(tmp_path, max_model_len=128, num_pages=16)), [PROMPT], SAMPLING)
     assert_same(ours, theirs)
     assert checkpoint_identity(tmp_path, read_config(tmp_path))
@@ -209,7 +209,7 @@ def test_what_is_not_the_model_that_was_saved(
     saved: tuple[Path, Any], tmp_path: Path, layout: Callable[[Path, Tensors], None], sentence: str
 ) -> None:
     shutil.copy(saved[0] / "config.json", tmp_path)
-    layout(tmp_path, load_file(saved[0] / "model.safetensors"))
+    layout(tmp_path, load((saved[0] / "model.safetensors").read_bytes()))
     with pytest.raises(CheckpointError, match=sentence):
         build_executor(rank_config(tmp_path, max_model_len=128, num_pages=16))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rank_tools import PAGE_SIZE, Driver, Sequence, generate, rank_config, save_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from test_rank_group import run_group
 
 from llm_runtime.actors.actor import StartFailure
@@ -264,7 +264,7 @@ def test_no_int8_cache_of_latents(tmp_path: Path) -> None:
 def quantize(directory: Path, block: tuple[int, int]) -> None:
     """Rewrites a checkpoint with matrices of FP8 numbers, and a copy of it, beside it, with their values as floats."""
     high, wide = block
-    stored = load_file(directory / "model.safetensors")
+    stored = load((directory / "model.safetensors").read_bytes())
     twin = directory.with_name("twin")
     twin.mkdir()
     floats = dict(stored)
@@ -315,7 +315,7 @@ def test_fp8_without_factors(tmp_path: Path) -> None:
     model = tmp_path / "model"
     save(model, "deepseek, yarn")
     quantize(model, (128, 128))
-    stored = load_file(model / "model.safetensors")
+    stored = load((model / "model.safetensors").read_bytes())
     del stored["model.layers.2.mlp.experts.7.up_proj.weight_scale_inv"]
     save_file(stored, model / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"has no tensor 'model.layers.2.mlp.experts.7.up_proj.weight_scale_inv'"):
