@@ -148,7 +148,7 @@ def ours(port: int, settings: list[str], log: Path, root: Path = ROOT, name: str
     source, module = root / "src", "llm_runtime"
     if not source.is_dir():  # a tree of before 2026-12 has its packages at the top
         source, module = root, "runtime"
-    command = [sys.executable, "-m", module, "up", str(root / "topology" / "smollm2.toml"), "--port", str(port)]
+    command = [sys.executable, "-P", "-m", module, "up", str(root / "topology" / "smollm2.toml"), "--port", str(port)]
     for setting in [f"node.name=serving-{name}-{os.getpid()}", *settings]:
         command += ["--set", setting]
     return Server(name, command, port, {"PYTHONPATH": str(source)}, pausable=False, log=log)
